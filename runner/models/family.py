@@ -1,0 +1,59 @@
+"""The table of a model family: every parameter's HF on-disk name, role and shape, computed from config numbers.
+
+Torch-free, so that rules, the planner and the precision plan read the same table before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from runner.schema import ModelConfig, Role
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One weight as it lies in an HF checkpoint (experts one by one)."""
+
+    name: str  # "model.layers.0.mlp.experts.3.gate_proj.weight"
+    role: Role
+    shape: tuple[int, ...]  # [out, in] for matrices
+    layer: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class StackedParameter:
+    """A parameter that transformers fuses in memory, and the on-disk weights in it.
+
+    `pieces`: (on-disk name, expert index, first row, last row + 1): disk weight == memory[expert, start:stop].
+    """
+
+    name: str  # "model.layers.0.mlp.experts.gate_up_proj"
+    pieces: tuple[tuple[str, int, int, int], ...]
+
+
+class Family(Protocol):
+    name: str
+    architectures: tuple[str, ...]  # config.json "architectures" that this family reads
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        """Every parameter, in checkpoint order; tied lm_head is left out."""
+        ...
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        """The in-memory fused parameters of transformers; everything else has its disk name in memory."""
+        ...
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        """Global ids of the layers with routed experts, ascending."""
+        ...
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        """The config.json of this architecture, for transformers' AutoConfig.for_model(**d) and for engines."""
+        ...
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        """The ModelConfig fields read off a config.json; raises ValueError naming what is not understood."""
+        ...

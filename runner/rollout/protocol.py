@@ -1,0 +1,70 @@
+"""What the loop needs of a rollout pool. Implementations: local/ (in-process), sglang/ (server pool)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from runner.samples import Request, Sample, WeightStream
+
+
+@dataclass
+class SyncReport:
+    """One weight sync. `problems` names every tensor that failed verification; non-empty is an error of the sync.
+
+    seconds, wire_bytes; tensors checked on arrival and for residency; the share of integers and of scales that changed
+    since the previous sync (0 to 1; None at the first, or when nothing is quantized).
+    """
+
+    version: int
+    seconds: float
+    wire_bytes: int
+    arrived: int
+    resident_checked: int
+    changed_integers: float | None = None
+    changed_scales: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EngineDescription:
+    """What an engine computes with: HF weight name -> format, and the grid of the quantized ones."""
+
+    formats: dict[str, str]
+    group_size: int
+    convention: str
+    product_rounding: str  # "fp32" or "bf16": how the kernel rounds integer * scale
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class RolloutPool(Protocol):
+    version: int  # of the resident weights; -1 before the first sync
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Yield samples as they finish, in any order; one per request, none lost or doubled."""
+        ...
+
+    def update_weights(self, version: int, stream: WeightStream) -> SyncReport:
+        """Pause, flush caches, load every tensor, verify (hash on arrival, residency), continue."""
+        ...
+
+    def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Teacher-forced logprobs [T - 1] fp32 at temperature 1 of each token sequence [T]."""
+        ...
+
+    def describe(self) -> EngineDescription: ...
+
+    def metrics(self) -> dict[str, float]:
+        """`rollout/spec_*` and `perf/*` counters since the last call."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Recorded decisions (speculation switched off) that a resumed run must repeat; JSON-serializable."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...

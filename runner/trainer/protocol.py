@@ -1,0 +1,51 @@
+"""What the loop needs of a trainer. Implementations: torch_trainer.py, megatron/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from runner.samples import Batch, WeightStream
+
+Weights = Literal["quantized", "master"]
+Routes = Literal["replayed", "own"]
+
+
+class Trainer(Protocol):
+    version: int  # optimizer steps taken; the version of exported weights
+
+    def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
+        """Logprobs [R] fp32 of each sample's response tokens at `batch.temperature`, without gradient.
+
+        `weights="master"` computes with bf16(master) and restores the quantized weights from the masters afterwards
+        (never by requantizing); `routes="own"` lets the trainer's router choose. Both serve the mismatch decomposition.
+        """
+        ...
+
+    def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
+        """Logprobs [R] under the frozen, full-precision reference policy; needs algorithm.kl_coef > 0."""
+        ...
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """The optimizer steps of one rollout (algorithm.updates_per_rollout of them); returns `train/*` metrics."""
+        ...
+
+    def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
+        """One supervised step for the warm start: (tokens [T], prompt length P) pairs, mean loss over response tokens."""
+        ...
+
+    def export(self, format: Literal["rollout", "bf16"] = "rollout") -> WeightStream:
+        """Every HF weight, in the rollout's formats or as bf16(master)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Weights as bf16(master) in HF names, masters, optimizer, schedule and RNG, into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote: unquantized weights -> masters -> quantize."""
+        ...
+
+    def close(self) -> None: ...
