@@ -1,0 +1,31 @@
+"""Errors that a user can fix: printed as a message with a fix and exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """One problem in the user's words, and what to do about it.
+
+    `key` is the config key (or file and line) it is about; `fix` says what to type or change.
+    """
+
+    def __init__(self, problem: str, *, fix: str | None = None, key: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.fix = fix
+        self.key = key
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.problem}" if self.key else self.problem
+        return f"{text}\n    fix: {self.fix}" if self.fix else text
+
+
+class UserErrors(UserError):
+    """Everything wrong at once."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        super().__init__(f"{len(errors)} problems")
+        self.errors = errors
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {i}. {error}" for i, error in enumerate(self.errors, 1))
