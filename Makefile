@@ -1,0 +1,45 @@
+# Everything a user or CI starts. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The wheel of torch is chosen first: a wider range would let other packages pull a CUDA build of gigabytes.
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-slow lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make .venv and install everything that `make run` and `make test` need
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
+
+run: setup ## The main job: the whole low-precision RL loop on this machine (about two minutes)
+	$(BIN)/python -m runner
+
+test: setup ## The fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the tree
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Every benchmark that runs on this machine; prints ratios
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove caches (outputs/ and .venv stay)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build
