@@ -1,0 +1,99 @@
+"""The RL loop: generate, reward, advantage, update, sync. Everything else a step does is one call away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from runner import mismatch
+from runner.algorithms.advantages import compute_advantages
+from runner.evaluation import evaluate
+from runner.rollout.collect import Collector, Interrupted, Rollout
+from runner.rollout.protocol import RolloutPool
+from runner.samples import Batch
+from runner.schema import Config
+from runner.sync import WeightSync
+from runner.tracking.tracker import Tracker
+from runner.trainer.protocol import Trainer
+from runner.watch import Watcher
+
+
+@dataclass
+class Components:
+    """What a run is made of; `run.py` builds it from the config."""
+
+    cfg: Config
+    trainer: Trainer
+    pool: RolloutPool
+    collector: Collector
+    sync: WeightSync
+    tracker: Tracker
+    watcher: Watcher
+    save: Callable[[int], None]  # checkpoint after this many finished steps
+    should_stop: Callable[[], bool]
+
+
+def train(c: Components, first_step: int) -> str:
+    """Run steps [first_step, cfg.steps); returns completed, interrupted or stopped. The last checkpoint is saved always."""
+    step, saved = first_step, -1
+    outcome = "completed"
+    while step < c.cfg.steps:
+        started = time.perf_counter()
+        try:
+            metrics = _step(c, step)
+        except Interrupted:
+            outcome = "interrupted"
+            break
+        metrics["perf/step_time"] = time.perf_counter() - started
+        alerts = c.watcher.check(step, metrics)
+        c.tracker.log(step, metrics)
+        for alert in alerts:
+            c.tracker.event(f"watch_{alert.action}", alert.message, {"step": step, "rule": alert.rule})
+        step += 1
+        if c.cfg.checkpoint.interval_steps and step % c.cfg.checkpoint.interval_steps == 0:
+            c.save(step)
+            saved = step
+        if any(alert.action == "stop" for alert in alerts):
+            outcome = "stopped"
+            break
+        if c.should_stop():
+            outcome = "interrupted"
+            break
+    if saved != step:
+        c.save(step)
+    return outcome
+
+
+def _step(c: Components, step: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    with _clock(metrics, "perf/rollout_time"):
+        rollout = c.collector.collect(step)
+    metrics |= rollout.metrics | c.pool.metrics()
+    batch = _make_batch(c.cfg, rollout)
+    if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
+        with _clock(metrics, "perf/decompose_time"):
+            metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples)
+    with _clock(metrics, "perf/train_time"):
+        metrics |= c.trainer.step(batch)
+    metrics |= mismatch.metrics(batch, c.trainer.version)
+    metrics |= c.sync()
+    c.tracker.log_samples(step, rollout.samples)
+    if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
+        with _clock(metrics, "perf/eval_time"):
+            metrics |= evaluate(c.cfg, c.collector, step)
+    metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
+    return metrics
+
+
+def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
+    advantages = compute_advantages(cfg.algorithm, [group.samples for group in rollout.groups])
+    return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
+
+
+@contextmanager
+def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics[name] = time.perf_counter() - started

@@ -1,0 +1,154 @@
+"""Prompts in, rewarded groups out: the generate and reward half of a step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from runner.errors import UserError
+from runner.rollout.protocol import RolloutPool
+from runner.samples import Request, Sample, SamplingParams, Status, request_seed
+from runner.schema import Config
+from runner.tasks.protocol import Prompt, Task
+from runner.tasks.rewards import RewardRunner
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop; raised only where nothing of the step has been kept yet."""
+
+
+@dataclass
+class Group:
+    """All samples of one prompt, in sample order."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward or 0.0 for sample in self.samples]
+
+    @property
+    def is_flat(self) -> bool:
+        """Equal rewards carry no advantage."""
+        return max(self.rewards) == min(self.rewards)
+
+
+@dataclass
+class Rollout:
+    """The groups that a step trains on, and counts over everything that was generated for it."""
+
+    groups: list[Group]
+    generated: list[Group]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+
+class Collector:
+    """Draws prompts, drives the pool and grades what comes back."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        task: Task,
+        pool: RolloutPool,
+        rewards: RewardRunner,
+        decode: Callable[[list[int]], str],
+        stop_token_ids: tuple[int, ...],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.cfg, self.task, self.pool, self.rewards = cfg, task, pool, rewards
+        self.decode, self.stop_token_ids, self.should_stop = decode, stop_token_ids, should_stop
+
+    def collect(self, step: int) -> Rollout:
+        """One step's groups. With dynamic sampling (DAPO, arXiv 2503.14476) flat groups are replaced by other prompts,
+        for at most `max_resample_rounds` further rounds; flat groups fill what is still missing then."""
+        algorithm = self.cfg.algorithm
+        sampling = SamplingParams(
+            temperature=self.cfg.rollout.sampling.temperature,
+            max_response_tokens=self.cfg.rollout.sampling.max_response_tokens,
+            stop_token_ids=self.stop_token_ids,
+        )
+        wanted = algorithm.prompts_per_step
+        per_round = algorithm.oversample_prompts or wanted
+        rounds = 1 + (algorithm.max_resample_rounds if algorithm.dynamic_sampling else 0)
+        generated: list[Group] = []
+        kept: list[Group] = []
+        for number in range(rounds):
+            prompts = self.task.train_prompts(step, per_round, number)
+            samples = self.generate(
+                prompts, algorithm.samples_per_prompt, sampling, step, capture_routes=self.cfg.router_replay.rollout
+            )
+            new = _groups(prompts, samples)
+            generated += new
+            kept += [group for group in new if not (algorithm.dynamic_sampling and group.is_flat)]
+            if len(kept) >= wanted:
+                break
+        if len(kept) < wanted:
+            kept += [group for group in generated if algorithm.dynamic_sampling and group.is_flat][: wanted - len(kept)]
+        kept = kept[:wanted]
+        if not kept:
+            raise UserError(
+                f"step {step}: every sample of the rollout failed",
+                key="rollout",
+                fix="read logs/ in the run's folder for the engine's own message",
+            )
+        return Rollout(kept, generated, _metrics(generated, rounds_used=number + 1))
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool
+    ) -> list[Sample]:
+        """Rewarded samples in request order; failed ones keep reward None. Raises Interrupted between samples."""
+        by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        requests = [
+            Request(
+                prompt_id=prompt.prompt_id,
+                sample_index=index,
+                tokens=tuple(prompt.tokens),
+                sampling=sampling,
+                seed=request_seed(self.cfg.seed, step, prompt.prompt_id, index),
+                capture_routes=capture_routes,
+            )
+            for prompt in prompts
+            for index in range(samples_per_prompt)
+        ]
+        finished: dict[tuple[str, int], Sample] = {}
+        for sample in self.pool.generate(requests):
+            if self.should_stop():
+                raise Interrupted
+            if sample.status is not Status.failed:
+                text = self.decode(sample.response_tokens.tolist())
+                sample.info["text"] = text
+                sample.reward = self.rewards.grade(by_id[sample.prompt_id], text, sample)
+            finished[sample.prompt_id, sample.sample_index] = sample
+        if len(finished) != len(requests):
+            raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
+        return [finished[request.prompt_id, request.sample_index] for request in requests]
+
+
+def _groups(prompts: Sequence[Prompt], samples: list[Sample]) -> list[Group]:
+    by_prompt: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.reward is not None:
+            by_prompt[sample.prompt_id].append(sample)
+    return [Group(prompt, by_prompt[prompt.prompt_id]) for prompt in prompts if by_prompt[prompt.prompt_id]]
+
+
+def _metrics(groups: list[Group], rounds_used: int) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group.samples]
+    if not samples:
+        return {"rollout/rounds": float(rounds_used)}
+    lengths = [sample.response_length for sample in samples]
+    return {
+        "rollout/raw_reward": sum(sample.reward or 0.0 for sample in samples) / len(samples),
+        "rollout/response_len/mean": sum(lengths) / len(lengths),
+        "rollout/response_len/max": float(max(lengths)),
+        "rollout/truncated_ratio": sum(sample.status is Status.truncated for sample in samples) / len(samples),
+        "rollout/zero_std": sum(group.is_flat for group in groups) / len(groups),
+        "rollout/samples": float(len(samples)),
+        "rollout/rounds": float(rounds_used),
+    }

@@ -1,0 +1,151 @@
+"""Supervised warm start: a random tiny model learns the format of worked solutions before RL takes over.
+
+The result is cached under `outputs/.warm_start/<hash>` by everything it depends on: the model, the task, the precision,
+the optimizer, the seed and the version of this package's training code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from runner import __version__
+from runner.errors import UserError
+from runner.rollout.collect import Collector, Interrupted
+from runner.samples import SamplingParams
+from runner.schema import Config
+from runner.sync import WeightSync
+from runner.tasks.protocol import Task
+from runner.tracking.tracker import Tracker
+from runner.trainer.torch_trainer import TorchTrainer
+
+CHECK_PROMPTS = 128  # training prompts sampled once each, at temperature 1, to measure success
+FORMAT = 1  # raised when a change of code makes older caches wrong
+
+
+def cache_key(cfg: Config) -> str:
+    """Hash of what the warm start depends on; nothing of rollout, speculation or tracking."""
+    parts = {
+        "model": cfg.model,
+        "task": cfg.task,
+        "precision": cfg.precision,
+        "optimizer": cfg.trainer.optimizer,
+        "warm_start": cfg.warm_start,
+        "max_response_tokens": cfg.rollout.sampling.max_response_tokens,
+        "seed": cfg.seed,
+        "version": f"{__version__}/{FORMAT}",
+        "torch": torch.__version__,
+    }
+    text = json.dumps({name: _plain(value) for name, value in parts.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def warm_start(
+    cfg: Config,
+    trainer: TorchTrainer,
+    collector: Collector,
+    sync: WeightSync,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Train on worked solutions until sampled success reaches `warm_start.stop_at_reward`, or load that from the cache."""
+    folder = Path(cfg.outputs_dir) / ".warm_start" / cache_key(cfg)
+    if cfg.warm_start.cache and (folder / "done.json").is_file():
+        trainer.load(folder)
+        trainer.reset_optimizer()
+        trainer.version = 0
+        tracker.event("warm_start", f"warm start loaded from {folder}", json.loads((folder / "done.json").read_text()))
+        return
+    summary = _train(cfg, trainer, collector, sync, tokenizer, tracker, should_stop)
+    trainer.reset_optimizer()
+    trainer.version = 0
+    tracker.event("warm_start", "warm start: {reward:.2f} sampled success after {steps} steps".format(**summary), summary)
+    if cfg.warm_start.cache:
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            trainer.save(partial)
+            (partial / "done.json").write_text(json.dumps(summary))
+            partial.rename(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not (folder / "done.json").is_file():  # else another run of a sweep was first
+                tracker.event("warning", f"the warm start could not be cached under {folder}: {error.strerror}", {})
+
+
+def _train(
+    cfg: Config,
+    trainer: TorchTrainer,
+    collector: Collector,
+    sync: WeightSync,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    section = cfg.warm_start
+    corpus = _tokenize(collector.task, tokenizer, section.max_steps * section.batch_size, cfg.task.seed)
+    order = np.random.default_rng(cfg.seed).permutation(len(corpus))
+    reward, steps = 0.0, 0
+    with tracker.progress("warm start", section.max_steps) as advance:
+        for step in range(section.max_steps):
+            picks = [corpus[order[(step * section.batch_size + i) % len(corpus)]] for i in range(section.batch_size)]
+            # Warm-up over 20 steps: Adam's second moments are noise before that.
+            metrics = trainer.sft_step(picks, lr=section.lr * min(1.0, (step + 1) / 20))
+            steps = step + 1
+            advance(1, f"loss {metrics['sft/loss']:.3f}  success {reward:.2f}")
+            if should_stop():
+                raise Interrupted
+            if steps % section.check_interval_steps == 0 or steps == section.max_steps:
+                reward = _success(cfg, collector, sync, steps)
+                if reward >= section.stop_at_reward:
+                    break
+    return {"reward": reward, "steps": steps}
+
+
+def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> float:
+    sync()
+    sampling = SamplingParams(
+        temperature=cfg.rollout.sampling.temperature,
+        max_response_tokens=cfg.rollout.sampling.max_response_tokens,
+        stop_token_ids=collector.stop_token_ids,
+    )
+    prompts = collector.task.train_prompts(step, CHECK_PROMPTS, 0)
+    samples = collector.generate(prompts, 1, sampling, step=-1_000_000 - step, capture_routes=False)
+    return sum(sample.reward or 0.0 for sample in samples) / len(samples)
+
+
+def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
+    pairs = task.worked_solutions(count, seed)
+    if not pairs:
+        raise UserError(
+            f"task {task.name} has no worked solutions to warm-start from", key="warm_start.enabled", fix="warm_start.enabled=false"
+        )
+    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    end = [tokenizer.eos_token_id]
+    return [(torch.tensor(p + a + end), len(p)) for p, a in zip(prompts, answers, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
