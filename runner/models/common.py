@@ -1,0 +1,181 @@
+"""Parts of parameter tables that several families share, and the reading of config.json fields. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from runner.models.family import Parameter, StackedParameter
+from runner.models.vocabulary import EOS_ID, PAD_ID
+from runner.schema import ModelConfig, Role
+
+
+def embedding(model: ModelConfig, prefix: str = "model.") -> Parameter:
+    return Parameter(f"{prefix}embed_tokens.weight", Role.embedding, (model.vocab_size, model.hidden_size))
+
+
+def final_norm_and_head(model: ModelConfig, prefix: str = "model.") -> Iterator[Parameter]:
+    """The last norm, and lm_head unless it is tied to the embedding (then it is not on disk)."""
+    yield Parameter(f"{prefix}norm.weight", Role.norm, (model.hidden_size,))
+    if not model.tied_embeddings:
+        yield Parameter("lm_head.weight", Role.lm_head, (model.vocab_size, model.hidden_size))
+
+
+def layer_norms(model: ModelConfig, prefix: str, layer: int | None) -> Iterator[Parameter]:
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield Parameter(f"{prefix}.{norm}.weight", Role.norm, (model.hidden_size,), layer)
+
+
+def grouped_query_attention(model: ModelConfig, prefix: str, layer: int | None, *, output_bias: bool) -> Iterator[Parameter]:
+    """q, k, v, o projections of Qwen-style attention. `prefix` ends in the layer, without a dot.
+
+    `attention_bias` gives q, k, v a bias; `output_bias` says whether o_proj has one too (Qwen3 yes, Qwen2 no).
+    """
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    shapes = {
+        "q_proj": (queries, model.hidden_size),
+        "k_proj": (keys, model.hidden_size),
+        "v_proj": (keys, model.hidden_size),
+        "o_proj": (model.hidden_size, queries),
+    }
+    for projection, shape in shapes.items():
+        name = f"{prefix}.self_attn.{projection}"
+        yield Parameter(f"{name}.weight", Role.attention, shape, layer)
+        if model.attention_bias and (projection != "o_proj" or output_bias):
+            yield Parameter(f"{name}.bias", Role.attention, shape[:1], layer)
+    if model.qk_norm:
+        for norm in ("q_norm", "k_norm"):
+            yield Parameter(f"{prefix}.self_attn.{norm}.weight", Role.norm, (model.head_dim,), layer)
+
+
+def gated_mlp(
+    prefix: str, hidden: int, ffn: int, role: Role, layer: int | None, expert: int | None = None
+) -> Iterator[Parameter]:
+    """gate_proj, up_proj `[ffn, hidden]` and down_proj `[hidden, ffn]` under `prefix` (without a dot at its end)."""
+    yield Parameter(f"{prefix}.gate_proj.weight", role, (ffn, hidden), layer, expert)
+    yield Parameter(f"{prefix}.up_proj.weight", role, (ffn, hidden), layer, expert)
+    yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert)
+
+
+def routed_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """The router and every expert of one MoE layer; `prefix` ends in `mlp`."""
+    yield Parameter(f"{prefix}.gate.weight", Role.router, (model.num_experts, model.hidden_size), layer)
+    if model.router_bias:
+        yield Parameter(f"{prefix}.gate.e_score_correction_bias", Role.router, (model.num_experts,), layer)
+    for expert in range(model.num_experts):
+        name = f"{prefix}.experts.{expert}"
+        yield from gated_mlp(name, model.hidden_size, model.expert_ffn_size, Role.routed_expert, layer, expert)
+
+
+def stacked_experts(model: ModelConfig, prefix: str) -> Iterator[StackedParameter]:
+    """transformers' fused tensors: gate_up_proj `[E, 2 * ffn, hidden]` (gate rows first), down_proj `[E, hidden, ffn]`."""
+    ffn, hidden = model.expert_ffn_size, model.hidden_size
+    gate_up: list[tuple[str, int, int, int]] = []
+    down: list[tuple[str, int, int, int]] = []
+    for expert in range(model.num_experts):
+        name = f"{prefix}.experts.{expert}"
+        gate_up.append((f"{name}.gate_proj.weight", expert, 0, ffn))
+        gate_up.append((f"{name}.up_proj.weight", expert, ffn, 2 * ffn))
+        down.append((f"{name}.down_proj.weight", expert, 0, hidden))
+    yield StackedParameter(f"{prefix}.experts.gate_up_proj", tuple(gate_up))
+    yield StackedParameter(f"{prefix}.experts.down_proj", tuple(down))
+
+
+def base_config(model: ModelConfig) -> dict[str, Any]:
+    """config.json fields that every family writes.
+
+    `rope_theta` is written in the old place and in the new one (`rope_parameters`), because engines differ in which they read.
+    A model without a checkpoint uses the tokenizer of runner/models/vocabulary.py, so its special token ids are known.
+    """
+    config: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_context_tokens,
+        "initializer_range": model.initializer_range,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_bias": model.attention_bias,
+        "attention_dropout": 0.0,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "use_cache": True,
+    }
+    if model.hf_checkpoint is None:
+        config |= {"pad_token_id": PAD_ID, "bos_token_id": None, "eos_token_id": EOS_ID}
+    return config
+
+
+class ConfigReader:
+    """Reads fields of a config.json and names the one that is missing or not understood."""
+
+    def __init__(self, config: dict[str, Any], name: str) -> None:
+        self.config = config
+        self.name = name
+
+    def get(self, *keys: str) -> Any:
+        """The first of `keys` that is there; ValueError when none is."""
+        for key in keys:
+            if key in self.config:
+                return self.config[key]
+        raise ValueError(f"config.json of {self.name} has no `{keys[0]}`")
+
+    def optional(self, key: str, absent: Any) -> Any:
+        """A field that published configs leave out when it has this value; null counts as absent."""
+        value = self.config.get(key)
+        return absent if value is None else value
+
+    def must_be(self, key: str, expected: Any, *, absent: Any) -> None:
+        """ValueError unless the field has the one value that this family's table describes."""
+        value = self.optional(key, absent)
+        if value != expected:
+            raise ValueError(f"config.json of {self.name}: `{key}` is {value!r}; this family understands {expected!r} only")
+
+    def rope_theta(self) -> float:
+        """From `rope_parameters` (transformers 5) or the top level (earlier)."""
+        parameters = self.config.get("rope_parameters")
+        return float(parameters["rope_theta"] if parameters else self.get("rope_theta"))
+
+
+def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int) -> dict[str, Any]:
+    """ModelConfig fields of a dense model without MLA, MTP or vision; families override what they have more of.
+
+    Rope scaling stays in the checkpoint's own config.json: trainers and engines read it there.
+    """
+    return {
+        "name": reader.name,
+        "family": family,
+        "num_layers": reader.get("num_hidden_layers"),
+        "hidden_size": reader.get("hidden_size"),
+        "ffn_size": reader.get("intermediate_size"),
+        "num_heads": reader.get("num_attention_heads"),
+        "num_kv_heads": reader.get("num_key_value_heads"),
+        "head_dim": head_dim,
+        "vocab_size": reader.get("vocab_size"),
+        "max_context_tokens": reader.get("max_position_embeddings"),
+        "rope_theta": reader.rope_theta(),
+        "norm_eps": reader.get("rms_norm_eps"),
+        "tied_embeddings": reader.optional("tie_word_embeddings", False),
+        "attention_bias": reader.optional("attention_bias", False),
+        "qk_norm": qk_norm,
+        "initializer_range": reader.get("initializer_range"),
+        "num_experts": 0,
+        "experts_top_k": 0,
+        "expert_ffn_size": 0,
+        "num_shared_experts": 0,
+        "num_dense_layers": 0,
+        "router_score": "softmax",
+        "router_bias": False,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": 0,
+        "kv_lora_rank": 0,
+        "qk_nope_head_dim": 0,
+        "qk_rope_head_dim": 0,
+        "v_head_dim": 0,
+        "num_mtp_layers": 0,
+        "vision": False,
+    }

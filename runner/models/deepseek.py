@@ -1,0 +1,119 @@
+"""DeepSeek-V3 architecture (Moonlight, Kimi-K2): multi-head latent attention, first layers dense, then experts with a
+sigmoid router, a selection bias, and shared experts fused into one mlp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from runner.models import common
+from runner.models.family import Parameter, StackedParameter
+from runner.schema import ModelConfig, Role
+
+
+class DeepSeek:
+    name = "deepseek"
+    architectures = ("DeepseekV3ForCausalLM",)
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        hidden = model.hidden_size
+        yield common.embedding(model)
+        for layer in range(model.num_layers):
+            prefix = f"model.layers.{layer}"
+            yield from _latent_attention(model, f"{prefix}.self_attn", layer)
+            if layer < model.num_dense_layers:
+                yield from common.gated_mlp(f"{prefix}.mlp", hidden, model.ffn_size, Role.dense_mlp, layer)
+            else:
+                yield from common.routed_experts(model, f"{prefix}.mlp", layer)
+                if model.num_shared_experts:
+                    shared = model.num_shared_experts * model.expert_ffn_size
+                    yield from common.gated_mlp(f"{prefix}.mlp.shared_experts", hidden, shared, Role.shared_expert, layer)
+            yield from common.layer_norms(model, prefix, layer)
+        yield from common.final_norm_and_head(model)
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        for layer in self.moe_layers(model):
+            yield from common.stacked_experts(model, f"model.layers.{layer}.mlp")
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return list(range(model.num_dense_layers, model.num_layers))
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        return common.base_config(model) | {
+            "model_type": "deepseek_v3",
+            "architectures": list(self.architectures),
+            "q_lora_rank": model.q_lora_rank or None,
+            "kv_lora_rank": model.kv_lora_rank,
+            "qk_nope_head_dim": model.qk_nope_head_dim,
+            "qk_rope_head_dim": model.qk_rope_head_dim,
+            "v_head_dim": model.v_head_dim,
+            "n_routed_experts": model.num_experts,
+            "num_experts_per_tok": model.experts_top_k,
+            "moe_intermediate_size": model.expert_ffn_size,
+            "n_shared_experts": model.num_shared_experts,
+            "first_k_dense_replace": model.num_dense_layers,
+            "routed_scaling_factor": model.routed_scaling_factor,
+            "norm_topk_prob": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_nextn_predict_layers": 0,
+            # transformers implies these three; engines read them
+            "moe_layer_freq": 1,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        }
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        reader = common.ConfigReader(config, name)
+        reader.must_be("hidden_act", "silu", absent="silu")
+        reader.must_be("n_group", 1, absent=1)
+        reader.must_be("topk_group", 1, absent=1)
+        reader.must_be("moe_layer_freq", 1, absent=1)
+        reader.must_be("norm_topk_prob", True, absent=True)
+        reader.must_be("scoring_func", "sigmoid", absent="sigmoid")
+        reader.must_be("topk_method", "noaux_tc", absent="noaux_tc")
+        reader.must_be("num_nextn_predict_layers", 0, absent=0)
+        query_key_dim = reader.get("qk_nope_head_dim") + reader.get("qk_rope_head_dim")
+        return common.plain_fields(reader, self.name, qk_norm=False, head_dim=query_key_dim) | {
+            "num_experts": reader.get("n_routed_experts"),
+            "experts_top_k": reader.get("num_experts_per_tok"),
+            "expert_ffn_size": reader.get("moe_intermediate_size"),
+            "num_shared_experts": reader.optional("n_shared_experts", 0),
+            "num_dense_layers": reader.get("first_k_dense_replace"),
+            "router_score": "sigmoid",
+            "router_bias": True,
+            "routed_scaling_factor": reader.get("routed_scaling_factor"),
+            "q_lora_rank": reader.optional("q_lora_rank", 0),
+            "kv_lora_rank": reader.get("kv_lora_rank"),
+            "qk_nope_head_dim": reader.get("qk_nope_head_dim"),
+            "qk_rope_head_dim": reader.get("qk_rope_head_dim"),
+            "v_head_dim": reader.get("v_head_dim"),
+        }
+
+
+def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """MLA: queries direct or through a low rank, keys and values through one, the rope part of the key shared by all heads."""
+    hidden, heads = model.hidden_size, model.num_heads
+    queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+
+    def matrix(name: str, rows: int, columns: int) -> Parameter:
+        return Parameter(f"{prefix}.{name}.weight", Role.attention, (rows, columns), layer)
+
+    def bias(name: str, rows: int) -> Iterator[Parameter]:
+        if model.attention_bias:
+            yield Parameter(f"{prefix}.{name}.bias", Role.attention, (rows,), layer)
+
+    if model.q_lora_rank:
+        yield matrix("q_a_proj", model.q_lora_rank, hidden)
+        yield from bias("q_a_proj", model.q_lora_rank)
+        yield Parameter(f"{prefix}.q_a_layernorm.weight", Role.norm, (model.q_lora_rank,), layer)
+        yield matrix("q_b_proj", queries, model.q_lora_rank)
+    else:
+        yield matrix("q_proj", queries, hidden)
+    compressed = model.kv_lora_rank + model.qk_rope_head_dim
+    yield matrix("kv_a_proj_with_mqa", compressed, hidden)
+    yield from bias("kv_a_proj_with_mqa", compressed)
+    yield Parameter(f"{prefix}.kv_a_layernorm.weight", Role.norm, (model.kv_lora_rank,), layer)
+    yield matrix("kv_b_proj", heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
+    yield matrix("o_proj", hidden, heads * model.v_head_dim)
+    yield from bias("o_proj", hidden)

@@ -1,0 +1,68 @@
+"""MiMo-7B: Qwen2-style attention (bias on q, k, v, no norms on them) and multi-token-prediction (MTP) layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from runner.models import common
+from runner.models.family import Parameter, StackedParameter
+from runner.schema import ModelConfig, Role
+
+
+class MiMo:
+    name = "mimo"
+    architectures = ("MiMoForCausalLM",)
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        yield common.embedding(model)
+        for layer in range(model.num_layers):
+            yield from _decoder_layer(model, f"model.layers.{layer}", layer)
+        yield from common.final_norm_and_head(model)
+        for index in range(model.num_mtp_layers):
+            yield from _mtp_layer(model, f"model.mtp_layers.{index}", model.num_layers + index)
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        yield from ()
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return []
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        return common.base_config(model) | {
+            "model_type": "mimo",
+            "architectures": list(self.architectures),
+            "head_dim": model.head_dim,
+            "use_sliding_window": False,
+            "num_nextn_predict_layers": model.num_mtp_layers,
+        }
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        reader = common.ConfigReader(config, name)
+        reader.must_be("hidden_act", "silu", absent="silu")
+        reader.must_be("use_sliding_window", False, absent=False)
+        head_dim = reader.optional("head_dim", reader.get("hidden_size") // reader.get("num_attention_heads"))
+        return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {
+            "attention_bias": reader.optional("attention_bias", True),
+            "num_mtp_layers": reader.optional("num_nextn_predict_layers", 0),
+        }
+
+
+def _decoder_layer(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    yield from common.grouped_query_attention(model, prefix, layer, output_bias=False)
+    yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+    yield from common.layer_norms(model, prefix, layer)
+
+
+def _mtp_layer(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """A decoder layer behind a projection of [last hidden state, next token's embedding]; its glue has role `mtp`.
+
+    Its attention and mlp weights have role `mtp` too: they draft, the policy never runs them, so QAT leaves them alone.
+    """
+    hidden = model.hidden_size
+    for norm in ("token_layernorm", "hidden_layernorm"):
+        yield Parameter(f"{prefix}.{norm}.weight", Role.mtp, (hidden,), layer)
+    yield Parameter(f"{prefix}.input_proj.weight", Role.mtp, (hidden, 2 * hidden), layer)
+    for parameter in _decoder_layer(model, prefix, layer):
+        yield Parameter(parameter.name, Role.mtp, parameter.shape, layer)
+    yield Parameter(f"{prefix}.final_layernorm.weight", Role.mtp, (hidden,), layer)

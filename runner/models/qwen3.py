@@ -1,0 +1,44 @@
+"""Qwen3, dense: grouped-query attention with RMS norms on queries and keys, gated mlp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from runner.models import common
+from runner.models.family import Parameter, StackedParameter
+from runner.schema import ModelConfig, Role
+
+
+class Qwen3:
+    name = "qwen3"
+    architectures = ("Qwen3ForCausalLM",)
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        yield common.embedding(model)
+        for layer in range(model.num_layers):
+            prefix = f"model.layers.{layer}"
+            yield from common.grouped_query_attention(model, prefix, layer, output_bias=True)
+            yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+            yield from common.layer_norms(model, prefix, layer)
+        yield from common.final_norm_and_head(model)
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        yield from ()
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return []
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        return common.base_config(model) | {
+            "model_type": "qwen3",
+            "architectures": list(self.architectures),
+            "head_dim": model.head_dim,
+            "use_sliding_window": False,
+        }
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        reader = common.ConfigReader(config, name)
+        reader.must_be("use_sliding_window", False, absent=False)
+        reader.must_be("hidden_act", "silu", absent="silu")
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim"))

@@ -1,0 +1,66 @@
+"""Qwen3-MoE: Qwen3 attention; every layer routes by softmax to the top-k experts, whose weights are renormalised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from runner.models import common
+from runner.models.family import Parameter, StackedParameter
+from runner.schema import ModelConfig, Role
+
+
+class Qwen3Moe:
+    name = "qwen3_moe"
+    architectures = ("Qwen3MoeForCausalLM",)
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        yield common.embedding(model)
+        for layer in range(model.num_layers):
+            prefix = f"model.layers.{layer}"
+            yield from common.grouped_query_attention(model, prefix, layer, output_bias=True)
+            if layer < model.num_dense_layers:
+                yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+            else:
+                yield from common.routed_experts(model, f"{prefix}.mlp", layer)
+            yield from common.layer_norms(model, prefix, layer)
+        yield from common.final_norm_and_head(model)
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        for layer in self.moe_layers(model):
+            yield from common.stacked_experts(model, f"model.layers.{layer}.mlp")
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return list(range(model.num_dense_layers, model.num_layers))
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        return common.base_config(model) | {
+            "model_type": "qwen3_moe",
+            "architectures": list(self.architectures),
+            "head_dim": model.head_dim,
+            "use_sliding_window": False,
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.experts_top_k,
+            "moe_intermediate_size": model.expert_ffn_size,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(range(model.num_dense_layers)),
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.0,
+        }
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        reader = common.ConfigReader(config, name)
+        reader.must_be("use_sliding_window", False, absent=False)
+        reader.must_be("hidden_act", "silu", absent="silu")
+        reader.must_be("decoder_sparse_step", 1, absent=1)
+        reader.must_be("norm_topk_prob", True, absent=False)
+        dense = reader.optional("mlp_only_layers", [])
+        if dense != list(range(len(dense))):
+            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense}; only the first layers may be dense")
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim")) | {
+            "num_experts": reader.get("num_experts", "num_local_experts"),
+            "experts_top_k": reader.get("num_experts_per_tok"),
+            "expert_ffn_size": reader.get("moe_intermediate_size"),
+            "num_dense_layers": len(dense),
+        }

@@ -1,0 +1,142 @@
+"""Qwen3-VL, dense, for tiny vision models: a Qwen3 decoder behind a visual tower with deepstack mergers.
+
+ModelConfig has no numbers of a visual tower: they follow the decoder's width (`tower`), which suits tiny models only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from runner.models import common
+from runner.models.family import Parameter, StackedParameter
+from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
+from runner.schema import ModelConfig, Role
+
+
+@dataclass(frozen=True)
+class VisualTower:
+    """Sizes of the visual tower; images are cut into patches of `patch_size` pixels, `merge` x `merge` patches per token."""
+
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    depth: int = 2
+    patch_size: int = 4
+    temporal_patch_size: int = 2
+    channels: int = 3
+    merge: int = 2
+    num_positions: int = 256  # a 16 x 16 grid, interpolated for other image sizes
+    deepstack_layers: tuple[int, ...] = (0,)  # tower layers whose output is added to the first decoder layers
+
+
+def tower(model: ModelConfig) -> VisualTower:
+    return VisualTower(hidden_size=model.hidden_size, ffn_size=model.ffn_size, num_heads=model.num_heads)
+
+
+class Qwen3VL:
+    name = "qwen3_vl"
+    architectures = ("Qwen3VLForConditionalGeneration",)
+
+    def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
+        yield from _visual_parameters(model)
+        decoder = "model.language_model."
+        yield common.embedding(model, decoder)
+        for layer in range(model.num_layers):
+            prefix = f"{decoder}layers.{layer}"
+            yield from common.grouped_query_attention(model, prefix, layer, output_bias=True)
+            yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+            yield from common.layer_norms(model, prefix, layer)
+        yield from common.final_norm_and_head(model, decoder)
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        yield from ()
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return []
+
+    def hf_config(self, model: ModelConfig) -> dict[str, Any]:
+        text = common.base_config(model) | {"model_type": "qwen3_vl_text", "head_dim": model.head_dim}
+        # the three parts (time, height, width) of the rotary position share the pairs of a head
+        pairs = model.head_dim // 2
+        sections = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+        text["rope_parameters"] = text["rope_parameters"] | {"mrope_section": sections, "mrope_interleaved": True}
+        shape = tower(model)
+        vision = {
+            "model_type": "qwen3_vl_vision",
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.ffn_size,
+            "num_heads": shape.num_heads,
+            "depth": shape.depth,
+            "patch_size": shape.patch_size,
+            "temporal_patch_size": shape.temporal_patch_size,
+            "in_channels": shape.channels,
+            "spatial_merge_size": shape.merge,
+            "num_position_embeddings": shape.num_positions,
+            "out_hidden_size": model.hidden_size,
+            "deepstack_visual_indexes": list(shape.deepstack_layers),
+            "initializer_range": model.initializer_range,
+        }
+        return {
+            "model_type": "qwen3_vl",
+            "architectures": list(self.architectures),
+            "text_config": text,
+            "vision_config": vision,
+            "tie_word_embeddings": model.tied_embeddings,
+            "image_token_id": IMAGE_ID,
+            "video_token_id": VIDEO_ID,
+            "vision_start_token_id": VISION_START_ID,
+            "vision_end_token_id": VISION_END_ID,
+        }
+
+    def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
+        text, vision = config.get("text_config"), config.get("vision_config")
+        if text is None or vision is None:
+            raise ValueError(f"config.json of {name} has no `text_config` and `vision_config`")
+        reader = common.ConfigReader(text, name)
+        fields = common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim"))
+        fields |= {"vision": True, "tied_embeddings": config.get("tie_word_embeddings", False)}
+        expected = VisualTower(fields["hidden_size"], fields["ffn_size"], fields["num_heads"])
+        visual = common.ConfigReader(vision, name)
+        for key, value in {
+            "hidden_size": expected.hidden_size,
+            "intermediate_size": expected.ffn_size,
+            "num_heads": expected.num_heads,
+            "depth": expected.depth,
+            "patch_size": expected.patch_size,
+            "spatial_merge_size": expected.merge,
+            "num_position_embeddings": expected.num_positions,
+            "deepstack_visual_indexes": list(expected.deepstack_layers),
+        }.items():
+            visual.must_be(key, value, absent=None)
+        return fields
+
+
+def _visual_parameters(model: ModelConfig) -> Iterator[Parameter]:
+    shape = tower(model)
+    hidden, merged = shape.hidden_size, shape.hidden_size * shape.merge**2
+
+    def weight_and_bias(name: str, *dimensions: int) -> Iterator[Parameter]:
+        yield Parameter(f"model.visual.{name}.weight", Role.vision, dimensions)
+        yield Parameter(f"model.visual.{name}.bias", Role.vision, dimensions[:1])
+
+    def merger(name: str, norm_size: int) -> Iterator[Parameter]:
+        yield from weight_and_bias(f"{name}.norm", norm_size)
+        yield from weight_and_bias(f"{name}.linear_fc1", merged, merged)
+        yield from weight_and_bias(f"{name}.linear_fc2", model.hidden_size, merged)
+
+    patch = (shape.channels, shape.temporal_patch_size, shape.patch_size, shape.patch_size)
+    yield from weight_and_bias("patch_embed.proj", hidden, *patch)
+    yield Parameter("model.visual.pos_embed.weight", Role.vision, (shape.num_positions, hidden))
+    for block in range(shape.depth):
+        prefix = f"blocks.{block}"
+        yield from weight_and_bias(f"{prefix}.norm1", hidden)
+        yield from weight_and_bias(f"{prefix}.norm2", hidden)
+        yield from weight_and_bias(f"{prefix}.attn.qkv", 3 * hidden, hidden)
+        yield from weight_and_bias(f"{prefix}.attn.proj", hidden, hidden)
+        yield from weight_and_bias(f"{prefix}.mlp.linear_fc1", shape.ffn_size, hidden)
+        yield from weight_and_bias(f"{prefix}.mlp.linear_fc2", hidden, shape.ffn_size)
+    yield from merger("merger", hidden)
+    for index in range(len(shape.deepstack_layers)):
+        yield from merger(f"deepstack_merger_list.{index}", merged)
