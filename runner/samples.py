@@ -98,6 +98,7 @@ class Batch:
     old_logprobs      [R] fp32 per sample: the trainer's own, before the update; None until computed
     ref_logprobs      [R] fp32 per sample, or None without a KL term
     temperature       the trainer divides its logits by it
+    old_version       the trainer version whose logprobs `old_logprobs` are
     """
 
     samples: list[Sample]
@@ -105,6 +106,7 @@ class Batch:
     temperature: float
     old_logprobs: list[torch.Tensor] | None = None
     ref_logprobs: list[torch.Tensor] | None = None
+    old_version: int | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -125,6 +127,7 @@ class Batch:
             temperature=self.temperature,
             old_logprobs=pick(self.old_logprobs),
             ref_logprobs=pick(self.ref_logprobs),
+            old_version=self.old_version,
         )
 
 
