@@ -41,9 +41,10 @@ class MiMo:
         reader = common.ConfigReader(config, name)
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("use_sliding_window", False, absent=False)
+        reader.must_be("attention_bias", True, absent=True)
         head_dim = reader.optional("head_dim", reader.get("hidden_size") // reader.get("num_attention_heads"))
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {
-            "attention_bias": reader.optional("attention_bias", True),
+            "attention_bias": True,
             "num_mtp_layers": reader.optional("num_nextn_predict_layers", 0),
         }
 

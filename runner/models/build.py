@@ -1,0 +1,175 @@
+"""Building transformers models, and the way between on-disk weights and their places in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from runner.errors import UserError
+from runner.models import family_of, mimo_torch
+from runner.models.family import Family
+from runner.models.tokenizer import byte_tokenizer, load_tokenizer
+from runner.schema import ModelConfig
+
+__all__ = [
+    "build_model",
+    "byte_tokenizer",
+    "disk_tensors",
+    "load_tokenizer",
+    "memory_tensors",
+    "memory_view",
+    "named_weights",
+    "save_config",
+]
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+    experts: str = "grouped_mm",
+) -> PreTrainedModel:
+    """The transformers model in `dtype` on `device`, in eval mode (no dropout anywhere).
+
+    Without a checkpoint the weights are a random start from `seed`, drawn in fp32 on the CPU and then rounded, so
+    that every dtype and device starts from the same numbers. `attention` and `experts` name implementations that
+    are registered with transformers. The global random state is left as it was.
+    UserError when the checkpoint cannot be read, or its architecture or tensors are not those of the family's table.
+    """
+    family = family_of(model)
+    mimo_torch.register()
+    auto_class = AutoModelForImageTextToText if model.vision else AutoModelForCausalLM
+    kernels = {"attn_implementation": attention}
+    if family.moe_layers(model):
+        kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
+    if model.hf_checkpoint is None:
+        config = AutoConfig.for_model(**family.hf_config(model))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = auto_class.from_config(config, dtype=torch.float32, **kernels)
+        built = built.to(dtype)
+    else:
+        built = _from_checkpoint(model, family, auto_class, dtype, kernels)
+    _check_table(model, family, built)
+    return built.to(device).eval()
+
+
+def _from_checkpoint(
+    model: ModelConfig, family: Family, auto_class: type, dtype: torch.dtype, kernels: dict[str, str]
+) -> PreTrainedModel:
+    assert model.hf_checkpoint is not None
+    key = "model.hf_checkpoint"
+    try:
+        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
+        architectures = config.architectures or []
+        if not set(architectures) & set(family.architectures):
+            raise UserError(
+                f"'{model.hf_checkpoint}' holds {', '.join(architectures) or 'no named architecture'}; "
+                f"family {family.name} reads {', '.join(family.architectures)}",
+                key=key,
+                fix="choose the model group or the family that matches the checkpoint",
+            )
+        built, report = auto_class.from_pretrained(
+            model.hf_checkpoint,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **kernels,
+        )
+    except (OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = "give a local folder or a hub id that this machine can reach"
+        if "trust_remote_code" in str(error):
+            fix = "set model.trust_remote_code=true if you trust the code in this checkpoint"
+        raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=key, fix=fix) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"'{model.hf_checkpoint}' lacks {len(missing)} weights, first {missing[0]}",
+            key=key,
+            fix="use a complete checkpoint; weights are never filled in at random",
+        )
+    return built
+
+
+def _check_table(model: ModelConfig, family: Family, built: PreTrainedModel) -> None:
+    """UserError when names or shapes in memory differ from the family's table: the config's numbers are then wrong."""
+    expected = {parameter.name: tuple(parameter.shape) for parameter in family.parameters(model)}
+    found = {name: tuple(view.shape) for name, view in disk_tensors(family, model, named_weights(model, built))}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{model.name}: {name} is {found.get(name, 'absent')} in the model, {expected.get(name, 'absent')} in the config",
+                key="model",
+                fix="make the architecture numbers of the model group those of the checkpoint's config.json",
+            )
+
+
+def named_weights(model: ModelConfig, built: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(in-memory name, tensor sharing storage) of everything that belongs on disk.
+
+    Parameters, and buffers that are saved (the selection bias of a sigmoid router); not a tied lm_head.
+    """
+    for name, tensor in built.state_dict().items():
+        if not (model.tied_embeddings and name == "lm_head.weight"):
+            yield name, tensor
+
+
+def disk_tensors(
+    family: Family, model: ModelConfig, named: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(on-disk name, view) of in-memory tensors: stacked experts come out one by one, as views, nothing is copied.
+
+    Works on whatever lies in the parameters' shapes: weights, fp32 masters, gradients.
+    """
+    stacked = {parameter.name: parameter.pieces for parameter in family.stacked(model)}
+    for name, tensor in named:
+        if name not in stacked:
+            yield name, tensor
+            continue
+        for disk_name, expert, start, stop in stacked[name]:
+            yield disk_name, tensor[expert, start:stop]
+
+
+def memory_view(family: Family, model: ModelConfig, memory: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On-disk name -> writable view into `memory` (in-memory name -> tensor): `views[name].copy_(weight)` loads a weight."""
+    return dict(disk_tensors(family, model, memory.items()))
+
+
+def memory_tensors(
+    family: Family, model: ModelConfig, disk: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(in-memory name, tensor) from on-disk tensors: experts are stacked into new tensors, the rest passes through.
+
+    KeyError naming the weight when a piece of a stacked parameter is missing.
+    """
+    used: set[str] = set()
+    for parameter in family.stacked(model):
+        used.update(piece[0] for piece in parameter.pieces)
+        first = disk[parameter.pieces[0][0]]
+        experts = 1 + max(expert for _, expert, _, _ in parameter.pieces)
+        rows = max(stop for _, _, _, stop in parameter.pieces)
+        tensor = torch.empty(experts, rows, *first.shape[1:], dtype=first.dtype, device=first.device)
+        for disk_name, expert, start, stop in parameter.pieces:
+            tensor[expert, start:stop] = disk[disk_name]
+        yield parameter.name, tensor
+    for name, tensor in disk.items():
+        if name not in used:
+            yield name, tensor
+
+
+def save_config(model: ModelConfig, folder: Path) -> None:
+    """Write config.json and the tokenizer files, so that an engine can start from this folder without weights."""
+    mimo_torch.register()
+    if model.hf_checkpoint is None:
+        AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
+    else:
+        AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
