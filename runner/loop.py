@@ -6,18 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from runner import mismatch
 from runner.algorithms.advantages import compute_advantages
 from runner.evaluation import evaluate
 from runner.rollout.collect import Collector, Interrupted, Rollout
 from runner.rollout.protocol import RolloutPool
-from runner.samples import Batch
+from runner.samples import Batch, Sample
 from runner.schema import Config
 from runner.sync import WeightSync
 from runner.tracking.tracker import Tracker
 from runner.trainer.protocol import Trainer
 from runner.watch import Watcher
+
+
+SAMPLES_KEPT = 8  # sample texts per step in rollouts/
 
 
 @dataclass
@@ -79,7 +83,7 @@ def _step(c: Components, step: int) -> dict[str, float]:
         metrics |= c.trainer.step(batch)
     metrics |= mismatch.metrics(batch, c.trainer.version)
     metrics |= c.sync()
-    c.tracker.log_samples(step, rollout.samples)
+    c.tracker.log_samples(step, [_row(sample) for sample in rollout.samples[:SAMPLES_KEPT]])
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
@@ -90,6 +94,16 @@ def _step(c: Components, step: int) -> dict[str, float]:
 def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
     advantages = compute_advantages(cfg.algorithm, [group.samples for group in rollout.groups])
     return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {
+        "prompt_id": sample.prompt_id,
+        "prompt": sample.info["prompt"],
+        "response": sample.info["text"],
+        "reward": sample.reward,
+        "status": sample.status.value,
+    }
 
 
 @contextmanager

@@ -6,13 +6,11 @@ the optimizer, the seed and the version of this package's training code.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from runner.samples import SamplingParams
 from runner.schema import Config
 from runner.sync import WeightSync
 from runner.tasks.protocol import Task
+from runner.tracking.folder import plain_config
 from runner.tracking.tracker import Tracker
 from runner.trainer.torch_trainer import TorchTrainer
 
@@ -36,18 +35,14 @@ FORMAT = 1  # raised when a change of code makes older caches wrong
 
 def cache_key(cfg: Config) -> str:
     """Hash of what the warm start depends on; nothing of rollout, speculation or tracking."""
+    config = plain_config(cfg)
     parts = {
-        "model": cfg.model,
-        "task": cfg.task,
-        "precision": cfg.precision,
-        "optimizer": cfg.trainer.optimizer,
-        "warm_start": cfg.warm_start,
-        "max_response_tokens": cfg.rollout.sampling.max_response_tokens,
-        "seed": cfg.seed,
+        **{name: config[name] for name in ("model", "task", "precision", "trainer", "warm_start", "seed")},
+        "sampling": config["rollout"]["sampling"],
         "version": f"{__version__}/{FORMAT}",
         "torch": torch.__version__,
     }
-    text = json.dumps({name: _plain(value) for name, value in parts.items()}, sort_keys=True)
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -99,13 +94,13 @@ def _train(
     corpus = _tokenize(collector.task, tokenizer, section.max_steps * section.batch_size, cfg.task.seed)
     order = np.random.default_rng(cfg.seed).permutation(len(corpus))
     reward, steps = 0.0, 0
-    with tracker.progress("warm start", section.max_steps) as advance:
+    with tracker.progress("warm start", section.max_steps) as progress:
         for step in range(section.max_steps):
             picks = [corpus[order[(step * section.batch_size + i) % len(corpus)]] for i in range(section.batch_size)]
             # Warm-up over 20 steps: Adam's second moments are noise before that.
             metrics = trainer.sft_step(picks, lr=section.lr * min(1.0, (step + 1) / 20))
             steps = step + 1
-            advance(1, f"loss {metrics['sft/loss']:.3f}  success {reward:.2f}")
+            progress.advance(1, f"loss {metrics['sft/loss']:.3f}  success {reward:.2f}")
             if should_stop():
                 raise Interrupted
             if steps % section.check_interval_steps == 0 or steps == section.max_steps:
@@ -137,15 +132,3 @@ def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: 
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     return [(torch.tensor(p + a + end), len(p)) for p, a in zip(prompts, answers, strict=True)]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value

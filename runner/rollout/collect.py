@@ -122,7 +122,7 @@ class Collector:
                 raise Interrupted
             if sample.status is not Status.failed:
                 text = self.decode(sample.response_tokens.tolist())
-                sample.info["text"] = text
+                sample.info |= {"prompt": by_id[sample.prompt_id].text, "text": text}
                 sample.reward = self.rewards.grade(by_id[sample.prompt_id], text, sample)
             finished[sample.prompt_id, sample.sample_index] = sample
         if len(finished) != len(requests):
