@@ -1,0 +1,332 @@
+"""Which weight is stored in which format: the single source for trainer, converter, weight sync and engine config.
+
+Decided by ROLE from the model family's table, never by a name pattern. Torch-free: rules and the planner read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runner.errors import UserError, UserErrors
+from runner.models import family_of
+from runner.models.family import Parameter
+from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
+from runner.schema import Convention, Format, GridConfig, ModelConfig, PrecisionConfig, Role
+
+Side = Literal["train", "rollout"]
+
+# a quantized router gave gibberish; the others are few and sensitive, or glue whose matrices engines keep in bf16
+NEVER_QUANTIZED = (Role.router, Role.norm, Role.embedding, Role.lm_head, Role.mtp, Role.vision)
+_CT_FORMATS = {
+    Format.int4: "pack-quantized",
+    Format.int8: "pack-quantized",
+    Format.fp8: "float-quantized",
+    Format.mxfp4: "mxfp4-pack-quantized",
+    Format.nvfp4: "nvfp4-pack-quantized",
+}
+_CT_SCALE_DTYPES = {Format.mxfp4: "torch.uint8", Format.nvfp4: "torch.float8_e4m3fn"}
+_SHOWN = 3  # names listed per difference
+
+
+def quantized_roles(model: ModelConfig, precision: PrecisionConfig) -> frozenset[Role]:
+    """Roles that `precision` quantizes on this model; raises UserError for roles that never may be.
+
+    precision.roles null: the routed experts of a mixture of experts, the mlp of a dense model.
+    """
+    if precision.roles is None:
+        return frozenset({Role.routed_expert if model.num_experts else Role.dense_mlp})
+    refused = [role.name for role in precision.roles if role in NEVER_QUANTIZED]
+    if refused:
+        raise UserError(
+            f"precision.roles names {', '.join(refused)}, which {'is' if len(refused) == 1 else 'are'} never quantized",
+            key="precision.roles",
+            fix=f"leave out {', '.join(refused)}",
+        )
+    return frozenset(precision.roles)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """HF on-disk weight name -> its format, for every parameter of a model, quantized or not."""
+
+    tensors: Mapping[str, TensorFormat]
+    parameters: Mapping[str, Parameter]
+
+    @staticmethod
+    def build(model: ModelConfig, precision: PrecisionConfig, side: Side) -> PrecisionPlan:
+        """The plan of one side of the loop. Raises UserErrors with every weight that has no such format, and UserError
+        when a quantized format would touch no weight at all (quantization must never be a silent no-op)."""
+        grid: GridConfig = precision.train if side == "train" else precision.rollout
+        return PrecisionPlan.with_format(model, TensorFormat.of(grid), quantized_roles(model, precision))
+
+    @staticmethod
+    def with_format(model: ModelConfig, tensor_format: TensorFormat, roles: Iterable[Role]) -> PrecisionPlan:
+        """The plan that stores the matrices of these roles in one format and everything else in bf16."""
+        chosen, bf16 = frozenset(roles), TensorFormat.bf16()
+        parameters = {parameter.name: parameter for parameter in family_of(model).parameters(model)}
+        tensors: dict[str, TensorFormat] = {}
+        problems: dict[tuple[Role, tuple[int, ...]], UserError] = {}
+        for name, parameter in parameters.items():
+            quantized = parameter.role in chosen and _is_matrix(parameter) and tensor_format.quantized
+            tensors[name] = tensor_format if quantized else bf16
+            if quantized and (parameter.role, parameter.shape) not in problems:
+                try:
+                    tensor_format.check_shape(name, parameter.shape)
+                except UserError as error:
+                    problems[parameter.role, parameter.shape] = error
+        if problems:
+            raise UserErrors(list(problems.values()))
+        if tensor_format.quantized and not any(tensor.quantized for tensor in tensors.values()):
+            present = sorted({p.role.name for p in parameters.values() if p.role not in NEVER_QUANTIZED and _is_matrix(p)})
+            raise UserError(
+                f"{tensor_format} would quantize nothing: model {model.name} has no weight with role "
+                f"{', '.join(sorted(role.name for role in chosen)) or 'in an empty list'}",
+                key="precision.roles",
+                fix=f"precision.roles=[{','.join(present)}]",
+            )
+        return PrecisionPlan(tensors, parameters)
+
+    @staticmethod
+    def from_quantization_config(model: ModelConfig, quantization_config: Mapping[str, Any] | None) -> PrecisionPlan:
+        """The plan of a checkpoint that someone else wrote, from the `quantization_config` of its config.json.
+
+        None is a bf16 checkpoint. Raises UserError for methods and grids that are not understood: an unknown method
+        must never pass as bf16. The convention of a foreign INT checkpoint is unknown (None).
+        """
+        parameters = {parameter.name: parameter for parameter in family_of(model).parameters(model)}
+        format_of_module = _reader(quantization_config)
+        tensors = {
+            name: format_of_module(name.removesuffix(".weight")) if _is_linear(parameter) else TensorFormat.bf16()
+            for name, parameter in parameters.items()
+        }
+        return PrecisionPlan(tensors, parameters)
+
+    def format_of(self, name: str) -> TensorFormat:
+        """Format of one on-disk weight; raises UserError for a name the family's table does not have."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise UserError(f"{name} is not a parameter of this model family") from None
+
+    @property
+    def quantized(self) -> dict[str, TensorFormat]:
+        """Only the quantized weights."""
+        return {name: tensor for name, tensor in self.tensors.items() if tensor.quantized}
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """HF weight name -> format name, as engines describe themselves."""
+        return {name: tensor.format.name for name, tensor in self.tensors.items()}
+
+    def summary(self) -> str:
+        """`routed_expert 1152 x int4 group 32 exact, 97 x bf16`: weights by role and format."""
+        counts: dict[str, int] = {}
+        for name, tensor in self.tensors.items():
+            key = f"{self.parameters[name].role.name} {tensor}" if tensor.quantized else "bf16"
+            counts[key] = counts.get(key, 0) + 1
+        return ", ".join(f"{count} x {key}" for key, count in sorted(counts.items(), key=lambda item: item[0] == "bf16"))
+
+    def ignored_modules(self) -> list[str]:
+        """Linear modules that stay bf16, each by its full name: patterns have swallowed neighbours before."""
+        modules = [
+            name.removesuffix(".weight")
+            for name, parameter in self.parameters.items()
+            if _is_linear(parameter) and not self.tensors[name].quantized
+        ]
+        return modules if "lm_head" in modules else [*modules, "lm_head"]  # a tied lm_head is not in the table
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """The `quantization_config` of a checkpoint in this plan's format; None when nothing is quantized."""
+        grids = sorted(set(self.quantized.values()), key=str)
+        if not grids:
+            return None
+        if len(grids) > 1:
+            raise UserError(f"one checkpoint cannot mix {' and '.join(map(str, grids))}")
+        (grid,) = grids
+        if grid.format is Format.fp8 and grid.strategy == "block":
+            return {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+                "modules_to_not_convert": self.ignored_modules(),
+            }
+        scheme = {"targets": ["Linear"], "weights": _ct_weights(grid), "input_activations": None, "output_activations": None}
+        if grid.format is Format.fp8:
+            scheme["input_activations"] = _ct_dynamic_activations(grid)
+        return {
+            "quant_method": "compressed-tensors",
+            "format": _CT_FORMATS[grid.format],
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": scheme},
+            "ignore": self.ignored_modules(),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def differences(self, other: PrecisionPlan, names: tuple[str, str] = ("run", "checkpoint")) -> list[str]:
+        """Every way in which two plans of one model differ, grouped; [] when they agree.
+
+        `names` label self and other. An unknown convention (foreign checkpoint) is not a difference: scales are stored.
+        """
+        groups: dict[str, list[str]] = {}
+        for name in [*self.tensors, *(name for name in other.tensors if name not in self.tensors)]:
+            mine, theirs = self.tensors.get(name), other.tensors.get(name)
+            if mine is None or theirs is None:
+                groups.setdefault(f"only in {names[0] if theirs is None else names[1]}", []).append(name)
+                continue
+            for reason in grid_differences(mine, theirs, names):
+                role = self.parameters[name].role.name if name in self.parameters else "unknown role"
+                groups.setdefault(f"{role}: {reason}", []).append(name)
+        return [f"{reason}: {shorten(found)}" for reason, found in groups.items()]
+
+
+def shorten(names: list[str]) -> str:
+    """The first names of a list and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def grid_differences(mine: TensorFormat, theirs: TensorFormat, names: tuple[str, str]) -> list[str]:
+    """How two grids of one weight differ, in words."""
+    a, b = names
+    if mine.format is not theirs.format:
+        return [f"{a} {mine.format.name}, {b} {theirs.format.name}"]
+    found = []
+    for field, label in (("strategy", "strategy"), ("group_size", "group_size"), ("scale_dtype", "scale dtype")):
+        if getattr(mine, field) != getattr(theirs, field):
+            found.append(f"{label} {a} {getattr(mine, field)}, {b} {getattr(theirs, field)}")
+    if mine.symmetric != theirs.symmetric:
+        kind = {True: "symmetric", False: "asymmetric"}
+        found.append(f"{a} {kind[mine.symmetric]}, {b} {kind[theirs.symmetric]}")
+    if mine.convention is not theirs.convention and None not in (mine.convention, theirs.convention):
+        assert mine.convention and theirs.convention
+        found.append(f"convention {a} {mine.convention.name}, {b} {theirs.convention.name}")
+    return found
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    return len(parameter.shape) == 2 and parameter.name.endswith(".weight")
+
+
+def _is_linear(parameter: Parameter) -> bool:
+    """What a `targets: [Linear]` of someone else's config reaches: also routers and lm_head."""
+    return _is_matrix(parameter) and parameter.role not in (Role.embedding, Role.norm)
+
+
+def _ct_weights(grid: TensorFormat) -> dict[str, Any]:
+    """`weights` of a compressed-tensors scheme. `observer_kwargs` carries the convention; every reader accepts it."""
+    integer = grid.format in (Format.int4, Format.int8)
+    strategy = "tensor_group" if grid.format is Format.nvfp4 else grid.strategy
+    return {
+        "num_bits": grid.bits,
+        "type": "int" if integer else "float",
+        "symmetric": grid.symmetric,
+        "strategy": strategy,
+        "group_size": grid.group_size if strategy.endswith("group") else None,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "scale_dtype": _CT_SCALE_DTYPES[grid.format] if grid.format in _CT_SCALE_DTYPES else None,
+        "observer": "minmax",
+        "observer_kwargs": {"convention": grid.convention.name} if grid.convention else {},
+    }
+
+
+def _ct_dynamic_activations(grid: TensorFormat) -> dict[str, Any]:
+    strategy = "token" if grid.strategy == "channel" else "tensor"
+    return {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": True, "observer": None}
+
+
+def _reader(config: Mapping[str, Any] | None) -> Callable[[str], TensorFormat]:
+    """Module name -> format, as the program that wrote this quantization_config means it."""
+    if config is None:
+        return lambda module: TensorFormat.bf16()
+    method = config["quant_method"] if "quant_method" in config else None
+    if method == "compressed-tensors":
+        return _compressed_tensors_reader(config)
+    if method == "fp8":
+        return _fp8_reader(config)
+    raise UserError(
+        f"quantization_config.quant_method is {method!r}; readable are compressed-tensors and fp8",
+        fix="convert the original bf16 checkpoint instead",
+    )
+
+
+def _fp8_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
+    block = config["weight_block_size"] if "weight_block_size" in config else None
+    if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
+        raise UserError(f"quantization_config.weight_block_size is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
+    if "fmt" in config and config["fmt"] != "e4m3":
+        raise UserError(f"quantization_config.fmt is {config['fmt']!r}; readable is 'e4m3'")
+    grid = TensorFormat.fp8("block" if block else "tensor")
+    kept = config["modules_to_not_convert"] if "modules_to_not_convert" in config else None
+    entries = [f".{entry.strip('.')}." for entry in kept or []]
+
+    def format_of(module: str) -> TensorFormat:
+        # whole dotted components: `mlp.gate` must not swallow `mlp.gate_up_proj`
+        ignored = any(entry in f".{module}." for entry in entries)
+        return TensorFormat.bf16() if ignored else grid
+
+    return format_of
+
+
+def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
+    ignored = list(config["ignore"] or []) if "ignore" in config else []
+    schemes = [
+        (list(scheme["targets"]), _ct_grid(scheme["weights"], config["format"] if "format" in config else None))
+        for scheme in config["config_groups"].values()
+    ]
+
+    def format_of(module: str) -> TensorFormat:
+        if not _matches(module, ignored):
+            for targets, grid in schemes:
+                if "Linear" in targets or _matches(module, targets):
+                    return grid
+        return TensorFormat.bf16()
+
+    return format_of
+
+
+def _matches(module: str, entries: Iterable[str]) -> bool:
+    """compressed-tensors' matching: an exact module name, or `re:` and a pattern matched from the start."""
+    return any(re.match(entry[3:], module) if entry.startswith("re:") else entry == module for entry in entries)
+
+
+def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> TensorFormat:
+    """A compressed-tensors `weights` entry as a TensorFormat; raises UserError for what cannot be read."""
+    if weights is None:
+        return TensorFormat.bf16()
+
+    def value(key: str) -> Any:
+        return weights[key] if key in weights else None
+
+    strategy, bits, group = value("strategy"), value("num_bits"), value("group_size")
+    if value("actorder") not in (None, "static", "weight"):
+        raise UserError(f"quantization_config: activation order {value('actorder')!r} cannot be read")
+    if value("type") == "int" and bits in (4, 8) and strategy in ("group", "channel") and container == "pack-quantized":
+        kwargs = value("observer_kwargs") or {}
+        convention = Convention[kwargs["convention"]] if "convention" in kwargs else None
+        return TensorFormat(
+            Format.int4 if bits == 4 else Format.int8,
+            -1 if strategy == "channel" else int(group),
+            convention,
+            strategy,
+            symmetric=value("symmetric") is not False,
+            scale_dtype=_plain_dtype(value("scale_dtype")),
+        )
+    if value("type") == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
+        return TensorFormat.fp8(strategy)
+    if value("type") == "float" and bits == 4 and strategy in ("group", "tensor_group"):
+        return TensorFormat.mxfp4() if int(group) == 32 else TensorFormat.nvfp4()
+    raise UserError(
+        f"quantization_config: {value('type')}{bits} weights, strategy {strategy}, container {container} cannot be read",
+        fix="convert the original bf16 checkpoint instead",
+    )
+
+
+def _plain_dtype(name: str | None) -> str:
+    return name.removeprefix("torch.") if name else ""
