@@ -1,0 +1,188 @@
+"""The HTML of a report: style, script and the parts around the charts. Every text that comes from a run is escaped."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from typing import Any
+
+from runner.tracking.charts import format_number
+
+__all__ = [
+    "details",
+    "document",
+    "events",
+    "facts",
+    "format_number",
+    "grid",
+    "header",
+    "preformatted",
+    "samples",
+    "table",
+    "tiles",
+]
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1b1f24;--dim:#667080;--line:#e3e6ea;--zero:#b4bac2;
+--s0:#2563c9;--s1:#d8730a;--s2:#0d8f7c;--s3:#8a4fd3;--s4:#cb3a52;--s5:#7c8a12;--s6:#0e86b8;--s7:#98a0ab;
+--good:#12805c;--bad:#c4314b;--warn:#a86a00}
+@media(prefers-color-scheme:dark){:root{--bg:#13161a;--card:#1b1f25;--text:#e6e9ed;--dim:#98a2b0;--line:#2c323a;--zero:#57606c;
+--s0:#6ea4ff;--s1:#f7a04b;--s2:#41c7b0;--s3:#b98cf5;--s4:#f4788c;--s5:#b9c74a;--s6:#56c2ee;--s7:#727c89;
+--good:#4cc79a;--bad:#f4788c;--warn:#e5b04a}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--text);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1360px;margin:0 auto;padding:28px 20px 48px}
+h1{font-size:24px;line-height:1.25;margin:0;overflow-wrap:anywhere}
+h2{font-size:16px;margin:28px 0 10px}
+.top{display:flex;gap:12px;align-items:center;flex-wrap:wrap}
+.pill{font-size:13px;font-weight:600;padding:2px 10px;border-radius:99px;border:1px solid currentColor;color:var(--dim)}
+.completed{color:var(--good)}.failed,.killed{color:var(--bad)}.stopped,.interrupted{color:var(--warn)}.running{color:var(--s0)}
+.chips{display:flex;flex-wrap:wrap;gap:6px;margin:12px 0 4px}
+.chips span{font:12.5px ui-monospace,Menlo,Consolas,monospace;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:2px 8px}
+.facts{color:var(--dim);font-size:13.5px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}
+.tile,.card,details,.panel{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.tile{padding:12px 16px}.tile b{display:block;font-size:25px;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile span,.tile small{color:var(--dim);font-size:13px;display:block}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:14px;margin:16px 0 0}
+figure{margin:0}.card{padding:12px 14px 10px;min-width:0}
+figcaption{display:flex;gap:10px;justify-content:space-between;align-items:baseline;flex-wrap:wrap;margin-bottom:4px}
+figcaption b{overflow-wrap:anywhere}
+figcaption small,.empty{color:var(--dim);font-size:12.5px}
+svg.chart{width:100%;height:auto;display:block;touch-action:pan-y}
+svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
+svg .grid{stroke:var(--line)}svg .zero{stroke:var(--zero)}
+svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .pale{fill:none;stroke-width:1.2;opacity:.38}
+svg .cross{stroke:var(--dim);stroke-dasharray:3 3;pointer-events:none}
+.legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:12.5px;color:var(--dim);margin-top:2px}
+.key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
+#tip{position:fixed;display:none;z-index:9;pointer-events:none;background:var(--card);border:1px solid var(--zero);border-radius:8px;
+padding:6px 10px;font-size:12.5px;box-shadow:0 3px 14px #0003;font-variant-numeric:tabular-nums;max-width:80vw}
+#tip td{padding:0 0 0 10px;text-align:right}#tip td:first-child{padding:0;text-align:left}
+#tip i{display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:6px}
+.panel{padding:4px 16px;margin-top:14px}
+.event{display:grid;grid-template-columns:76px 150px 1fr;gap:10px;padding:8px 0;border-top:1px solid var(--line);font-size:14px}
+.event:first-child{border:0}.event span{color:var(--dim)}.event b{color:var(--warn);overflow-wrap:anywhere}
+.event p{margin:0;white-space:pre-line;overflow-wrap:anywhere}
+details{margin-top:14px;padding:0 16px}summary{cursor:pointer;font-weight:600;padding:12px 0}
+details[open]{padding-bottom:16px}
+pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;max-height:70vh}
+.sample{border-top:1px solid var(--line);padding:10px 0}.sample:first-child{border:0}
+.sample header{color:var(--dim);font-size:13px;margin-bottom:4px}
+.sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
+.scroll{overflow-x:auto;margin-top:18px}
+table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+.results th,.results td{padding:8px 12px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
+.results th{color:var(--dim);font-weight:600;border:0}.results th:first-child,.results td:first-child{text-align:left}
+@media(max-width:640px){main{padding:18px 12px 32px}h1{font-size:20px}.tiles{grid-template-columns:1fr 1fr;gap:8px}.tile b{font-size:21px}
+.event{grid-template-columns:auto 1fr}.event p{grid-column:1/-1}}
+@media print{details{display:none}.card{break-inside:avoid}}
+"""
+
+SCRIPT = """
+const tip=document.getElementById('tip'),fmt=v=>{if(v===null)return '–';const a=Math.abs(v);
+if(v===0)return '0';return a>=1e5||a<1e-4?v.toExponential(2):String(+v.toPrecision(4))};
+document.querySelectorAll('svg.chart').forEach(svg=>{let d=null;const cross=svg.querySelector('.cross');
+const hide=()=>{tip.style.display='none';cross.setAttribute('x1',-9);cross.setAttribute('x2',-9)};
+svg.addEventListener('pointerleave',hide);
+svg.addEventListener('pointermove',e=>{d=d||JSON.parse(svg.dataset.chart);const box=svg.getBoundingClientRect();
+const px=(e.clientX-box.left)/box.width*d.width,want=d.low+(px-d.left)/(d.right-d.left)*(d.high-d.low);
+let x=null;for(const s of d.series)for(const p of s.points)if(x===null||Math.abs(p[0]-want)<Math.abs(x-want))x=p[0];
+if(x===null)return hide();const at=d.left+(x-d.low)/(d.high-d.low)*(d.right-d.left);
+cross.setAttribute('x1',at);cross.setAttribute('x2',at);tip.replaceChildren();
+const head=document.createElement('div');head.textContent='step '+fmt(x);head.style.color='var(--dim)';tip.append(head);
+const table=document.createElement('table');for(const s of d.series){const p=s.points.find(p=>p[0]===x);if(!p)continue;
+const row=table.insertRow(),name=row.insertCell(),dot=document.createElement('i');dot.style.background='var(--s'+s.color+')';
+name.append(dot,s.label);row.insertCell().textContent=fmt(p[1])}tip.append(table);tip.style.display='block';
+const w=tip.offsetWidth,left=e.clientX+16+w>innerWidth?e.clientX-w-16:e.clientX+16;
+tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(e.clientY+14,innerHeight-tip.offsetHeight-4))+'px'})});
+"""
+
+
+def document(title: str, body: str) -> str:
+    """The whole page. The policy forbids any connection, so the file shows the same everywhere and forever."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f'<body><main>{body}</main><div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def header(title: str, state: str, chips: list[str], lines: list[str]) -> str:
+    pill = f'<span class="pill {html.escape(state)}">{html.escape(state)}</span>' if state else ""
+    shown = "".join(f"<span>{html.escape(chip)}</span>" for chip in chips)
+    text = " · ".join(html.escape(line) for line in lines)
+    return f'<div class="top"><h1>{html.escape(title)}</h1>{pill}</div><div class="chips">{shown}</div><div class="facts">{text}</div>'
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.1f} min" if minutes < 120 else f"{hours:.1f} h"
+
+
+def facts(status: dict[str, Any], config: dict[str, Any], steps: int) -> list[str]:
+    """The line below the title: steps, time, seed, message."""
+    lines = [f"{steps} of {config['steps']} steps" if "steps" in config else f"{steps} steps"]
+    if status:
+        lines.append(f"started {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(status['started']))}")
+        lines.append(f"ran {duration(status['active_seconds'])}")
+        if status["attempt"] > 1:
+            lines.append(f"{status['attempt']} attempts")
+    if "seed" in config:
+        lines.append(f"seed {config['seed']}")
+    if status.get("message"):
+        lines.append(status["message"])
+    return lines
+
+
+def tiles(boxes: list[tuple[str, str, str]]) -> str:
+    inner = "".join(
+        f'<div class="tile"><span>{html.escape(title)}</span><b>{html.escape(number)}</b><small>{html.escape(note)}</small></div>'
+        for title, number, note in boxes
+    )
+    return f'<div class="tiles">{inner}</div>' if boxes else ""
+
+
+def grid(cards: list[str]) -> str:
+    return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+
+
+def events(rows: list[dict[str, Any]]) -> str:
+    inner = "".join(
+        f'<div class="event"><span>step {row["step"] + 1}</span><b>{html.escape(row["kind"])}</b><p>{html.escape(row["message"])}</p></div>'
+        for row in rows
+    )
+    return f'<div class="panel">{inner}</div>' if rows else ""
+
+
+def samples(rows: list[tuple[int, dict[str, Any]]]) -> str:
+    """Texts of a few samples; keys beside prompt and response go into the line above them."""
+    parts = []
+    for step, row in rows:
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "response")}
+        facts_line = "  ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
+        parts.append(
+            f'<div class="sample"><header>step {step + 1}  ·  {html.escape(facts_line)}</header>'
+            f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>{html.escape(str(row.get("response", "")))}</pre></div>'
+        )
+    return f'<h2>Samples</h2><div class="panel">{"".join(parts)}</div>' if parts else ""
+
+
+def details(title: str, body: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
+
+
+def preformatted(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll panel"><table class="results"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,0 +1,340 @@
+"""report.html: one self-contained file per run, and a comparison of several runs.
+
+python -m runner report RUN            rewrite that run's report.html
+python -m runner report RUN RUN ...    one page that lays the runs over each other
+python -m runner report SWEEP          the same for every job of a sweep's folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runner.errors import UserError
+from runner.tracking import page
+from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
+from runner.tracking.folder import atomic_write, read_jsonl, read_metrics, read_status, run_state
+
+KEY_STEPS = 5  # steps at the start and at the end over which the key results are means
+SHOWN_SAMPLE_STEPS = 4
+SHOWN_SAMPLES = 3  # per shown step
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one card shows. Metrics are shell patterns; see `matching`."""
+
+    title: str
+    metrics: tuple[str, ...]
+    hint: str = ""
+    stacked: bool = False
+    smoothed: bool = False
+
+
+CHARTS = (
+    Chart("Reward and evaluation", ("rollout/raw_reward", "eval/*", "!eval/*_response_len"), "mean over samples", smoothed=True),
+    Chart(
+        "Train-rollout mismatch",
+        ("train/train_rollout_logprob_abs_diff", "probe/logprob_abs_diff"),
+        "mean |logprob difference| per token",
+        smoothed=True,
+    ),
+    Chart("Train-rollout KL", ("mismatch/kl_k1", "mismatch/kl_k3", "train/train_rollout_kl*"), "per token"),
+    Chart(
+        "Where the mismatch comes from",
+        ("mismatch/quantization", "mismatch/routing", "mismatch/numerics"),
+        "signed, adds up to the difference",
+        stacked=True,
+    ),
+    Chart(
+        "Response length",
+        ("rollout/response_len/mean", "rollout/response_len/max", "eval/*_response_len"),
+        "tokens",
+        smoothed=True,
+    ),
+    Chart("Truncated and zero-variance", ("rollout/truncated_ratio", "rollout/zero_std"), "share"),
+    Chart("Time per step", ("perf/rollout_time", "perf/train_time", "perf/update_weights_time"), "seconds", stacked=True),
+    Chart("Throughput", ("perf/tokens_per_gpu_per_sec", "perf/tokens_per_sec"), "tokens/s"),
+    Chart("Speculation", ("rollout/spec_accept_length", "rollout/spec_accept_rate"), "tokens per engine step; accepted share"),
+    Chart("Entropy", ("train/entropy_loss",), "nats per token", smoothed=True),
+    Chart("Gradient norm", ("train/grad_norm",), "before clipping", smoothed=True),
+    Chart("Clipping", ("train/pg_clipfrac", "train/tis_clipfrac"), "share of tokens"),
+    Chart("Changed by the update", ("sync/changed_integers", "sync/changed_scales"), "share of integers and scales per sync"),
+    Chart("Router disagreement", ("router_replay/disagreement",), "share of choices the trainer's own top-k would change"),
+)
+
+# Comparisons: one metric per card, one curve per run.
+COMPARED = (
+    ("Reward", "rollout/raw_reward"),
+    ("Train-rollout mismatch", "train/train_rollout_logprob_abs_diff"),
+    ("KL (k3)", "mismatch/kl_k3"),
+    ("Response length", "rollout/response_len/mean"),
+    ("Truncated", "rollout/truncated_ratio"),
+    ("Entropy", "train/entropy_loss"),
+    ("Gradient norm", "train/grad_norm"),
+    ("Integers changed", "sync/changed_integers"),
+    ("Router disagreement", "router_replay/disagreement"),
+    ("Accepted length", "rollout/spec_accept_length"),
+    ("Rollout time", "perf/rollout_time"),
+    ("Train time", "perf/train_time"),
+    ("Step time", "perf/step_time"),
+)
+
+
+@dataclass
+class RunData:
+    """A run's folder, read."""
+
+    folder: Path
+    state: str
+    status: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, float]]
+    events: list[dict[str, Any]]
+    samples: list[tuple[int, dict[str, Any]]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def points(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) of the steps that have this metric; steps counted from 1, as the console does."""
+        return [(row["step"] + 1, row[metric]) for row in self.metrics if metric in row]
+
+    def names(self) -> list[str]:
+        """Every metric, in order of first appearance."""
+        return list(dict.fromkeys(key for row in self.metrics for key in row if key != "step"))
+
+
+def read_run(folder: Path) -> RunData:
+    """Raises UserError where the folder is no run."""
+    if not (folder / "metrics.jsonl").exists() and not (folder / "status.json").exists():
+        raise UserError(f"{folder} is not a run's folder: it has neither metrics.jsonl nor status.json", fix="ls outputs")
+    resolved, environment = folder / "resolved.yaml", folder / "environment.json"
+    steps = sorted((int(path.stem.removeprefix("step_")), path) for path in (folder / "rollouts").glob("step_*.jsonl"))
+    if len(steps) > SHOWN_SAMPLE_STEPS:  # first, last and evenly between
+        steps = [steps[round(i * (len(steps) - 1) / (SHOWN_SAMPLE_STEPS - 1))] for i in range(SHOWN_SAMPLE_STEPS)]
+    return RunData(
+        folder=folder,
+        state=run_state(folder),
+        status=read_status(folder) or {},
+        config=yaml.safe_load(resolved.read_text()) if resolved.exists() else {},
+        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        metrics=read_metrics(folder),
+        events=read_jsonl(folder / "events.jsonl"),
+        samples=[(step, row) for step, path in steps for row in read_jsonl(path)[:SHOWN_SAMPLES]],
+    )
+
+
+# ---- key results
+
+
+def tail_mean(run: RunData, metric: str) -> float | None:
+    """Mean of the last KEY_STEPS finite values; None where the metric was never logged."""
+    values = [y for _, y in run.points(metric) if math.isfinite(y)][-KEY_STEPS:]
+    return sum(values) / len(values) if values else None
+
+
+def best_eval(run: RunData) -> tuple[str, float] | None:
+    """The highest evaluation and its metric; the first evaluation metric of the run where there are several."""
+    names = [name for name in run.names() if name.startswith("eval/")]
+    values = [y for _, y in run.points(names[0]) if math.isfinite(y)] if names else []
+    return (names[0], max(values)) if values else None
+
+
+def key_results(run: RunData) -> dict[str, float]:
+    """What a summary table shows of a run: reward, eval, mismatch, step_time, seconds. Missing ones are left out."""
+    results: dict[str, float] = {}
+    for key, metric in (
+        ("reward", "rollout/raw_reward"),
+        ("mismatch", "train/train_rollout_logprob_abs_diff"),
+        ("step_time", "perf/step_time"),
+    ):
+        value = tail_mean(run, metric)
+        if value is not None:
+            results[key] = value
+    best = best_eval(run)
+    if best is not None:
+        results["eval"] = best[1]
+    if "active_seconds" in run.status:
+        results["seconds"] = run.status["active_seconds"]
+    return results
+
+
+def tiles(run: RunData) -> list[tuple[str, str, str]]:
+    """(title, number, note) of the boxes on top of the page."""
+    number = page.format_number
+    boxes = []
+    rewards = [y for _, y in run.points("rollout/raw_reward") if math.isfinite(y)]
+    if rewards:
+        first = sum(rewards[:KEY_STEPS]) / len(rewards[:KEY_STEPS])
+        boxes.append(("Reward", number(sum(rewards[-KEY_STEPS:]) / len(rewards[-KEY_STEPS:])), f"from {number(first)}"))
+    best = best_eval(run)
+    if best is not None:
+        boxes.append(("Best evaluation", number(best[1]), best[0].removeprefix("eval/")))
+    for title, metric, note in (
+        ("Mismatch", "train/train_rollout_logprob_abs_diff", "|Δ logprob| per token"),
+        ("Response length", "rollout/response_len/mean", "tokens"),
+        ("Accepted length", "rollout/spec_accept_length", "tokens per engine step"),
+        ("Integers changed", "sync/changed_integers", "share per sync"),
+        ("Step time", "perf/step_time", "seconds"),
+    ):
+        value = tail_mean(run, metric)
+        if value is not None:
+            boxes.append((title, number(value), note))
+    return boxes
+
+
+# ---- one run
+
+
+def matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
+    """The metrics that any of the shell patterns names, in the patterns' order; `!pattern` takes metrics out again."""
+    found = [name for pattern in patterns for name in names if fnmatchcase(name, pattern)]
+    dropped = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return [name for name in dict.fromkeys(found) if not any(fnmatchcase(name, pattern) for pattern in dropped)]
+
+
+def short_label(name: str) -> str:
+    return name.split("/", 1)[-1].replace("train_rollout_", "").replace("_", " ")
+
+
+def draw_chart(run: RunData, chart: Chart, metrics: list[str]) -> str:
+    series = [Series(short_label(name), run.points(name), i % NUM_COLORS) for i, name in enumerate(metrics)]
+    if chart.stacked:
+        if chart.title == "Time per step" and run.points("perf/step_time"):
+            series.append(Series("rest", unaccounted_time(run, metrics), NUM_COLORS - 1))
+        return stacked_bars(chart.title, series, hint=chart.hint)
+    return line_chart(chart.title, series, hint=chart.hint, smoothed=chart.smoothed)
+
+
+def unaccounted_time(run: RunData, parts: list[str]) -> list[tuple[float, float]]:
+    """What of perf/step_time none of `parts` accounts for."""
+    rows = [row for row in run.metrics if "perf/step_time" in row]
+    return [(row["step"] + 1, max(0.0, row["perf/step_time"] - sum(row.get(part, 0.0) for part in parts))) for row in rows]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from what the folder holds now; returns its path."""
+    run = read_run(run_dir)
+    names = run.names()
+    cards, used = [], {"perf/step_time"}
+    for chart in CHARTS:
+        metrics = matching(names, chart.metrics)
+        if metrics:
+            used.update(metrics)
+            cards.append(draw_chart(run, chart, metrics))
+    rest = [line_chart(name, [Series(short_label(name), run.points(name), 0)]) for name in names if name not in used]
+    path = run_dir / "report.html"
+    body = [
+        page.header(run.name, run.state, config_line(run.config), page.facts(run.status, run.config, len(run.metrics))),
+        page.tiles(tiles(run)),
+        page.events(run.events),
+        page.grid(cards),
+        page.samples(run.samples),
+        page.details(f"{len(rest)} more metrics", page.grid(rest)) if rest else "",
+        page.details("Configuration", page.preformatted(yaml.safe_dump(run.config, sort_keys=False))) if run.config else "",
+        page.details("Environment", page.preformatted(yaml.safe_dump(run.environment, sort_keys=False)))
+        if run.environment
+        else "",
+    ]
+    atomic_write(path, page.document(run.name, "".join(body)))
+    return path
+
+
+def config_line(config: dict[str, Any]) -> list[str]:
+    """The names of the groups that say what the run is about."""
+    groups = ("model", "precision", "algorithm", "task", "trainer", "rollout", "router_replay", "speculative", "cluster")
+    return [f"{group}={config[group]['name']}" for group in groups if group in config]
+
+
+# ---- several runs
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, tree
+
+
+def differing_keys(runs: list[RunData]) -> list[str]:
+    """Config keys whose values are not the same in all runs; those that always differ are left out."""
+    tables = [dict(flatten(run.config)) for run in runs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    ignored = ("run_name", "resume", "outputs_dir")
+    return [key for key in keys if key not in ignored and len({json.dumps(table.get(key)) for table in tables}) > 1]
+
+
+def run_labels(runs: list[RunData]) -> list[str]:
+    """Folder names, made unique by the parent's name where needed."""
+    names = [run.name for run in runs]
+    return [run.name if names.count(run.name) == 1 else f"{run.folder.parent.name}/{run.name}" for run in runs]
+
+
+def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
+    """One page over several runs: a table of what differs and what came out, and curves laid over each other."""
+    runs = [read_run(folder) for folder in folders]
+    labels = run_labels(runs)
+    keys = differing_keys(runs)
+    columns = ["run", "state", *keys, "reward", "best eval", "mismatch", "step s", "total s"]
+    rows = []
+    for label, run in zip(labels, runs, strict=True):
+        results, table = key_results(run), dict(flatten(run.config))
+        numbers = [results.get(key) for key in ("reward", "eval", "mismatch", "step_time", "seconds")]
+        cells = [page.format_number(number) if number is not None else "" for number in numbers]
+        rows.append([label, run.state, *(str(table.get(key, "")) for key in keys), *cells])
+    evals = dict.fromkeys(name for run in runs for name in run.names() if name.startswith("eval/"))
+    cards = []
+    for caption, metric in (*COMPARED[:1], *((name, name) for name in evals), *COMPARED[1:]):
+        series = [
+            Series(label, run.points(metric), i % NUM_COLORS) for i, (label, run) in enumerate(zip(labels, runs, strict=True))
+        ]
+        if any(s.points for s in series):
+            cards.append(line_chart(caption, series, hint=metric if caption != metric else "", smoothed=True))
+    body = page.header(title, "", [f"{len(runs)} runs"], []) + page.table(columns, rows) + page.grid(cards)
+    atomic_write(path, page.document(title, body))
+    return path
+
+
+def find_runs(target: str) -> list[Path]:
+    """The run folder that `target` names (a path, or a name under outputs/), or every job of a sweep's folder."""
+    for folder in (Path(target), Path("outputs") / target):
+        if (folder / "metrics.jsonl").exists() or (folder / "status.json").exists():
+            return [folder]
+        jobs = sorted(path.parent for path in folder.glob("*/metrics.jsonl")) if folder.is_dir() else []
+        if jobs:
+            return jobs
+    raise UserError(f"no run named {target!r}", fix="give a run's folder, for example outputs/<run>")
+
+
+def main(argv: list[str]) -> int:
+    """`python -m runner report RUN [RUN ...] [--out FILE]`. Prints the path of the page."""
+    parser = argparse.ArgumentParser(
+        prog="python -m runner report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or its name under outputs/, or a sweep's folder")
+    parser.add_argument("--out", type=Path, help="file of the comparison (default: comparison.html beside the first run)")
+    arguments = parser.parse_args(argv)
+    try:
+        folders = list(dict.fromkeys(folder for target in arguments.runs for folder in find_runs(target)))
+        if len(folders) == 1 and arguments.out is None:
+            print(write_report(folders[0]))
+        else:
+            out = arguments.out or folders[0].parent / "comparison.html"
+            print(write_comparison(folders, out, "Comparison" if len(arguments.runs) > 1 else Path(arguments.runs[0]).name))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

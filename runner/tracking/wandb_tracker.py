@@ -1,0 +1,76 @@
+"""Weights & Biases, offline by default. Imported only when tracking.wandb_mode is not `disabled`.
+
+A resumed run keeps its id (wandb_id in the run's folder). Offline, every attempt writes a folder of its own under
+<run>/wandb, and `wandb sync` merges those of one id; `runner/step` is the x axis of every chart, so the steps that
+were done twice after a kill lie on top of each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from runner.errors import UserError
+from runner.schema import Config
+from runner.tracking.folder import atomic_write
+from runner.tracking.tracker import BaseTracker
+
+STEP_METRIC = "runner/step"
+
+
+class WandbTracker(BaseTracker):
+    def __init__(self, cfg: Config, config: dict[str, Any], run_dir: Path, *, resumed: bool) -> None:
+        self.run_dir = run_dir
+        self.offline = cfg.tracking.wandb_mode == "offline"
+        settings = wandb.Settings(
+            silent=True,  # we print the one line that matters at the end
+            console="off",  # does not take over stdout, which the live table draws on
+            save_code=False,
+            disable_git=True,  # environment.json has the commit
+            x_disable_meta=True,  # keeps host, user and command line out
+            init_timeout=60,
+        )
+        try:
+            self.run = wandb.init(
+                mode="offline" if self.offline else "online",
+                project=cfg.tracking.project,
+                entity=cfg.tracking.entity,
+                group=cfg.tracking.group,
+                tags=list(cfg.tracking.tags),
+                name=run_dir.name,
+                id=self._run_id(resumed),
+                resume=None if self.offline else "allow",  # offline there is no server to ask: the id alone decides
+                dir=str(run_dir),
+                config=config,
+                settings=settings,
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb did not start: {error}", key="tracking", fix="tracking.wandb_mode=offline") from error
+        self.run.define_metric(STEP_METRIC, hidden=True)
+        self.run.define_metric("*", step_metric=STEP_METRIC)
+
+    def _run_id(self, resumed: bool) -> str:
+        path = self.run_dir / "wandb_id"
+        if resumed and path.exists():
+            return path.read_text().strip()
+        run_id = hashlib.blake2b(f"{self.run_dir.resolve()}/{time.time_ns()}".encode(), digest_size=6).hexdigest()
+        atomic_write(path, run_id + "\n")
+        return run_id
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log({**metrics, STEP_METRIC: step})
+
+    def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
+        self.run.summary[f"event/{kind}"] = message
+
+    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+        self.run.summary.update({**summary, "status": status})
+        self.run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
+        if self.offline:
+            folder = self.run_dir / "wandb"
+            print(f"wandb: upload this run with\n    wandb sync {shlex.quote(str(folder))}/offline-run-*")
