@@ -1,0 +1,353 @@
+"""Peak memory of every phase of a run, per GPU and per node, from closed formulas.
+
+Activation memory counts, per token and layer, the tensors a backward needs, as Korthikanti et al. 2022 do ("Reducing
+Activation Recomputation in Large Transformer Models", arXiv 2205.05198), for today's blocks: RMSNorm, grouped-query or latent
+attention with a fused kernel (no s^2 term; Dao et al., arXiv 2205.14135), SwiGLU, dropless MoE with balanced experts.
+Optimizer states follow ZeRO stage 1 (Rajbhandari et al., arXiv 1910.02054), which Megatron calls the distributed optimizer.
+
+Shape legend: h hidden, n query heads.
+Every number here is in bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from runner.planner.parameters import Inventory, on_stage, shard, stage_layers, stored_bytes
+from runner.planner.workload import (
+    GIB,
+    base_bytes,
+    is_megatron,
+    longest_sequence_tokens,
+    micro_batch_tokens,
+    one_process,
+    route_bytes_per_step,
+)
+from runner.schema import (
+    Config,
+    Format,
+    LocalRolloutConfig,
+    MegatronTrainerConfig,
+    ModelConfig,
+    QatPlacement,
+    SglangRolloutConfig,
+    TorchTrainerConfig,
+)
+
+MIB = 1024**2
+# What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
+CUDA_RESERVE = int(2.5 * GIB)
+# Share of a GPU lost to fragmentation of the caching allocator in training with varying lengths (an assumption).
+FRAGMENTATION = 0.04
+HOST_PER_PROCESS = 4 * GIB  # Python, torch and CUDA libraries of one GPU process in host memory
+CPU_PROCESS = int(0.75 * GIB)  # the same for the single process of a CPU run
+SYNC_BUCKET = 1 * GIB  # weights in flight on each side of a sync
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What lies in one memory at one time. `where` names the memory, `items` what is in it."""
+
+    name: str
+    where: str
+    items: dict[str, int]
+    capacity: int
+
+    @property
+    def used(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def headroom(self) -> int:
+        return self.capacity - self.used
+
+    @property
+    def fits(self) -> bool:
+        return self.headroom >= 0
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The KV cache of one engine. `bytes_per_token` is on one GPU; tokens and sequences are the engine's."""
+
+    bytes_per_token: int
+    tokens: int
+    longest_tokens: int
+    wanted_sequences: int
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of the longest kind that fit at one time."""
+        return self.tokens // self.longest_tokens
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    phases: tuple[Phase, ...]
+    kv: KvCache
+    engine_weights: int  # on one GPU
+    trainer_weights: int  # of the fullest rank
+    micro_batch_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        return all(phase.fits for phase in self.phases) and self.kv.sequences >= 1
+
+
+@dataclass(frozen=True)
+class StateShares:
+    """Parameters of one rank: dense (over the data-parallel group) and expert (over the smaller expert-data-parallel group)."""
+
+    dense: float
+    expert: float
+    dense_dp: int
+    expert_dp: int
+    quantized: float
+
+    @property
+    def elements(self) -> float:
+        return self.dense + self.expert
+
+    @property
+    def optimizer_elements(self) -> float:
+        return self.dense / self.dense_dp + self.expert / self.expert_dp
+
+
+def state_shares(cfg: Config, inventory: Inventory, stage: int) -> StateShares:
+    par, model = cfg.parallelism, cfg.model
+    megatron = isinstance(cfg.trainer, MegatronTrainerConfig)
+    stages = stage_layers(model.num_layers, par.pp, par.last_stage_layers)
+    dense = expert = quantized = 0.0
+    for group in inventory.groups:
+        if not on_stage(group, stage, stages, model.tied_embeddings):
+            continue
+        share = shard(group, tp=par.tp, ep=par.ep, etp=par.etp, num_kv_heads=model.num_kv_heads, pad_vocab=megatron)
+        elements = group.elements * share
+        if group.split.name == "expert":
+            expert += elements
+        else:
+            dense += elements
+        if group.train.format is not Format.bf16:
+            quantized += elements
+    sharded = isinstance(cfg.trainer, MegatronTrainerConfig) and cfg.trainer.distributed_optimizer
+    dense_dp = max(par.ranks // (par.tp * par.pp), 1) if sharded else 1
+    expert_dp = max(par.ranks // (par.ep * par.etp * par.pp), 1) if sharded else 1
+    return StateShares(dense, expert, dense_dp, expert_dp, quantized)
+
+
+def attention_bytes_per_token(model: ModelConfig, tp: int, sequence_split: int, act: int) -> float:
+    """Residual input, norm output, q, k, v (twice where a norm or a concatenation follows), output, log-sum-exp."""
+    n, h = model.num_heads, model.hidden_size
+    whole = 2 * h
+    if model.kv_lora_rank:
+        q_dim = n * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+        whole += 2 * model.q_lora_rank + 2 * model.kv_lora_rank + model.qk_rope_head_dim
+        split = 2 * q_dim + n * (model.qk_nope_head_dim + model.v_head_dim) + n * model.v_head_dim
+    else:
+        q_and_k = (n + model.num_kv_heads) * model.head_dim
+        split = q_and_k * (2 if model.qk_norm else 1) + (model.num_kv_heads + n) * model.head_dim
+    return act * whole / sequence_split + (act * split + 4 * n) / tp
+
+
+def mlp_bytes_per_token(cfg: Config, moe: bool, sequence_split: int, act: int) -> float:
+    """Residual input, norm output, gate and up, their product; for MoE per chosen expert also the permuted copies."""
+    model, par = cfg.model, cfg.parallelism
+    whole = act * 2 * model.hidden_size / sequence_split
+    if not moe:
+        return whole + act * 3 * model.ffn_size / par.tp
+    router = 2 * 4 * model.num_experts / sequence_split
+    routed = model.experts_top_k * act * (2 * model.hidden_size * par.etp + 3 * model.expert_ffn_size) / sequence_split
+    shared = act * 3 * model.expert_ffn_size * model.num_shared_experts / par.tp
+    return whole + router + routed + shared
+
+
+def activation_bytes(cfg: Config, stage: int, tokens: int) -> int:
+    """Peak activations of one rank, with the micro-batches that 1F1B keeps in flight (pp - stage of them).
+
+    recompute none and selective keep every layer (with a fused attention kernel the core attention that selective
+    recomputes holds only its log-sum-exp); full keeps each layer's input and one layer's inside.
+    """
+    par, model = cfg.parallelism, cfg.model
+    act = base_bytes(cfg)
+    sequence_split = par.tp if par.sequence_parallel else 1
+    stages = stage_layers(model.num_layers, par.pp, par.last_stage_layers)
+    attention = attention_bytes_per_token(model, par.tp, sequence_split, act)
+    if cfg.trainer.recompute == "selective":
+        attention -= 4 * model.num_heads / par.tp
+    kinds = [model.num_experts > 0 and layer >= model.num_dense_layers for layer in stages[stage]]
+    layers = [attention + mlp_bytes_per_token(cfg, moe, sequence_split, act) for moe in kinds]
+    if cfg.trainer.recompute == "full":
+        kept = len(layers) * act * model.hidden_size / sequence_split
+        working = max(layers)
+    else:
+        kept, working = sum(layers), 0.0
+    in_flight = par.pp - stage
+    return int(tokens * (kept * in_flight + working))
+
+
+def logits_bytes(cfg: Config, tokens: int) -> int:
+    """Last stage: fp32 logits and their gradient for one chunk of positions, with the model-dtype logits they come from."""
+    chunk = min(cfg.trainer.logprob_chunk_tokens, tokens)
+    return int(chunk * cfg.model.vocab_size / cfg.parallelism.tp * (4 + 4 + base_bytes(cfg)))
+
+
+def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What one training rank holds: (on its device, in host memory)."""
+    shares, base, pp = state_shares(cfg, inventory, stage), base_bytes(cfg), cfg.parallelism.pp
+    device: dict[str, int] = {"weights": int(shares.elements * base)}
+    host: dict[str, int] = {}
+    trainer = cfg.trainer
+    if isinstance(trainer, MegatronTrainerConfig):
+        masters, gradient_bytes = True, 4  # Megatron accumulates and reduces gradients in fp32
+    else:
+        masters = isinstance(trainer, TorchTrainerConfig) and trainer.master_weights and base == 2
+        gradient_bytes = 4 + base if masters else base  # fp32 gradients of the masters beside the model's own
+    device["gradients"] = int(shares.elements * gradient_bytes)
+    states = {
+        "fp32 masters": int(shares.optimizer_elements * 4) if masters else 0,
+        "Adam moments": int(shares.optimizer_elements * 8),
+    }
+    if trainer.optimizer.cpu_offload:
+        host.update(states)
+        host["gradients for offloaded Adam"] = int(shares.optimizer_elements * 4)
+    else:
+        device.update(states)
+    device.update(quantization_items(cfg, inventory, shares))
+    if cfg.algorithm.kl_coef > 0:
+        resident = not isinstance(trainer, MegatronTrainerConfig) or trainer.resident_reference
+        (device if resident else host)["reference weights"] = int(shares.elements * base)
+    device["activations"] = activation_bytes(cfg, stage, tokens)
+    if stage == pp - 1:
+        device["logits of a chunk"] = logits_bytes(cfg, tokens)
+    return {k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}
+
+
+def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -> dict[str, int]:
+    """What quantization-aware or FP8 training adds on a rank.
+
+    In place: only the scales. In the forward: a dequantized copy of every quantized weight lives until its
+    backward (of one layer under full recompute). FP8 under Transformer Engine: cached e4m3 weights in both layouts, unless
+    they are the parameters themselves.
+    """
+    quantized = {group.train.format for group in inventory.groups} - {Format.bf16}
+    if not quantized:
+        return {}
+    if Format.fp8 in quantized:
+        cached = is_megatron(cfg) and not cfg.precision.fp8_param_gather
+        return {"FP8 copies of weights": int(2 * shares.quantized)} if cached else {}
+    if cfg.precision.qat_placement is QatPlacement.forward:
+        layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == "full" else 1
+        return {"fake-quantized copies": int(shares.quantized * base_bytes(cfg) / layers)}
+    group = cfg.precision.train.group_size
+    return {"scales": int(2 * shares.quantized / (group if group > 0 else cfg.model.hidden_size))}
+
+
+def engine_weight_bytes(cfg: Config, inventory: Inventory) -> int:
+    """Weights of one engine GPU in rollout format: attention and dense parts over its GPUs, experts over engine_ep."""
+    gpus = max(cfg.parallelism.gpus_per_engine, 1)
+    ep = max(cfg.parallelism.engine_ep, 1)
+    total = 0.0
+    for group in inventory.groups:
+        share = shard(group, tp=gpus, ep=ep, etp=max(gpus // ep, 1), num_kv_heads=cfg.model.num_kv_heads, pad_vocab=False)
+        total += stored_bytes(group.shape, group.rollout, base_bytes(cfg)) * group.count * share
+    return int(total)
+
+
+def kv_bytes_per_token(cfg: Config) -> int:
+    """On one GPU. Grouped-query attention: k and v of its heads (one head at least); latent attention: the compressed
+    vector and the rope key, whole on every GPU (DeepSeek-V2, arXiv 2405.04434). MTP layers keep a cache too when they draft."""
+    model = cfg.model
+    value = 1 if cfg.precision.kv_cache == "fp8_e4m3" else base_bytes(cfg)
+    layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == "mtp" else 0)
+    if model.kv_lora_rank:
+        return layers * (model.kv_lora_rank + model.qk_rope_head_dim) * value
+    heads = ceil(model.num_kv_heads / max(cfg.parallelism.gpus_per_engine, 1))
+    return layers * 2 * heads * model.head_dim * value
+
+
+def engine_runtime_bytes(cfg: Config) -> int:
+    """Prefill activations, CUDA graphs and metadata outside the static part: SGLang's own estimate for its server (MiB:
+    512 + 1.5 per chunked prefill token + 2 per graph batch + 128 per GPU of the engine); the local engine: logits and a layer."""
+    if isinstance(cfg.rollout, SglangRolloutConfig):
+        mib = 512 + 1.5 * cfg.rollout.chunked_prefill_tokens + 2 * cfg.rollout.cuda_graph_max_batch
+        return int((mib + 128 * cfg.parallelism.gpus_per_engine) * MIB)
+    rows = cfg.rollout.max_concurrency * (1 + cfg.speculative.num_draft_tokens * (cfg.speculative.method != "none"))
+    prefill = cfg.rollout.prefill_chunk_tokens if isinstance(cfg.rollout, LocalRolloutConfig) else 0
+    layer = attention_bytes_per_token(cfg.model, 1, 1, 2) + mlp_bytes_per_token(cfg, cfg.model.num_experts > 0, 1, 2)
+    return int(rows * cfg.model.vocab_size * 4 * 2 + prefill * layer)
+
+
+def kv_cache(cfg: Config, capacity: int, weights: int) -> KvCache:
+    """SGLang fills memory_fraction of the GPU with weights and cache; the local engine allocates what it is told."""
+    per_token, longest = kv_bytes_per_token(cfg), longest_sequence_tokens(cfg)
+    if isinstance(cfg.rollout, SglangRolloutConfig):
+        tokens = max(int(capacity * cfg.rollout.memory_fraction - weights) // per_token, 0)
+    else:
+        asked = cfg.rollout.kv_cache_tokens if isinstance(cfg.rollout, LocalRolloutConfig) else 0
+        tokens = asked or cfg.rollout.max_concurrency * longest
+    return KvCache(per_token, tokens, longest, cfg.rollout.max_concurrency)
+
+
+def plan_memory(cfg: Config, inventory: Inventory) -> MemoryPlan:
+    """Every phase on the fullest GPU (one row per pipeline stage in training) and on a node's host memory."""
+    par, cluster = cfg.parallelism, cfg.cluster
+    tokens = micro_batch_tokens(cfg)
+    host_capacity = int(cluster.host_memory_gib * GIB)
+    on_cpu = par.gpus == 0
+    capacity = host_capacity if on_cpu else int(cluster.gpu_memory_gib * GIB)
+    weights = engine_weight_bytes(cfg, inventory)
+    kv = kv_cache(cfg, capacity, weights)
+    engine = {"engine weights": weights, "KV cache": kv.tokens * kv.bytes_per_token, "engine runtime": engine_runtime_bytes(cfg)}
+    ranks = [trainer_items(cfg, inventory, stage, tokens) for stage in range(par.pp)]
+    routes = route_bytes_per_step(cfg)
+    trainer_weights = max(device["weights"] for device, _ in ranks)
+    if one_process(cfg):
+        device, host = ranks[0]
+        process = {"process": CPU_PROCESS if on_cpu else CUDA_RESERVE, **device, **engine}
+        if on_cpu:
+            phases = [Phase("run", "host", process | host | {"routes of a step": routes}, capacity)]
+        else:
+            phases = [
+                Phase("run", "GPU", process, capacity),
+                Phase("run", "host", {"process": HOST_PER_PROCESS, **host, "routes of a step": routes}, host_capacity),
+            ]
+    else:
+        phases = separate_phases(cfg, ranks, engine, weights, routes, capacity, host_capacity)
+    return MemoryPlan(tuple(phases), kv, weights, trainer_weights, tokens)
+
+
+def separate_phases(
+    cfg: Config,
+    ranks: list[tuple[dict[str, int], dict[str, int]]],
+    engine: dict[str, int],
+    weights: int,
+    routes: int,
+    capacity: int,
+    host_capacity: int,
+) -> list[Phase]:
+    """Trainer and engines in their own processes: in turns on the same GPUs (colocate) or each on its own."""
+    par = cfg.parallelism
+    asleep = {"sleeping engine": CUDA_RESERVE} if par.colocate else {}
+    slack = int(capacity * FRAGMENTATION)
+    phases = []
+    for stage, (device, _) in enumerate(ranks):
+        where = "GPU" if par.pp == 1 else f"GPU of stage {stage}"
+        items = {**device, "CUDA and NCCL": CUDA_RESERVE, "fragmentation": slack, **asleep}
+        phases.append(Phase("train", where, items, capacity))
+    engine = {**engine, "CUDA and NCCL": CUDA_RESERVE, **({"sleeping trainer": CUDA_RESERVE} if par.colocate else {})}
+    phases.append(Phase("rollout", "GPU", engine, capacity))
+    if par.colocate:
+        awake = max(device["weights"] for device, _ in ranks)
+        sync = {"weights": awake, "engine weights": weights, "buckets": 2 * SYNC_BUCKET, "CUDA and NCCL": 2 * CUDA_RESERVE}
+        phases.append(Phase("weight sync", "GPU", sync, capacity))
+    per_node = min(par.gpus, cfg.cluster.gpus_per_node)
+    processes = per_node * (2 if par.colocate else 1)
+    fullest = max((host for _, host in ranks), key=lambda items: sum(items.values()))
+    node = {"processes": processes * HOST_PER_PROCESS, **{name: size * per_node for name, size in fullest.items()}}
+    if par.colocate:
+        stays = ("weights", "fp32 masters", "Adam moments", "reference weights")
+        node["sleeping trainer"] = per_node * max(sum(device.get(name, 0) for name in stays) for device, _ in ranks)
+    node["routes of a step"] = routes
+    phases.append(Phase("all", "host of a node", node, host_capacity))
+    return phases

@@ -1,0 +1,179 @@
+"""Parameter counts: by role, active per token, and per rank under tensor, pipeline and expert parallelism.
+
+Reads the family's table (`runner.models`) and the precision plan (`runner.precision.plan`); imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import ceil, prod
+
+from runner.errors import UserError
+from runner.models.family import Parameter
+from runner.schema import Config, Format, ModelConfig, Role
+
+MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp
+
+
+class Split(Enum):
+    """Over which ranks a parameter is divided."""
+
+    replicated = "replicated"
+    tensor = "tensor"  # over tensor-parallel ranks
+    kv_heads = "kv_heads"  # likewise, but never finer than one key/value head
+    expert = "expert"  # whole experts over EP ranks, each cut over ETP ranks
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a tensor is stored: `group_size` weights along the input dimension share a scale (-1: a row).
+
+    Formats with a fixed layout (fp8, mxfp4, nvfp4) ignore it.
+    """
+
+    format: Format
+    group_size: int
+
+
+BF16 = Grid(Format.bf16, -1)
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """`count` parameters alike in everything the planner looks at; shape is that of one, as on disk."""
+
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    split: Split
+    train: Grid
+    rollout: Grid
+    count: int
+
+    @property
+    def elements(self) -> int:
+        return self.count * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All parameters of a model, grouped, with their formats on both sides of the loop."""
+
+    model: ModelConfig
+    groups: tuple[ParameterGroup, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(group.elements for group in self.groups)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets: of the routed experts its top-k, of everything else all."""
+        routed = sum(g.elements for g in self.groups if g.role is Role.routed_expert)
+        if not routed:
+            return self.total
+        return self.total - routed + routed * self.model.experts_top_k // self.model.num_experts
+
+    def by_role(self) -> dict[Role, int]:
+        counts: Counter[Role] = Counter()
+        for group in self.groups:
+            counts[group.role] += group.elements
+        return {role: counts[role] for role in Role if counts[role]}
+
+
+def split_of(parameter: Parameter) -> Split:
+    """Follows Megatron-core and SGLang: norms, router, vision tower and the low-rank down projections of latent
+    attention (DeepSeek-V2, arXiv 2405.04434) are whole on every rank."""
+    module = parameter.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    if parameter.role is Role.routed_expert:
+        return Split.expert
+    if parameter.role in (Role.norm, Role.router, Role.vision) or module in ("q_a_proj", "kv_a_proj_with_mqa"):
+        return Split.replicated
+    if parameter.role is Role.mtp and len(parameter.shape) == 1:
+        return Split.replicated
+    return Split.kv_heads if module in ("k_proj", "v_proj") else Split.tensor
+
+
+def stored_bytes(shape: tuple[int, ...], grid: Grid, base_bytes: int = 2) -> int:
+    """Bytes of one weight `shape` [..., out, in] in rollout format, scales included (facts: compressed-tensors' packed forms).
+
+    int4: half a byte each, bf16 scale per group, int64 weight_shape; int8: one byte, bf16 scale per group or row;
+    fp8: one byte, fp32 scale per 128 x 128 block; mxfp4: half a byte, e8m0 scale per 32; nvfp4: half a byte, e4m3 scale
+    per 16, an fp32 scale per tensor. Anything else: `base_bytes` each.
+    """
+    elements = prod(shape)
+    if grid.format is Format.bf16 or len(shape) < 2:
+        return elements * base_bytes
+    rows, columns = prod(shape[:-1]), shape[-1]
+    groups = 1 if grid.group_size <= 0 else ceil(columns / grid.group_size)
+    if grid.format is Format.int4:
+        return rows * ceil(columns / 8) * 4 + rows * groups * 2 + 16
+    if grid.format is Format.int8:
+        return elements + rows * groups * 2 + 16
+    if grid.format is Format.fp8:
+        return elements + ceil(rows / 128) * ceil(columns / 128) * 4
+    if grid.format is Format.mxfp4:
+        return rows * (ceil(columns / 2) + ceil(columns / 32))
+    return rows * (ceil(columns / 2) + ceil(columns / 16)) + 4
+
+
+def take_inventory(cfg: Config) -> Inventory:
+    """Group the family's table by everything that decides memory; raises UserError for an unknown family."""
+    from runner.models import family_of
+    from runner.planner.formats import grids
+
+    table = list(family_of(cfg.model).parameters(cfg.model))
+    train, rollout = grids(cfg, "train"), grids(cfg, "rollout")
+    counts: Counter[ParameterGroup] = Counter()
+    for p in table:
+        key = ParameterGroup(p.role, p.layer, p.shape, split_of(p), train.get(p.name, BF16), rollout.get(p.name, BF16), 1)
+        counts[key] += 1
+    return Inventory(cfg.model, tuple(replace(key, count=n) for key, n in counts.items()))
+
+
+def stage_layers(num_layers: int, pp: int, last_stage_layers: int | None) -> list[range]:
+    """Global ids of the decoder layers on each pipeline stage: an even split, or a given number on the last stage."""
+    if pp == 1:
+        return [range(num_layers)]
+    last = num_layers // pp if last_stage_layers is None else last_stage_layers
+    others = num_layers - last
+    parts = pp if last_stage_layers is None else pp - 1
+    if (num_layers if last_stage_layers is None else others) % parts or others <= 0:
+        raise UserError(
+            f"{num_layers} layers do not split over pp={pp} stages with last_stage_layers={last_stage_layers}",
+            key="parallelism.last_stage_layers",
+            fix=f"parallelism.last_stage_layers={num_layers - (pp - 1) * ceil(num_layers / pp)}",
+        )
+    size = others // (pp - 1)
+    return [range(i * size, (i + 1) * size) for i in range(pp - 1)] + [range(others, num_layers)]
+
+
+def on_stage(group: ParameterGroup, stage: int, stages: list[range], tied: bool) -> bool:
+    """Embeddings and the vision tower lie on the first stage; lm_head, final norm and MTP layers on the last.
+
+    Tied embeddings lie on both (Megatron-core keeps a copy on the last stage and all-reduces their gradient).
+    """
+    last = stage == len(stages) - 1
+    if group.role is Role.embedding:
+        return stage == 0 or (last and tied)
+    if group.role is Role.vision:
+        return stage == 0
+    if group.layer is None or group.layer >= stages[-1].stop:
+        return last
+    return group.layer in stages[stage]
+
+
+def shard(group: ParameterGroup, *, tp: int, ep: int, etp: int, num_kv_heads: int, pad_vocab: bool) -> float:
+    """Share of one rank in `group` (0 to 1, above 1/n where something is replicated or padded)."""
+    if group.split is Split.replicated:
+        return 1.0
+    if group.split is Split.expert:
+        return 1 / (ep * etp)
+    if group.split is Split.kv_heads:
+        return 1 / min(tp, max(num_kv_heads, 1))
+    if pad_vocab and group.role in (Role.embedding, Role.lm_head):
+        multiple = MEGATRON_VOCAB_MULTIPLE * tp
+        return ceil(group.shape[0] / multiple) * multiple / group.shape[0] / tp
+    return 1 / tp
