@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -90,7 +91,7 @@ def _run(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> 
     pool = get_class(cfg.rollout._target_)(cfg)
     with RewardRunner(task, cfg.task.reward_timeout_seconds) as rewards:
         try:
-            collector = Collector(cfg, task, pool, rewards, tokenizer.decode, stop_ids, stop)
+            collector = Collector(cfg, task, pool, rewards, partial(tokenizer.decode, skip_special_tokens=True), stop_ids, stop)
             sync = WeightSync(trainer, pool, _probe(cfg, task), tracker)
             watcher = Watcher(cfg)
             first_step = 0

@@ -24,7 +24,7 @@ from runner.rollout.collect import Collector, Interrupted
 from runner.samples import SamplingParams
 from runner.schema import Config
 from runner.sync import WeightSync
-from runner.tasks.protocol import Task
+from runner.tasks.protocol import HasWorkedSolutions, Task
 from runner.tracking.folder import plain_config
 from runner.tracking.tracker import Tracker
 from runner.trainer.torch_trainer import TorchTrainer
@@ -123,11 +123,11 @@ def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> 
 
 
 def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
-    pairs = task.worked_solutions(count, seed)
-    if not pairs:
+    if not isinstance(task, HasWorkedSolutions):
         raise UserError(
             f"task {task.name} has no worked solutions to warm-start from", key="warm_start.enabled", fix="warm_start.enabled=false"
         )
+    pairs = task.worked_solutions(count, seed)
     prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
