@@ -115,6 +115,7 @@ class ModelConfig:
     v_head_dim: int = MISSING
     num_mtp_layers: int = MISSING
     vision: bool = MISSING
+    int4_group_size: int = MISSING  # default of precision.group_size under precision=int4_*
     toy_twin: str = MISSING  # the tiny model that scale=laptop puts in this one's place
 
 
