@@ -23,7 +23,12 @@ from runner.errors import UserError
 from runner.schema import Config, Correction, WatchRuleConfig
 from runner.tracking.folder import read_metrics
 
-DECOMPOSITION = ("mismatch/quantization", "mismatch/routing", "mismatch/numerics")
+# The absolute parts: signed means of opposite tokens cancel.
+DECOMPOSITION = {
+    "quantization": "mismatch/quantization_abs",
+    "routing": "mismatch/routing_abs",
+    "numerics": "mismatch/numerics_abs",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class _RuleState:
 
 
 class Watcher:
-    """Checks every enabled rule of `cfg.watch` against the metrics of each step. Raises UserError for a rule that says nothing."""
+    """Checks every enabled rule of `cfg.watch` against each step's metrics. Raises UserError for a rule that says nothing."""
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -55,13 +60,13 @@ class Watcher:
         for name, rule in self.rules.items():
             _check_rule(name, rule)
         self.states = {name: _RuleState() for name in self.rules}
-        self.parts: dict[str, float] = {}  # the latest decomposition
+        self.parts: dict[str, float] = {}  # kind -> mean |difference| per token, of the latest decomposition
         self.baseline = _read_baseline(cfg)
 
     def check(self, step: int, metrics: dict[str, float]) -> list[Alert]:
         """The rules that fire at this step, each at most once per episode."""
-        if all(name in metrics for name in DECOMPOSITION):
-            self.parts = {name: metrics[name] for name in DECOMPOSITION}
+        if all(name in metrics for name in DECOMPOSITION.values()):
+            self.parts = {kind: metrics[name] for kind, name in DECOMPOSITION.items()}
         alerts = []
         for name, rule in self.rules.items():
             if rule.metric not in metrics:
@@ -106,7 +111,9 @@ class Watcher:
             mean = sum(state.history) / len(state.history)
             jumped = value > rule.jump_ratio * mean if rule.jump_ratio >= 1 else value < rule.jump_ratio * mean
             if mean > 0 and jumped:
-                return f"is {value / mean:.2g} times its mean over {self.window} earlier steps ({mean:.4g}); bound {rule.jump_ratio:g}"
+                return (
+                    f"is {value / mean:.2g} x its mean over {self.window} earlier steps, {mean:.4g} (bound {rule.jump_ratio:g} x)"
+                )
         if rule.drop_against_baseline is not None:
             reference = self.baseline.get(step, {}).get(rule.metric)
             if reference is not None and reference - value > rule.drop_against_baseline:
@@ -151,13 +158,13 @@ def _read_baseline(cfg: Config) -> dict[int, dict[str, float]]:
 
 
 def diagnose(metric: str, parts: dict[str, float], cfg: Config) -> tuple[str, list[str]]:
-    """(likely cause, remedies as overrides to type) for a metric that broke its rule. Only what this config leaves open is proposed."""
+    """(likely cause, remedies to type) for a metric that broke its rule. Proposes only what this config leaves open."""
     if metric.startswith(("mismatch/", "probe/")) or "train_rollout" in metric:
         return _diagnose_mismatch(parts, cfg)
     halved = f"trainer.optimizer.lr={cfg.trainer.optimizer.lr / 2:g}"
     if metric.startswith("train/grad_norm"):
         return (
-            "advantages or gradients vanish or blow up: groups of equal reward, a saturated policy, or rollouts far from the trainer",
+            "gradients vanish or blow up: groups of equal reward, a saturated policy, or rollouts far from the trainer",
             ["look at rollout/zero_std", *_dynamic_sampling(cfg), *_correction(cfg), halved],
         )
     if metric.startswith("train/entropy"):
@@ -182,10 +189,9 @@ def _diagnose_mismatch(parts: dict[str, float], cfg: Config) -> tuple[str, list[
     if not parts:
         often = "mismatch.decompose_interval_steps=5"
         return "unknown: no decomposition has been logged yet", [often, *_replay(cfg), *_correction(cfg)]
-    largest = max(parts, key=lambda name: abs(parts[name]))
-    total = sum(abs(value) for value in parts.values()) or 1.0
-    kind = largest.removeprefix("mismatch/")
-    cause = f"{kind} is the largest part of the train-rollout difference ({parts[largest]:+.2g} per token, {abs(parts[largest]) / total:.0%})"
+    kind = max(parts, key=lambda name: parts[name])
+    share = parts[kind] / (sum(parts.values()) or 1.0)
+    cause = f"{kind} is the largest part of the train-rollout difference ({parts[kind]:.2g} per token, {share:.0%})"
     if kind == "routing":
         return cause, [*_replay(cfg), *_correction(cfg)]
     if kind == "quantization":

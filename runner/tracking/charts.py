@@ -189,8 +189,7 @@ def stacked_bars(title: str, series: list[Series], *, hint: str = "") -> str:
             start = up if y >= 0 else down
             top, bottom = axes.y(max(start, start + y)), axes.y(min(start, start + y))
             left = axes.x(x) - width / 2
-            body.append(
-                f'<rect x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{max(bottom - top, 0.3):.1f}" fill="var(--s{color})"/>'
-            )
+            place = f'x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" height="{max(bottom - top, 0.3):.1f}"'
+            body.append(f'<rect {place} fill="var(--s{color})"/>')
             up, down = (start + y, down) if y >= 0 else (up, start + y)
     return _frame(title, hint, axes, "".join(body), series)

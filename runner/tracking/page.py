@@ -39,7 +39,8 @@ h2{font-size:16px;margin:28px 0 10px}
 .pill{font-size:13px;font-weight:600;padding:2px 10px;border-radius:99px;border:1px solid currentColor;color:var(--dim)}
 .completed{color:var(--good)}.failed,.killed{color:var(--bad)}.stopped,.interrupted{color:var(--warn)}.running{color:var(--s0)}
 .chips{display:flex;flex-wrap:wrap;gap:6px;margin:12px 0 4px}
-.chips span{font:12.5px ui-monospace,Menlo,Consolas,monospace;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:2px 8px}
+.chips span{font:12.5px ui-monospace,Menlo,Consolas,monospace;background:var(--card);
+border:1px solid var(--line);border-radius:6px;padding:2px 8px}
 .facts{color:var(--dim);font-size:13.5px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:20px 0 0}
 .tile,.card,details,.panel{background:var(--card);border:1px solid var(--line);border-radius:10px}
@@ -57,8 +58,9 @@ svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .pale{fill:none;str
 svg .cross{stroke:var(--dim);stroke-dasharray:3 3;pointer-events:none}
 .legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:12.5px;color:var(--dim);margin-top:2px}
 .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
-#tip{position:fixed;display:none;z-index:9;pointer-events:none;background:var(--card);border:1px solid var(--zero);border-radius:8px;
-padding:6px 10px;font-size:12.5px;box-shadow:0 3px 14px #0003;font-variant-numeric:tabular-nums;max-width:80vw}
+#tip{position:fixed;display:none;z-index:9;pointer-events:none;background:var(--card);border-radius:8px;
+border:1px solid var(--zero);padding:6px 10px;font-size:12.5px;
+box-shadow:0 3px 14px #0003;font-variant-numeric:tabular-nums;max-width:80vw}
 #tip td{padding:0 0 0 10px;text-align:right}#tip td:first-child{padding:0;text-align:left}
 #tip i{display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:6px}
 .panel{padding:4px 16px;margin-top:14px}
@@ -75,7 +77,8 @@ pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace
 table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 .results th,.results td{padding:8px 12px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 .results th{color:var(--dim);font-weight:600;border:0}.results th:first-child,.results td:first-child{text-align:left}
-@media(max-width:640px){main{padding:18px 12px 32px}h1{font-size:20px}.tiles{grid-template-columns:1fr 1fr;gap:8px}.tile b{font-size:21px}
+@media(max-width:640px){main{padding:18px 12px 32px}h1{font-size:20px}
+.tiles{grid-template-columns:1fr 1fr;gap:8px}.tile b{font-size:21px}
 .event{grid-template-columns:auto 1fr}.event p{grid-column:1/-1}}
 @media print{details{display:none}.card{break-inside:avoid}}
 """
@@ -116,7 +119,8 @@ def header(title: str, state: str, chips: list[str], lines: list[str]) -> str:
     pill = f'<span class="pill {html.escape(state)}">{html.escape(state)}</span>' if state else ""
     shown = "".join(f"<span>{html.escape(chip)}</span>" for chip in chips)
     text = " · ".join(html.escape(line) for line in lines)
-    return f'<div class="top"><h1>{html.escape(title)}</h1>{pill}</div><div class="chips">{shown}</div><div class="facts">{text}</div>'
+    top = f'<div class="top"><h1>{html.escape(title)}</h1>{pill}</div>'
+    return f'{top}<div class="chips">{shown}</div><div class="facts">{text}</div>'
 
 
 def duration(seconds: float) -> str:
@@ -155,7 +159,8 @@ def grid(cards: list[str]) -> str:
 
 def events(rows: list[dict[str, Any]]) -> str:
     inner = "".join(
-        f'<div class="event"><span>step {row["step"] + 1}</span><b>{html.escape(row["kind"])}</b><p>{html.escape(row["message"])}</p></div>'
+        f'<div class="event"><span>step {row["step"] + 1}</span><b>{html.escape(row["kind"])}</b>'
+        f"<p>{html.escape(row['message'])}</p></div>"
         for row in rows
     )
     return f'<div class="panel">{inner}</div>' if rows else ""
@@ -169,7 +174,8 @@ def samples(rows: list[tuple[int, dict[str, Any]]]) -> str:
         facts_line = "  ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
         parts.append(
             f'<div class="sample"><header>step {step + 1}  ·  {html.escape(facts_line)}</header>'
-            f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>{html.escape(str(row.get("response", "")))}</pre></div>'
+            f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>'
+            f"{html.escape(str(row.get('response', '')))}</pre></div>"
         )
     return f'<h2>Samples</h2><div class="panel">{"".join(parts)}</div>' if parts else ""
 

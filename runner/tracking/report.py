@@ -48,12 +48,20 @@ CHARTS = (
         "mean |logprob difference| per token",
         smoothed=True,
     ),
-    Chart("Train-rollout KL", ("mismatch/kl_k1", "mismatch/kl_k3", "train/train_rollout_kl*"), "per token"),
+    Chart("Train-rollout KL", ("train/train_rollout_kl_k1", "train/train_rollout_kl_k3"), "per token"),
     Chart(
         "Where the mismatch comes from",
         ("mismatch/quantization", "mismatch/routing", "mismatch/numerics"),
-        "signed, adds up to the difference",
+        "mean per token; the parts add up",
         stacked=True,
+    ),
+    Chart(
+        "Size of each part",
+        ("mismatch/quantization_abs", "mismatch/routing_abs", "mismatch/numerics_abs", "mismatch/total_abs"),
+        "mean |difference| per token",
+    ),
+    Chart(
+        "Mismatch by staleness", ("train/train_rollout_logprob_abs_diff/lag_*",), "by optimizer steps since the token's weights"
     ),
     Chart(
         "Response length",
@@ -76,7 +84,7 @@ CHARTS = (
 COMPARED = (
     ("Reward", "rollout/raw_reward"),
     ("Train-rollout mismatch", "train/train_rollout_logprob_abs_diff"),
-    ("KL (k3)", "mismatch/kl_k3"),
+    ("Train-rollout KL (k3)", "train/train_rollout_kl_k3"),
     ("Response length", "rollout/response_len/mean"),
     ("Truncated", "rollout/truncated_ratio"),
     ("Entropy", "train/entropy_loss"),

@@ -1,0 +1,246 @@
+"""`python -m runner -m key=a,b,c`: one fresh process per job, a summary, a comparison; restartable.
+
+    outputs/<sweep>/<key=value,...>/   a run's folder per job, with logs/sweep.log
+    outputs/<sweep>/summary.{md,csv}   comparison.html   sweep.json
+
+Hydra's own multirun runs every job in one process, where CUDA, Ray and wandb leak from one to the next, and it cannot be
+continued. The sweep's folder is named by a hash of its overrides and of every job's composed config, so the same command
+finds the same folder: completed jobs are skipped, interrupted ones resumed from their last checkpoint, others run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import HydraException
+
+from runner.errors import UserError, UserErrors
+from runner.schema import Config
+from runner.tracking.charts import format_number
+from runner.tracking.folder import atomic_write, plain_config, read_status, run_state
+from runner.tracking.report import key_results, read_run, write_comparison
+
+MAX_NAME = 120  # characters of a job's folder name; a longer one is cut and hashed
+COLUMNS = (("reward", "reward"), ("eval", "best eval"), ("mismatch", "mismatch"), ("seconds", "seconds"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point of the sweep. `point`: the swept keys and this job's values; `overrides`: all of the job's overrides."""
+
+    name: str
+    point: dict[str, str]
+    overrides: list[str]
+    folder: Path
+
+    @property
+    def state(self) -> str:
+        return run_state(self.folder)
+
+
+def expand(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
+    """(swept keys and values, all overrides) of every job: the product of `a=1,2`, `a=choice(..)` and `a=range(..)`.
+
+    The last swept key varies fastest. Raises UserError for an override that does not parse or that cannot be listed.
+    """
+    parser = OverridesParser.create()
+    keys: list[str] = []
+    choices: list[list[str]] = []
+    fixed: list[str] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise UserError(f"cannot read {text!r}: {str(error).splitlines()[0]}", fix="key=value,value,...") from error
+        if not override.is_sweep_override():
+            fixed.append(text)
+        elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
+            keys.append(override.get_key_element())
+            choices.append(list(override.sweep_string_iterator()))
+        else:
+            raise UserError(f"{text!r} cannot be listed", fix=f"name the values: {override.get_key_element()}=a,b,c")
+    jobs = []
+    for values in itertools.product(*choices):
+        point = dict(zip(keys, values, strict=True))
+        jobs.append((point, [*fixed, *(f"{key}={value}" for key, value in point.items())]))
+    return jobs
+
+
+def job_name(point: dict[str, str]) -> str:
+    """`key=value,key=value` as a folder name; characters that a shell or a file system minds become `_`."""
+    name = ",".join(f"{key.lstrip('+~')}={value}" for key, value in point.items()) or "job"
+    safe = re.sub(r"[^\w.=,+@-]+", "_", name)
+    if safe == name and len(safe) <= MAX_NAME:
+        return safe
+    return f"{safe[:MAX_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"  # two values must not share a folder
+
+
+def plan(overrides: list[str], load: Callable[[list[str]], Config]) -> tuple[Path, list[Job]]:
+    """The sweep's folder and its jobs, every config composed and checked by `load` first.
+
+    Raises UserErrors with the problems of every job (each problem once).
+    """
+    problems: dict[str, UserError] = {}
+    points, configs = expand(overrides), []
+    for _, job_overrides in points:
+        try:
+            configs.append(load(job_overrides))
+        except UserError as error:
+            for one in error.errors if isinstance(error, UserErrors) else [error]:
+                problems.setdefault(str(one), one)
+    if problems:
+        raise UserErrors(list(problems.values()))
+    identity = json.dumps([sorted(overrides), [plain_config(cfg) for cfg in configs]], sort_keys=True)
+    keys = "+".join(key.lstrip("+~") for key in points[0][0]) or "single"
+    name = f"sweep_{re.sub(r'[^A-Za-z0-9_.+-]+', '_', keys)[:80]}_{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+    folder = Path(configs[0].outputs_dir) / name
+    jobs = []
+    for point, job_overrides in points:
+        name = job_name(point)
+        jobs.append(Job(name, point, job_overrides, folder / name))
+    return folder, jobs
+
+
+def quoted(value: str) -> str:
+    """`value` as one Hydra string."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run_command(job: Job) -> list[str]:
+    """The process of a job: a new run in its folder, or the continuation of one that has a complete checkpoint."""
+    from runner.checkpoint import complete
+
+    start = [sys.executable, "-m", "runner", "run"]
+    if complete(job.folder):
+        return [*start, f"resume={quoted(str(job.folder))}"]
+    return [*start, *job.overrides, f"outputs_dir={quoted(str(job.folder.parent))}", f"run_name={quoted(job.name)}"]
+
+
+class Sweep:
+    """Runs the jobs one after the other. `command` makes a job's process; it is a parameter for the tests."""
+
+    def __init__(self, folder: Path, jobs: list[Job], command: Callable[[Job], list[str]] = run_command) -> None:
+        self.folder, self.jobs, self.command = folder, jobs, command
+
+    def run(self) -> int:
+        """0 when every job completed, 1 when one did not, 130 after Ctrl-C. The summary is written after every job."""
+        atomic_write(
+            self.folder / "sweep.json",
+            json.dumps([{"name": job.name, "overrides": job.overrides} for job in self.jobs], indent=2) + "\n",
+        )
+        print(f"sweep of {len(self.jobs)} jobs in {self.folder}", flush=True)
+        interrupted = False
+        for number, job in enumerate(self.jobs, 1):
+            label = f"[{number}/{len(self.jobs)}] {job.name}"
+            if job.state == "completed":
+                print(f"{label}: already completed, skipped", flush=True)
+                continue
+            print(f"{label}: log in {job.folder / 'logs' / 'sweep.log'}", flush=True)
+            started = time.monotonic()
+            code, interrupted = self._run_job(job)
+            print(f"{label}: {describe_end(job, code)} after {time.monotonic() - started:.1f} s", flush=True)
+            write_summary(self.folder, self.jobs)
+            if interrupted:
+                break
+        return self._finish(interrupted)
+
+    def _run_job(self, job: Job) -> tuple[int, bool]:
+        """(exit code, whether Ctrl-C came). The child has a session of its own, so that a Ctrl-C on the terminal reaches
+        it once, through us, and it can save its checkpoint. A second Ctrl-C is passed on too: the run then leaves at once.
+        """
+        log = job.folder / "logs" / "sweep.log"
+        command = self.command(job)
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {log}: {error.strerror}", key="outputs_dir", fix="outputs_dir=<a writable folder>"
+            ) from error
+        with output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+            interrupted = False
+            while True:
+                try:
+                    return process.wait(), interrupted
+                except KeyboardInterrupt:
+                    if not interrupted:
+                        print("\nstopping the running job; it saves a checkpoint first", file=sys.stderr, flush=True)
+                    interrupted = True
+                    process.send_signal(signal.SIGINT)
+
+    def _finish(self, interrupted: bool) -> int:
+        write_summary(self.folder, self.jobs)
+        started = [job.folder for job in self.jobs if (job.folder / "metrics.jsonl").exists()]
+        if started:
+            write_comparison(started, self.folder / "comparison.html", self.folder.name)
+        print("\n" + (self.folder / "summary.md").read_text())
+        print(f"summary: {self.folder / 'summary.md'}\ncomparison: {self.folder / 'comparison.html'}")
+        unfinished = [job for job in self.jobs if job.state != "completed"]
+        if interrupted:
+            print(f"interrupted; {len(unfinished)} jobs are left. The same command continues the sweep.", file=sys.stderr)
+            return 130
+        if unfinished:
+            names = "".join(f"\n    {job.name}: {job.state}, see {job.folder / 'logs' / 'sweep.log'}" for job in unfinished)
+            print(f"{len(unfinished)} of {len(self.jobs)} jobs did not complete:{names}", file=sys.stderr)
+            return 1
+        return 0
+
+
+def describe_end(job: Job, code: int) -> str:
+    """A job's end in words: its own state, and the exit code where the two do not fit."""
+    state = job.state
+    if state == "completed" and code == 0:
+        return state
+    message = (read_status(job.folder) or {}).get("message", "")
+    return f"{state} (exit code {code})" + (f": {message.splitlines()[0]}" if message else "")
+
+
+def summary_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
+    """(columns, one row per job): swept values, state, and the key results of jobs that have metrics."""
+    keys = list(jobs[0].point)
+    rows = []
+    for job in jobs:
+        started = (job.folder / "metrics.jsonl").exists()
+        results = key_results(read_run(job.folder)) if started else {}
+        cells = [format_number(results[key]) if key in results else "" for key, _ in COLUMNS]
+        rows.append([*job.point.values(), job.state, *cells])
+    return [*keys, "state", *(title for _, title in COLUMNS)], rows
+
+
+def write_summary(folder: Path, jobs: list[Job]) -> None:
+    """summary.md (aligned) and summary.csv."""
+    columns, rows = summary_rows(jobs)
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in [columns, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    atomic_write(folder / "summary.md", "\n".join(lines) + "\n")
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([columns, *rows])
+    atomic_write(folder / "summary.csv", table.getvalue())
+
+
+def main(overrides: list[str]) -> int:
+    """Expand, check every job, run. Raises UserError before anything starts when a job's config is wrong."""
+    from runner.compose import load_config
+
+    folder, jobs = plan(overrides, load_config)
+    return Sweep(folder, jobs).run()
