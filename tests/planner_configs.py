@@ -161,7 +161,7 @@ def config(
             correction_low=0.0, correction_high=0.0,
         ),
         cluster=schema.ClusterConfig(
-            name="test", launcher="ray", nodes=max(par.gpus // gpus_per_node, 1) if nodes is None else nodes,
+            name="test", launcher="ray", nodes=max(par.gpus // max(gpus_per_node, 1), 1) if nodes is None else nodes,
             gpus_per_node=gpus_per_node, gpu_memory_gib=139.8, host_memory_gib=host_memory_gib, address=None, interface=None,
         ),
         model=spec,

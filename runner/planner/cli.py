@@ -193,7 +193,7 @@ def memory_warnings(cfg: Config, inventory: Inventory, memory: MemoryPlan) -> li
         )
     best = largest_max_tokens(cfg, inventory)
     if best and memory.fits and best >= 2 * limit:
-        warnings.append(f"trainer.max_tokens_per_gpu={best} would still fit with 5% to spare (now {limit})")
+        warnings.append(f"trainer.max_tokens_per_gpu={best} would still fit with 5% to spare and balanced experts (now {limit})")
     if best and best < limit:
         warnings.append(f"trainer.max_tokens_per_gpu={best} is the largest that leaves 5% free (now {limit})")
     return warnings

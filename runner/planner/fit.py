@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
+from runner.errors import UserError
 from runner.planner.memory import MemoryPlan, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.placement import placement_problems
@@ -13,6 +14,7 @@ from runner.planner.workload import is_megatron, longest_sequence_tokens, sample
 from runner.schema import Config, Format, SglangRolloutConfig
 
 TOKENS_STEP = 512  # granularity of a proposed max_tokens_per_gpu
+TOKENS_LIMIT = 65536  # larger micro-batches gain nothing: the matmuls have long filled the GPU
 Change = tuple[str, Callable[[Config], None]]  # the overrides to type, and what they do to a config
 
 
@@ -97,9 +99,12 @@ def try_changes(cfg: Config, inventory: Inventory, changes: tuple[Change, ...]) 
         apply(changed)
     if placement_problems(changed):
         return None
-    if changed.precision != cfg.precision:
-        inventory = take_inventory(changed)
-    return plan_memory(changed, inventory)
+    try:
+        if changed.precision != cfg.precision:
+            inventory = take_inventory(changed)
+        return plan_memory(changed, inventory)
+    except UserError:  # a grid or a split that this model does not have
+        return None
 
 
 def what_would_fit(cfg: Config, inventory: Inventory, limit: int = 6) -> list[str]:
@@ -135,7 +140,7 @@ def largest_max_tokens(cfg: Config, inventory: Inventory, keep_free: float = 0.0
     par = cfg.parallelism
     dp = max(par.ranks // (par.tp * par.cp * par.pp), 1)
     update = samples_per_step(cfg) * longest_sequence_tokens(cfg) // max(cfg.algorithm.updates_per_rollout, 1)
-    low, high = 0, update // (dp * par.cp) // TOKENS_STEP
+    low, high = 0, min(update // (dp * par.cp), TOKENS_LIMIT) // TOKENS_STEP
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle * TOKENS_STEP):

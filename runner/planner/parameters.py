@@ -128,7 +128,7 @@ def take_inventory(cfg: Config) -> Inventory:
     train, rollout = grids(cfg, "train"), grids(cfg, "rollout")
     counts: Counter[ParameterGroup] = Counter()
     for p in table:
-        key = ParameterGroup(p.role, p.layer, p.shape, split_of(p), train.get(p.name, BF16), rollout.get(p.name, BF16), 1)
+        key = ParameterGroup(p.role, p.layer, tuple(p.shape), split_of(p), train.get(p.name, BF16), rollout.get(p.name, BF16), 1)
         counts[key] += 1
     return Inventory(cfg.model, tuple(replace(key, count=n) for key, n in counts.items()))
 

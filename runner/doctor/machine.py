@@ -1,0 +1,252 @@
+"""Checks of the machine a run would start on: versions, devices, memory, disk, limits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from runner.doctor.findings import Finding, Status
+from runner.schema import Config, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
+
+GIB = 1024**3
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+LEAST_FREE_DISK_GIB = 1.0  # a default run writes less than this
+GOOD_FREE_DISK_GIB = 10.0
+LEAST_MEMORY_GIB = 2.0  # torch, transformers and a tiny model
+GOOD_SHM_GIB = 1.0  # NCCL and Ray move tensors between processes there; containers often give 64 MiB
+GOOD_OPEN_FILES = 4096  # Ray opens some hundred files and sockets per worker
+# distribution, module, and what it is for
+OPTIONAL_PARTS = (
+    ("megatron-core", "megatron.core", "trainer=megatron"),
+    ("sglang", "sglang", "rollout=sglang"),
+    ("triton", "triton", "fused quantization kernels on a GPU"),
+    ("transformer-engine", "transformer_engine", "FP8 training and fused layers with trainer=megatron"),
+    ("llmcompressor", "llmcompressor", "convert method=gptq"),
+)
+
+
+def check_machine(cfg: Config) -> Iterator[Finding]:
+    """Every check in order. A check that itself breaks is a failure with its error, not a traceback."""
+    checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
+        python_version,
+        pinned_versions,
+        devices,
+        cpu_and_memory,
+        int4_matmul,
+        outputs_folder,
+        optional_parts,
+        wandb_mode,
+        shared_memory,
+        open_files,
+    )
+    for check in checks:
+        try:
+            yield from check(cfg)
+        except Exception as error:
+            yield Finding(check.__name__.replace("_", " "), Status.fail, f"{type(error).__name__}: {error}")
+
+
+def requirements() -> tuple[str, list[Requirement]]:
+    """(requires-python, the mandatory dependencies), from pyproject.toml or the installed package's metadata."""
+    if PYPROJECT.is_file():
+        project = tomllib.loads(PYPROJECT.read_text())["project"]
+        return project["requires-python"], [Requirement(text) for text in project["dependencies"]]
+    wanted = [Requirement(text) for text in importlib.metadata.requires("runner") or []]
+    return importlib.metadata.metadata("runner")["Requires-Python"], [r for r in wanted if r.marker is None]
+
+
+def python_version(cfg: Config) -> Iterator[Finding]:
+    wanted, _ = requirements()
+    version = platform.python_version()
+    fits = SpecifierSet(wanted).contains(version, prereleases=True)
+    yield Finding("python", Status.ok if fits else Status.fail, f"{version} (wanted {wanted})", "" if fits else "make setup")
+
+
+def pinned_versions(cfg: Config) -> Iterator[Finding]:
+    """One line when all pins hold, else one per package that differs."""
+    _, wanted = requirements()
+    held = []
+    for requirement in wanted:
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(requirement.name, Status.fail, f"not installed (wanted {requirement.specifier})", "make setup")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            held.append(f"{requirement.name} {version}")
+        else:
+            fix = f"pip install '{requirement}'"
+            yield Finding(requirement.name, Status.fail, f"{version} (wanted {requirement.specifier})", fix)
+    yield Finding("pinned packages", Status.ok, f"{len(held)} of {len(wanted)} as pinned: {', '.join(held)}")
+
+
+def devices(cfg: Config) -> Iterator[Finding]:
+    """GPUs against what the config asks of this node."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = f"torch {torch.__version__}, "
+    if count:
+        names = [torch.cuda.get_device_properties(i) for i in range(count)]
+        gpus = ", ".join(f"{p.name} {p.total_memory / GIB:.0f} GiB sm{p.major}{p.minor}" for p in names)
+        found += f"CUDA {torch.version.cuda}, {count} GPUs: {gpus}"
+    else:
+        found += "no GPU"
+    wanted = min(max(cfg.parallelism.gpus, cfg.parallelism.rollout_gpus), cfg.cluster.gpus_per_node)
+    if count >= wanted:
+        yield Finding("GPUs", Status.ok, f"{found} (wanted {wanted})")
+        return
+    here = cfg.cluster.launcher == "local"
+    fix = "scale=laptop runs the same recipe on the CPU" if here else "start it from a node of the cluster, or scale=laptop"
+    yield Finding("GPUs", Status.fail if here else Status.warn, f"{found} (wanted {wanted} per node)", fix)
+
+
+def memory_limit() -> int:
+    """Bytes this process may use: the machine's, or less where a cgroup says so."""
+    total = int(psutil.virtual_memory().total)
+    limits = [Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    for path in limits:
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def cpu_and_memory(cfg: Config) -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    status = Status.ok if cores >= 2 else Status.warn
+    yield Finding("cores", status, str(cores), "" if cores >= 2 else "the default run is timed on 2 cores; expect twice as long")
+    limit, free = memory_limit() / GIB, psutil.virtual_memory().available / GIB
+    free = min(free, limit)
+    found = f"{limit:.1f} GiB, {free:.1f} free"
+    if free < LEAST_MEMORY_GIB:
+        yield Finding("memory", Status.fail, found, f"free at least {LEAST_MEMORY_GIB:.0f} GiB")
+    elif cfg.parallelism.gpus == 0 and limit < cfg.cluster.host_memory_gib:
+        fix = f"cluster.host_memory_gib={int(limit)}, then python -m runner plan"
+        yield Finding("memory", Status.warn, f"{found} (cluster.host_memory_gib={cfg.cluster.host_memory_gib:g})", fix)
+    else:
+        yield Finding("memory", Status.ok, found)
+
+
+def int4_matmul(cfg: Config) -> Iterator[Finding]:
+    """Runs the packed matmul that the in-process engine decodes with, and says how wide the CPU's vectors are."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    needed = isinstance(cfg.rollout, LocalRolloutConfig) and cfg.precision.rollout.format is Format.int4
+    try:
+        q = torch.arange(-8, 8, dtype=torch.int32).repeat(16, 4)  # [16, 64], every integer
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q + 8, 1)
+        scales = torch.full((2, 16, 2), 0.5, dtype=torch.bfloat16)  # [groups, out, (scale, zero)]
+        scales[..., 1] = 0
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(64, dtype=torch.bfloat16), packed, 32, scales)
+        right = torch.equal(out.T.float(), q.float() * 0.5)
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        fix = "precision=bf16, or torch as pinned (make setup)"
+        yield Finding("int4 matmul", Status.fail if needed else Status.warn, str(error).splitlines()[0], fix)
+        return
+    if not right:
+        yield Finding("int4 matmul", Status.fail, f"{capability}: wrong results", "torch as pinned (make setup)")
+    elif not capability.startswith("AVX512"):
+        fix = "correct, but slower than bf16 is likely: precision=bf16 for speed"
+        yield Finding("int4 matmul", Status.warn, f"{capability}; packed decoding is written for AVX-512", fix)
+    else:
+        native = [name for name in ("avx512_bf16", "amx_bf16") if name in cpu_flags()]
+        yield Finding(
+            "int4 matmul", Status.ok, f"{capability}{', ' + ', '.join(native) if native else ''}; right on every integer"
+        )
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
+
+
+def outputs_folder(cfg: Config) -> Iterator[Finding]:
+    """Free space and write permission where the runs go (the nearest folder that exists; nothing is left behind)."""
+    folder = Path(cfg.outputs_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / GIB
+    status = Status.fail if free < LEAST_FREE_DISK_GIB else Status.warn if free < GOOD_FREE_DISK_GIB else Status.ok
+    yield Finding(
+        "disk", status, f"{free:.1f} GiB free in {folder}", "" if status is Status.ok else "outputs_dir=<a larger disk>"
+    )
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"runner")
+        yield Finding("write permission", Status.ok, str(folder))
+    except OSError as error:
+        yield Finding("write permission", Status.fail, f"{folder}: {error.strerror}", "outputs_dir=<a folder you may write to>")
+
+
+def optional_parts(cfg: Config) -> Iterator[Finding]:
+    needed = {
+        "megatron-core": isinstance(cfg.trainer, MegatronTrainerConfig),
+        "sglang": isinstance(cfg.rollout, SglangRolloutConfig),
+    }
+    absent = []
+    for distribution, module, purpose in OPTIONAL_PARTS:
+        if has_module(module):
+            yield Finding(distribution, Status.ok, f"{version_of(distribution)}, for {purpose}")
+        elif distribution in needed and needed[distribution]:
+            yield Finding(distribution, Status.fail, "not installed, and this config uses it", f"pip install {distribution}")
+        else:
+            absent.append(f"{distribution} ({purpose})")
+    if absent:
+        yield Finding("optional parts", Status.ok, f"not installed and not needed: {', '.join(absent)}")
+
+
+def has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent package is absent
+        return False
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def wandb_mode(cfg: Config) -> Iterator[Finding]:
+    mode = os.environ.get("WANDB_MODE", cfg.tracking.wandb_mode)
+    logged_in = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
+    if mode == "online" and not logged_in:
+        yield Finding("wandb", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
+    else:
+        yield Finding("wandb", Status.ok, mode)
+
+
+def shared_memory(cfg: Config) -> Iterator[Finding]:
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield Finding("/dev/shm", Status.warn, "absent", "needed by Ray and NCCL on Linux")
+        return
+    size = shutil.disk_usage(shm).total / GIB
+    many = cfg.cluster.launcher != "local" or cfg.parallelism.ranks > 1
+    status = Status.warn if many and size < GOOD_SHM_GIB else Status.ok
+    fix = f"containers: --shm-size={GOOD_SHM_GIB * 16:.0f}g" if status is Status.warn else ""
+    yield Finding("/dev/shm", status, f"{size:.2f} GiB", fix)
+
+
+def open_files(cfg: Config) -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    many = cfg.cluster.launcher != "local"
+    low = soft != resource.RLIM_INFINITY and soft < GOOD_OPEN_FILES
+    status = Status.warn if low and many else Status.ok
+    yield Finding("open files", status, f"{soft} (up to {hard})", "ulimit -n 65536" if status is Status.warn else "")
