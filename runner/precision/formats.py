@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from runner.errors import UserError
-from runner.precision import fp4, fp8, int4
+from runner.precision import fp4, fp8, int4, kernels
 from runner.precision.checks import WeightError
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
@@ -92,9 +92,12 @@ def _encode_parts(name: str, weight: torch.Tensor, tf: TensorFormat, scales: Sca
     kept = scales.scale if scales else None
     match tf.format:
         case Format.int4 | Format.int8:
-            q, scale = int4.quantize(weight, tf.group_size, _convention(tf, name), kept, tf.bits)
+            if tf.format is Format.int4:
+                packed, scale = kernels.quantize_pack(weight, tf.group_size, _convention(tf, name), kept)
+            else:
+                q, scale = int4.quantize(weight, tf.group_size, _convention(tf, name), kept, tf.bits)
+                packed = int4.pack(q, tf.bits)
             shape = torch.tensor(weight.shape, dtype=torch.int64)
-            packed = int4.pack(q, tf.bits)
             return {f"{module}.weight_packed": packed, f"{module}.weight_scale": scale, f"{module}.weight_shape": shape}
         case Format.fp8:
             values, scale = fp8.quantize(weight, tf.strategy, kept)
@@ -119,7 +122,8 @@ def integers(exported: ExportedTensor, tensor_format: TensorFormat) -> torch.Ten
     match tensor_format.format:
         case Format.int4 | Format.int8:
             columns = int(exported.parts[f"{module}.weight_shape"][-1])
-            return int4.unpack(exported.parts[f"{module}.weight_packed"], columns, tensor_format.bits)
+            packed = exported.parts[f"{module}.weight_packed"]
+            return kernels.unpack(packed, columns) if tensor_format.bits == 4 else int4.unpack(packed, columns, 8)
         case Format.fp8:
             return exported.parts[f"{module}.weight"]
         case Format.mxfp4 | Format.nvfp4:
@@ -208,6 +212,10 @@ def quantize_dequantize_(weight: torch.Tensor, tensor_format: TensorFormat, name
     Returns the scales, to be kept for `encode`; None for bf16. `name` is for the error on NaN. The weight may be a view
     of a stack, as long as it may be written.
     """
+    if tensor_format.format is Format.int4:
+        tensor_format.check_shape(name, tuple(weight.shape))
+        convention = _convention(tensor_format, name)
+        return Scales(_named(name, kernels.quantize_dequantize_, weight, tensor_format.group_size, convention))
     values, scales = quantize_dequantize(weight, tensor_format, name=name)
     with torch.no_grad():
         weight.copy_(values)

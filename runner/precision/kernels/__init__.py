@@ -1,1 +1,164 @@
-"""Fast kernels that give the bits of the torch reference."""
+"""Fast INT4 kernels that give the bits of the torch reference, and the choice between them.
+
+`cpu.py` (numba) serves CPU tensors, `gpu.py` (Triton) CUDA tensors; the reference in `int4.py` everything else: INT8, widths
+that are no multiple of 16, and weights too small to pay for a kernel's start. The result never depends on the choice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from runner.precision import int4
+from runner.precision.checks import as_bf16, check_scale
+from runner.precision.kernels.threads import over_rows
+from runner.schema import Convention
+
+# Importing numba and loading its cached kernels costs 0.4 to 0.7 s once (10 s without a cache, per machine): a weight
+# must save that much before it is the first to ask for them. Once they are there, a call costs 60 us more than nothing.
+FIRST_ELEMENTS = 1 << 24
+LOADED_ELEMENTS = 1 << 14
+# amax bits from here on (2^120) take the reference's path, whose error names what is wrong
+LARGE_AMAX = 0x7B80
+_CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}
+
+
+@lru_cache(maxsize=1)
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _suits_cpu(weight: torch.Tensor, group_size: int) -> bool:
+    width = weight.shape[-1] if group_size == -1 else group_size
+    if weight.device.type != "cpu" or width % 16 or weight.shape[-1] % width:
+        return False
+    loaded = "runner.precision.kernels.cpu" in sys.modules
+    return weight.numel() >= (LOADED_ELEMENTS if loaded else FIRST_ELEMENTS)
+
+
+def _suits_gpu(weight: torch.Tensor, group_size: int) -> bool:
+    width = weight.shape[-1] if group_size == -1 else group_size
+    power_of_two = width & (width - 1) == 0
+    return weight.is_cuda and power_of_two and 16 <= width <= 4096 and weight.shape[-1] % width == 0 and _has("triton")
+
+
+def _blocks(rows: torch.Tensor, width: int) -> Any:
+    """bf16 [rows, in], contiguous -> numpy uint16 [rows, groups, width / 16, 16] of the same memory."""
+    return rows.view(torch.uint16).numpy().reshape(rows.shape[0], rows.shape[1] // width, width // 16, 16)
+
+
+def quantize_pack(
+    weight: torch.Tensor, group_size: int, convention: Convention, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT4: weight [..., out, in] -> (packed int32 [..., out, in / 8], scales bf16), as int4.pack(int4.quantize(...))."""
+    if _suits_gpu(weight, group_size):
+        from runner.precision.kernels import gpu
+
+        return gpu.quantize_pack(weight, group_size, convention, scale)
+    if not _suits_cpu(weight, group_size):
+        q, scale = int4.quantize(weight, group_size, convention, scale)
+        return int4.pack(q), scale
+    from runner.precision.kernels import cpu
+
+    rows = as_bf16(weight).contiguous().flatten(0, -2)
+    columns = rows.shape[1]
+    width = columns if group_size == -1 else group_size
+    shape = (*weight.shape[:-1], columns // width)
+    kept = scale is not None
+    if scale is not None:
+        check_scale(scale, shape)
+        scale = scale.to(torch.bfloat16).contiguous()
+    else:
+        scale = torch.empty(shape, dtype=torch.bfloat16)
+    packed = torch.empty((*weight.shape[:-1], columns // 8), dtype=torch.int32)
+    source, code = _blocks(rows, width), _CONVENTIONS[convention]
+    scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
+    packed_bits = packed.flatten(0, -2).view(torch.uint16).numpy()
+
+    def part(start: int, stop: int) -> int:
+        return cpu.quantize_pack_rows(
+            source[start:stop], cpu.MIDPOINTS, code, kept, scale_bits[start:stop], packed_bits[start:stop]
+        )
+
+    if over_rows(part, rows.shape[0], columns) >= LARGE_AMAX:
+        q, scale = int4.quantize(weight, group_size, convention, scale if kept else None)
+        return int4.pack(q), scale
+    return packed, scale
+
+
+def quantize_dequantize_(
+    weight: torch.Tensor, group_size: int, convention: Convention, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """INT4, in place: weight [..., out, in] becomes its effective weight; returns the scales bf16 [..., out, groups].
+
+    One read and one write per weight. Raises WeightError on NaN and infinities; rows before the first bad one may
+    then hold effective weights already.
+    """
+    if _suits_gpu(weight, group_size) and weight.dtype is torch.bfloat16 and weight.is_contiguous():
+        from runner.precision.kernels import gpu
+
+        return gpu.quantize_dequantize_(weight, group_size, convention, scale)
+    if weight.dtype is not torch.bfloat16 or not _suits_cpu(weight, group_size):
+        values, scale = int4.quantize_dequantize(weight, group_size, convention, scale)
+        weight.detach().copy_(values)
+        return scale
+    if not weight.is_contiguous():
+        if weight.dim() > 2:  # rows of a stack: each expert's are contiguous
+            kept = [None] * len(weight) if scale is None else list(scale)
+            return torch.stack([quantize_dequantize_(w, group_size, convention, s) for w, s in zip(weight, kept, strict=True)])
+        values, scale = int4.quantize_dequantize(weight, group_size, convention, scale)
+        weight.detach().copy_(values)
+        return scale
+    from runner.precision.kernels import cpu
+
+    rows = weight.detach().flatten(0, -2)
+    columns = rows.shape[1]
+    width = columns if group_size == -1 else group_size
+    shape = (*weight.shape[:-1], columns // width)
+    kept_scale = scale is not None
+    if scale is not None:
+        check_scale(scale, shape)
+        scale = scale.to(torch.bfloat16).contiguous()
+    else:
+        scale = torch.empty(shape, dtype=torch.bfloat16)
+    target, code = _blocks(rows, width), _CONVENTIONS[convention]
+    scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
+
+    def part(start: int, stop: int) -> int:
+        return cpu.quantize_dequantize_rows(
+            target[start:stop], cpu.MIDPOINTS, code, kept_scale, LARGE_AMAX, scale_bits[start:stop]
+        )
+
+    if over_rows(part, rows.shape[0], columns) >= LARGE_AMAX:
+        # rows already done are not changed again: their scales are kept by what they hold, bad rows raise by name
+        int4.quantize(weight, group_size, convention, None)
+        raise int4.WeightError(f"holds values above 2^120, which the in-place kernel refuses: {float(weight.abs().max()):.4g}")
+    return scale
+
+
+def unpack(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """int32 [..., in / 8] -> int8 [..., in], as int4.unpack."""
+    if packed.is_cuda and in_features % 8 == 0 and packed.shape[-1] * 8 == in_features and _has("triton"):
+        from runner.precision.kernels import gpu
+
+        return gpu.unpack(packed)
+    loaded = "runner.precision.kernels.cpu" in sys.modules
+    if packed.device.type != "cpu" or in_features != packed.shape[-1] * 8 or not loaded or packed.numel() * 8 < LOADED_ELEMENTS:
+        return int4.unpack(packed, in_features)
+    from runner.precision.kernels import cpu
+
+    source = packed.contiguous().flatten(0, -2) if packed.dim() > 1 else packed.contiguous().unsqueeze(0)
+    q = torch.empty((*packed.shape[:-1], in_features), dtype=torch.int8)
+    words = source.view(torch.uint16).numpy()
+    values = q.view(source.shape[0], in_features).view(torch.uint32).numpy()
+
+    def part(start: int, stop: int) -> int:
+        cpu.unpack_rows(words[start:stop], values[start:stop])
+        return 0
+
+    over_rows(part, source.shape[0], in_features)
+    return q
