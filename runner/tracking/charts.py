@@ -28,8 +28,8 @@ class Series:
     color: int
 
 
-def format_number(value: float) -> str:
-    """Four significant digits, in the shortest readable form."""
+def format_number(value: float, digits: int = 4) -> str:
+    """So many significant digits, in the shortest readable form."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -39,7 +39,7 @@ def format_number(value: float) -> str:
         return text.replace(".00e", "e")
     if float(value).is_integer():
         return str(int(value))
-    return f"{value:.4g}"
+    return f"{value:.{digits}g}"
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -49,7 +49,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
         low, high = low - pad, high + pad
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
+    step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -87,6 +87,7 @@ class _Axes:
         self.x_low, self.x_high = min(xs), max(xs)
         if self.x_high == self.x_low:
             self.x_low, self.x_high = self.x_low - 0.5, self.x_high + 0.5
+        self.steps = (min(xs), max(xs))
         self.ticks = nice_ticks(*value_range(values))
         self.y_low, self.y_high = self.ticks[0], self.ticks[-1]
 
@@ -104,7 +105,7 @@ class _Axes:
             parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{format_number(round(tick, 12))}</text>')
         for tick in nice_ticks(self.x_low, self.x_high, 5):
-            if self.x_low <= tick <= self.x_high and float(tick).is_integer():
+            if self.steps[0] <= tick <= self.steps[1] and float(tick).is_integer():
                 parts.append(f'<text x="{self.x(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{int(tick)}</text>')
         return "".join(parts)
 
@@ -158,7 +159,8 @@ def line_chart(title: str, series: list[Series], *, hint: str = "", smoothed: bo
         if sum(math.isfinite(y) for _, y in s.points) < DOT_BELOW:
             body += [f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.5" fill="{color}"/>' for x, y in s.points]
         elif smoothed and len(s.points) >= SMOOTH_FROM:
-            body.append(f'<path class="pale" d="{_path(axes, s.points)}" stroke="{color}"/>')
+            pale = "pale" if len(series) == 1 else "pale many"
+            body.append(f'<path class="{pale}" d="{_path(axes, s.points)}" stroke="{color}"/>')
             body.append(f'<path class="line" d="{_path(axes, smooth(s.points))}" stroke="{color}"/>')
         else:
             body.append(f'<path class="line" d="{_path(axes, s.points)}" stroke="{color}"/>')
@@ -180,6 +182,7 @@ def stacked_bars(title: str, series: list[Series], *, hint: str = "") -> str:
     steps = sorted(columns)
     gap = min((b - a for a, b in zip(steps, steps[1:], strict=False)), default=1.0)
     axes = _Axes([steps[0] - gap / 2, steps[-1] + gap / 2], [*totals, *depths, 0.0])
+    axes.steps = (steps[0], steps[-1])
     width = max(1.0, (axes.x(gap) - axes.x(0)) * (0.8 if len(steps) < 80 else 1.0))
     width = min(width, 36.0)
     body = []

@@ -48,13 +48,13 @@ border:1px solid var(--line);border-radius:6px;padding:2px 8px}
 .tile span,.tile small{color:var(--dim);font-size:13px;display:block}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr));gap:14px;margin:16px 0 0}
 figure{margin:0}.card{padding:12px 14px 10px;min-width:0}
-figcaption{display:flex;gap:10px;justify-content:space-between;align-items:baseline;flex-wrap:wrap;margin-bottom:4px}
-figcaption b{overflow-wrap:anywhere}
+figcaption{margin-bottom:6px;line-height:1.35}
+figcaption b{display:block;overflow-wrap:anywhere}
 figcaption small,.empty{color:var(--dim);font-size:12.5px}
 svg.chart{width:100%;height:auto;display:block;touch-action:pan-y}
 svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--line)}svg .zero{stroke:var(--zero)}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .pale{fill:none;stroke-width:1.2;opacity:.38}
+svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .pale{fill:none;stroke-width:1.2;opacity:.38}svg .many{opacity:.2}
 svg .cross{stroke:var(--dim);stroke-dasharray:3 3;pointer-events:none}
 .legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:12.5px;color:var(--dim);margin-top:2px}
 .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
@@ -65,7 +65,7 @@ box-shadow:0 3px 14px #0003;font-variant-numeric:tabular-nums;max-width:80vw}
 #tip i{display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:6px}
 .panel{padding:4px 16px;margin-top:14px}
 .event{display:grid;grid-template-columns:76px 150px 1fr;gap:10px;padding:8px 0;border-top:1px solid var(--line);font-size:14px}
-.event:first-child{border:0}.event span{color:var(--dim)}.event b{color:var(--warn);overflow-wrap:anywhere}
+.event:first-child{border:0}.event span{color:var(--dim)}.event b{overflow-wrap:anywhere}.event .warn{color:var(--warn)}
 .event p{margin:0;white-space:pre-line;overflow-wrap:anywhere}
 details{margin-top:14px;padding:0 16px}summary{cursor:pointer;font-weight:600;padding:12px 0}
 details[open]{padding-bottom:16px}
@@ -140,7 +140,7 @@ def facts(status: dict[str, Any], config: dict[str, Any], steps: int) -> list[st
             lines.append(f"{status['attempt']} attempts")
     if "seed" in config:
         lines.append(f"seed {config['seed']}")
-    if status.get("message"):
+    if status.get("message") and status["message"] != status["state"]:
         lines.append(status["message"])
     return lines
 
@@ -157,9 +157,14 @@ def grid(cards: list[str]) -> str:
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
 
 
+def event_class(kind: str) -> str:
+    """What a reader has to look at stands out from what was to be expected."""
+    return ' class="warn"' if kind.startswith("watch") or kind in ("warning", "sync_failed", "skipped_step") else ""
+
+
 def events(rows: list[dict[str, Any]]) -> str:
     inner = "".join(
-        f'<div class="event"><span>step {row["step"] + 1}</span><b>{html.escape(row["kind"])}</b>'
+        f'<div class="event"><span>step {row["step"] + 1}</span><b{event_class(row["kind"])}>{html.escape(row["kind"])}</b>'
         f"<p>{html.escape(row['message'])}</p></div>"
         for row in rows
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ class Chart:
     smoothed: bool = False
 
 
+EVALS = ("eval/*", "!eval/*_response_len")
 CHARTS = (
-    Chart("Reward and evaluation", ("rollout/raw_reward", "eval/*", "!eval/*_response_len"), "mean over samples", smoothed=True),
+    Chart("Reward and evaluation", ("rollout/raw_reward", *EVALS), "mean over samples", smoothed=True),
     Chart(
         "Train-rollout mismatch",
         ("train/train_rollout_logprob_abs_diff", "probe/logprob_abs_diff"),
@@ -155,7 +157,7 @@ def tail_mean(run: RunData, metric: str) -> float | None:
 
 def best_eval(run: RunData) -> tuple[str, float] | None:
     """The highest evaluation and its metric; the first evaluation metric of the run where there are several."""
-    names = [name for name in run.names() if name.startswith("eval/")]
+    names = matching(run.names(), EVALS)
     values = [y for _, y in run.points(names[0]) if math.isfinite(y)] if names else []
     return (names[0], max(values)) if values else None
 
@@ -181,7 +183,10 @@ def key_results(run: RunData) -> dict[str, float]:
 
 def tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(title, number, note) of the boxes on top of the page."""
-    number = page.format_number
+
+    def number(value: float) -> str:
+        return page.format_number(value, digits=3)
+
     boxes = []
     rewards = [y for _, y in run.points("rollout/raw_reward") if math.isfinite(y)]
     if rewards:
@@ -214,11 +219,17 @@ def matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 
 
 def short_label(name: str) -> str:
-    return name.split("/", 1)[-1].replace("train_rollout_", "").replace("_", " ")
+    """What the legend says: the name without what the card's title says already."""
+    text = name.split("/", 1)[-1].removeprefix("train_rollout_").removeprefix("response_len/").removesuffix("_abs")
+    return text.replace("/", " ").replace("_", " ")
 
 
 def draw_chart(run: RunData, chart: Chart, metrics: list[str]) -> str:
-    series = [Series(short_label(name), run.points(name), i % NUM_COLORS) for i, name in enumerate(metrics)]
+    labels = [short_label(name) for name in metrics]
+    labels = [label if labels.count(label) == 1 else name for label, name in zip(labels, metrics, strict=True)]
+    series = [
+        Series(label, run.points(name), i % NUM_COLORS) for i, (label, name) in enumerate(zip(labels, metrics, strict=True))
+    ]
     if chart.stacked:
         if chart.title == "Time per step" and run.points("perf/step_time"):
             series.append(Series("rest", unaccounted_time(run, metrics), NUM_COLORS - 1))
@@ -303,7 +314,7 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         numbers = [results.get(key) for key in ("reward", "eval", "mismatch", "step_time", "seconds")]
         cells = [page.format_number(number) if number is not None else "" for number in numbers]
         rows.append([label, run.state, *(str(table.get(key, "")) for key in keys), *cells])
-    evals = dict.fromkeys(name for run in runs for name in run.names() if name.startswith("eval/"))
+    evals = dict.fromkeys(name for run in runs for name in matching(run.names(), EVALS))
     cards = []
     for caption, metric in (*COMPARED[:1], *((name, name) for name in evals), *COMPARED[1:]):
         series = [
@@ -316,12 +327,17 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
     return path
 
 
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sorts group_size=32 before group_size=128."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
 def find_runs(target: str) -> list[Path]:
     """The run folder that `target` names (a path, or a name under outputs/), or every job of a sweep's folder."""
     for folder in (Path(target), Path("outputs") / target):
         if (folder / "metrics.jsonl").exists() or (folder / "status.json").exists():
             return [folder]
-        jobs = sorted(path.parent for path in folder.glob("*/metrics.jsonl")) if folder.is_dir() else []
+        jobs = sorted((path.parent for path in folder.glob("*/metrics.jsonl")), key=natural_order) if folder.is_dir() else []
         if jobs:
             return jobs
     raise UserError(f"no run named {target!r}", fix="give a run's folder, for example outputs/<run>")
