@@ -6,18 +6,21 @@ from __future__ import annotations
 class UserError(Exception):
     """One problem in the user's words, and what to do about it.
 
-    `key` is the config key (or file and line) it is about; `fix` says what to type or change.
+    `key` is the config key (or file and line) it is about; `fix` says what to type or change; `where` is where the value
+    came from (a file and line, or the command line).
     """
 
-    def __init__(self, problem: str, *, fix: str | None = None, key: str | None = None) -> None:
+    def __init__(self, problem: str, *, fix: str | None = None, key: str | None = None, where: str | None = None) -> None:
         super().__init__(problem)
         self.problem = problem
         self.fix = fix
         self.key = key
+        self.where = where
 
     def __str__(self) -> str:
         text = f"{self.key}: {self.problem}" if self.key else self.problem
-        return f"{text}\n    fix: {self.fix}" if self.fix else text
+        text = f"{text}\n     from: {self.where}" if self.where else text
+        return f"{text}\n     fix: {self.fix}" if self.fix else text
 
 
 class UserErrors(UserError):

@@ -1,0 +1,166 @@
+"""From overrides to a checked config: Hydra composes, every problem is reported at once. Imports neither torch nor ray.
+
+    loaded = load(["model=qwen3_30b", "precision.group_size=64"])
+    loaded.config    the typed runner.schema.Config
+    loaded.raw       the same as a DictConfig, interpolations kept
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from runner import schema
+from runner.cli.problems import Diagnosis, diagnose, override_key
+from runner.errors import UserError, UserErrors
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+# Options with keys of their own put their schema first in their defaults list, under these names.
+OPTION_SCHEMAS = {
+    "trainer": {"torch_schema": schema.TorchTrainerConfig, "megatron_schema": schema.MegatronTrainerConfig},
+    "rollout": {"local_schema": schema.LocalRolloutConfig, "sglang_schema": schema.SglangRolloutConfig},
+    "task": {"arithmetic_schema": schema.ArithmeticTaskConfig, "jsonl_schema": schema.JsonlTaskConfig},
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A composed config. `overrides` are all that made it, those of a resumed run included."""
+
+    config: schema.Config
+    raw: DictConfig
+    overrides: list[str]
+
+
+def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
+    """Compose, type-check and (unless `check_rules` is false) check the cross-group rules.
+
+    Raises UserErrors with every problem: misspelt keys and options, wrong types, missing values, broken rules.
+    """
+    from runner import rules
+
+    overrides = with_resumed(overrides)
+    diagnosis: Diagnosis | None = None
+    try:
+        raw = compose_raw(overrides)
+        if OmegaConf.missing_keys(raw):
+            raise OmegaConfBaseException("missing values")
+        config = to_config(raw)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        diagnosis = diagnosed(overrides)
+        if not diagnosis.problems:
+            diagnosis.problems.append(UserError(str(error).strip()))
+        raw = diagnosis.raw
+        try:
+            config = to_config(raw)
+        except (OmegaConfBaseException, ValueError):  # mandatory values are missing: the rules cannot be asked
+            raise UserErrors(diagnosis.problems) from None
+    problems = list(diagnosis.problems) if diagnosis else []
+    if check_rules:
+        broken = rules.check(config)
+        if broken:
+            diagnosis = diagnosis or diagnosed(overrides)
+            for problem in broken:
+                problem.where = problem.where or diagnosis.source_of(problem.key)
+            problems += broken
+    if problems:
+        raise UserErrors(problems)
+    return Loaded(config, raw, overrides)
+
+
+def load_config(overrides: list[str]) -> schema.Config:
+    """`load(overrides).config`."""
+    return load(overrides).config
+
+
+def compose_raw(overrides: list[str]) -> DictConfig:
+    """What Hydra makes of the overrides; raises Hydra's and OmegaConf's own errors."""
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
+        return compose(CONFIG_NAME, overrides=overrides)
+
+
+def to_config(raw: DictConfig) -> schema.Config:
+    """The typed config. Raises OmegaConf's errors for missing and unresolvable values."""
+    return cast(schema.Config, OmegaConf.to_object(raw))
+
+
+def hydra_settings(overrides: list[str]) -> DictConfig:
+    """The `hydra` node of the composition: sweep mode and parameters, which a recipe may set."""
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
+        cfg = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+    return cast(DictConfig, cfg.hydra)
+
+
+def diagnosed(overrides: list[str]) -> Diagnosis:
+    """Every problem of the overrides and of the YAML files they select, found by replaying the composition key by key."""
+    register()
+    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return diagnose(hydra.config_loader, CONFIG_DIR, CONFIG_NAME, overrides)
+
+
+def with_resumed(overrides: list[str]) -> list[str]:
+    """With `resume=<run>` among them: that run's own overrides first; a new override replaces an old one of the same key."""
+    target = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "resume"]
+    if not target or target[-1] in ("", "null"):
+        return overrides
+    from runner.folder import find_run
+
+    outputs_dir = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "outputs_dir"]
+    run = find_run(target[-1], (outputs_dir or [default_outputs_dir()])[-1])
+    file = run / ".hydra" / "overrides.yaml"
+    old = cast(list[Any], OmegaConf.to_container(OmegaConf.load(file)))
+    replaced = {override_key(item) for item in overrides}
+    kept = [str(item) for item in old if override_key(str(item)) not in replaced]
+    return [*kept, *(item for item in overrides if override_key(item) != "resume"), f"resume={json.dumps(str(run))}"]
+
+
+def default_outputs_dir() -> str:
+    """`outputs_dir` of conf/config.yaml, read without composing anything."""
+    return str(cast(DictConfig, OmegaConf.load(CONFIG_DIR / f"{CONFIG_NAME}.yaml")).outputs_dir)
+
+
+def register() -> None:
+    """Put the schema into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema.Config)
+    for group, options in OPTION_SCHEMAS.items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node)
+    OmegaConf.register_new_resolver("gpus_needed", _gpus_needed, replace=True)
+    OmegaConf.register_new_resolver("nodes_needed", _nodes_needed, replace=True)
+
+
+def _gpus_needed(parallelism: DictConfig) -> int:
+    """GPUs of the trainer, plus those of the engines where they have their own."""
+    return int(parallelism.gpus) if parallelism.colocate else int(parallelism.gpus) + int(parallelism.rollout_gpus)
+
+
+def _nodes_needed(parallelism: DictConfig, gpus_per_node: int) -> int:
+    return max(1, -(-_gpus_needed(parallelism) // max(1, int(gpus_per_node))))
+
+
+def resolved_yaml(raw: DictConfig, *, resolve: bool, package: str | None = None) -> str:
+    """YAML of the config, or of one part of it. Raises UserError for a part that is not there."""
+    node = raw
+    if package:
+        node = OmegaConf.select(raw, package)
+        if node is None:
+            raise UserError(f"the config has no part {package!r}", key="--package")
+        with open_dict(node):
+            pass
+    return OmegaConf.to_yaml(node, resolve=resolve)
