@@ -1,0 +1,377 @@
+"""The planner against published sizes and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+from planner_configs import MODELS, config, local, megatron, parallelism, precision, sglang, torch_trainer
+from rich.console import Console
+
+from runner.errors import UserError
+from runner.planner.cli import main, ranges
+from runner.planner.fit import largest_max_tokens, try_changes, what_would_fit
+from runner.planner.memory import activation_bytes, engine_weight_bytes, kv_bytes_per_token, plan_memory, state_shares
+from runner.planner.parameters import BF16, Grid, stage_layers, stored_bytes, take_inventory
+from runner.planner.placement import coordinates, place, placement_problems
+from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
+from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
+from runner.schema import Config, Format, QatPlacement, Role
+
+
+def qwen3_30b(**kwargs: object) -> Config:
+    return config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=1), **kwargs)
+
+
+def kimi(**kwargs: object) -> Config:
+    par = parallelism(256, tp=8, pp=8, cp=4, ep=32, last_stage_layers=5, engine_ep=8)
+    return config("kimi_k2_thinking", par, **{"rollout": sglang(16384, memory_fraction=0.85), **kwargs})
+
+
+def tiny(**kwargs: object) -> Config:
+    par = parallelism(0, rollout_gpus=0, gpus_per_engine=0)
+    defaults = {"prec": precision(group_size=32), "rollout": local(), "trainer": torch_trainer(), "host_memory_gib": 16.0}
+    return config("tiny_moe", par, **{**defaults, **kwargs})
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # totals: the checkpoints' own parameter counts; active: the model cards'
+        ("qwen3_4b", 4_022_468_096, 4.02e9),
+        ("qwen3_30b", 30_532_122_624, 3.35e9),
+        ("qwen3_235b", 235_093_634_560, 22.2e9),
+        ("moonlight_16b", 15_960_111_936, 2.91e9),
+        ("kimi_k2_thinking", 1_026_408_232_448, 32.9e9),
+    ],
+)
+def test_totals_are_the_published_ones(name: str, total: int, active: float) -> None:
+    inventory = take_inventory(config(name, parallelism(8), prec=precision(Format.bf16)))
+    assert inventory.total == pytest.approx(total, rel=1e-5)
+    assert inventory.active == pytest.approx(active, rel=0.01)
+
+
+def test_roles_add_up_and_experts_are_counted_by_hand() -> None:
+    counts = take_inventory(qwen3_30b()).by_role()
+    assert counts[Role.routed_expert] == 48 * 128 * 3 * 768 * 2048
+    assert counts[Role.router] == 48 * 128 * 2048
+    assert counts[Role.embedding] == counts[Role.lm_head] == 151936 * 2048
+    assert counts[Role.attention] == 48 * (2 * 32 * 128 * 2048 + 2 * 4 * 128 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [  # 256 x 512 weights
+        (BF16, 262144),
+        (Grid(Format.int4, 128), 65536 + 256 * 4 * 2 + 16),
+        (Grid(Format.int4, 32), 65536 + 256 * 16 * 2 + 16),
+        (Grid(Format.int4, -1), 65536 + 256 * 2 + 16),
+        (Grid(Format.int8, -1), 131072 + 256 * 2 + 16),
+        (Grid(Format.fp8, 128), 131072 + 2 * 4 * 4),
+        (Grid(Format.mxfp4, 32), 65536 + 256 * 16),
+        (Grid(Format.nvfp4, 16), 65536 + 256 * 32 + 4),
+    ],
+)
+def test_stored_bytes_by_hand(grid: Grid, expected: int) -> None:
+    assert stored_bytes((256, 512), grid) == expected
+
+
+def test_stored_bytes_are_those_of_real_tensors() -> None:
+    """What the encoder really makes, for every format."""
+    import torch
+
+    from runner.precision.formats import TensorFormat, encode
+    from runner.schema import Convention
+
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    formats = [TensorFormat.int4(g, Convention.exact) for g in (32, 128)]
+    formats += [TensorFormat.bf16(), TensorFormat.fp8(), TensorFormat.mxfp4(), TensorFormat.nvfp4()]
+    for tensor_format in formats:
+        parts = encode("model.layers.0.mlp.up_proj.weight", weight, tensor_format).parts
+        real = sum(part.numel() * part.element_size() for part in parts.values())
+        assert stored_bytes((256, 512), Grid(tensor_format.format, tensor_format.group_size)) == real, tensor_format
+
+
+def test_kimi_int4_checkpoint_is_594_gb() -> None:
+    cfg = kimi(prec=precision(group_size=32))
+    assert stream_bytes(cfg, take_inventory(cfg)) / 1e9 == pytest.approx(594, rel=0.01)
+
+
+def test_shares_of_all_ranks_cover_the_model_once() -> None:
+    """Summed over stages, what the ranks of one model replica hold is the model plus only what is replicated."""
+    cfg = config("qwen3_235b", parallelism(64, tp=4, pp=4, cp=2, ep=16, last_stage_layers=22, engine_ep=8))
+    inventory = take_inventory(cfg)
+    shares = [state_shares(cfg, inventory, stage) for stage in range(4)]
+    experts = inventory.by_role()[Role.routed_expert]
+    assert sum(s.expert for s in shares) * 16 == pytest.approx(experts)
+    replicated = inventory.by_role()[Role.norm] + inventory.by_role()[Role.router]
+    padded = 2 * 4096 * (152064 - 151936)  # Megatron pads 151936 tokens to a multiple of 128 * tp
+    dense = inventory.total - experts - replicated
+    assert sum(s.dense for s in shares) == pytest.approx((dense + padded) / 4 + replicated)
+
+
+def test_stage_layers() -> None:
+    assert [len(stage) for stage in stage_layers(94, 4, 22)] == [24, 24, 24, 22]
+    assert [len(stage) for stage in stage_layers(61, 8, 5)] == [8] * 7 + [5]
+    assert [len(stage) for stage in stage_layers(48, 4, None)] == [12] * 4
+    with pytest.raises(UserError, match="61 layers do not split") as caught:
+        stage_layers(61, 8, None)
+    assert caught.value.fix == "parallelism.last_stage_layers=5"
+
+
+# ---- memory
+
+
+def test_optimizer_states_by_hand() -> None:
+    """qwen3_30b on 8 GPUs, TP 4, EP 8: experts lie once over the 8 ranks, dense parts twice over groups of 4."""
+    cfg = qwen3_30b()
+    train = next(p for p in plan_memory(cfg, take_inventory(cfg)).phases if p.name == "train")
+    experts = 48 * 128 * 3 * 768 * 2048 // 8
+    vocab = 2 * 2048 * 152064 // 4  # padded to 128 * tp
+    attention = 48 * 2 * 2048 * 128 * (32 + 4) // 4
+    whole = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048  # router and norms
+    dense = vocab + attention + whole
+    assert train.items["weights"] == 2 * (experts + dense)
+    assert train.items["gradients"] == 4 * (experts + dense)
+    assert train.items["fp32 masters"] == 4 * experts + 4 * dense // 2
+    assert train.items["Adam moments"] == 8 * experts + 8 * dense // 2
+
+
+def test_cpu_offload_moves_the_optimizer_to_the_host() -> None:
+    on_gpu, offloaded = (qwen3_30b(trainer=megatron(offload)) for offload in (False, True))
+    inventory = take_inventory(on_gpu)
+    gpu = {p.name: p for p in plan_memory(offloaded, inventory).phases}
+    before = {p.name: p for p in plan_memory(on_gpu, inventory).phases}
+    moved = before["train"].items["fp32 masters"] + before["train"].items["Adam moments"]
+    assert before["train"].used - gpu["train"].used == moved
+    assert gpu["all"].items["fp32 masters"] + gpu["all"].items["Adam moments"] == 8 * moved
+
+
+def test_activations_by_hand() -> None:
+    """One dense layer type, no parallelism: bytes per token worked out from the list in the docstring."""
+    cfg = config("qwen3_4b", parallelism(1, gpus_per_engine=1), trainer=megatron(recompute="none"))
+    attention = 2 * 2 * 2560 + 2 * (2 * (32 + 8) * 128 + (8 + 32) * 128) + 4 * 32
+    mlp = 2 * 2 * 2560 + 2 * 3 * 9728
+    assert activation_bytes(cfg, 0, 1000) == 36 * (attention + mlp) * 1000
+    cfg.trainer.recompute = "full"
+    assert activation_bytes(cfg, 0, 1000) == (36 * 2 * 2560 + attention + mlp) * 1000
+
+
+def test_recompute_sequence_parallel_and_stages_order_activations() -> None:
+    sizes = []
+    for recompute in ("none", "selective", "full"):
+        cfg = qwen3_30b(trainer=megatron(recompute=recompute))
+        sizes.append(activation_bytes(cfg, 0, 8192))
+    assert sizes[0] > sizes[1] > sizes[2]
+    scattered = qwen3_30b()
+    whole = copy.deepcopy(scattered)
+    whole.parallelism.sequence_parallel = False
+    assert activation_bytes(whole, 0, 8192) > activation_bytes(scattered, 0, 8192)
+    staged = config("qwen3_30b", parallelism(8, tp=2, pp=4, ep=2, gpus_per_engine=1))
+    by_stage = [activation_bytes(staged, stage, 8192) for stage in range(4)]
+    assert by_stage == sorted(by_stage, reverse=True) and by_stage[0] > by_stage[3]
+
+
+def test_fake_quantization_in_the_forward_costs_memory_and_in_place_does_not() -> None:
+    in_place = qwen3_30b(trainer=megatron(recompute="none"))
+    forward = qwen3_30b(trainer=megatron(recompute="none"), prec=precision(qat_placement=QatPlacement.forward))
+    inventory = take_inventory(in_place)
+    first = {cfg.precision.qat_placement: plan_memory(cfg, inventory).phases[0].items for cfg in (in_place, forward)}
+    experts = 48 * 128 * 3 * 768 * 2048 // 8
+    assert first[QatPlacement.forward]["fake-quantized copies"] == 2 * experts
+    assert first[QatPlacement.in_place]["scales"] == 2 * experts // 128
+
+
+def test_kv_cache_bytes() -> None:
+    assert kv_bytes_per_token(qwen3_30b()) == 48 * 2 * 4 * 128 * 2
+    assert kv_bytes_per_token(kimi()) == 61 * (512 + 64) * 2, "latent attention: whole on every GPU"
+    spread = config("qwen3_235b", parallelism(64, tp=4, ep=16, gpus_per_engine=8, engine_ep=8))
+    assert kv_bytes_per_token(spread) == 94 * 2 * 1 * 128 * 2, "8 GPUs cannot cut 4 heads below one"
+    spread.precision.kv_cache = "fp8_e4m3"
+    assert kv_bytes_per_token(spread) == 94 * 2 * 128
+
+
+def test_engine_weights_by_hand() -> None:
+    cfg = qwen3_30b()
+    inventory = take_inventory(cfg)
+    experts = 48 * 128 * 3 * (768 * 2048 // 2 + 768 * 2048 // 128 * 2 + 16)
+    rest = inventory.total - 48 * 128 * 3 * 768 * 2048
+    assert engine_weight_bytes(cfg, inventory) == experts + 2 * rest
+
+
+def test_kimi_int4_fits_an_engine_of_8_h200_and_bf16_does_not() -> None:
+    int4, bf16 = kimi(prec=precision(group_size=32)), kimi(prec=precision(Format.bf16))
+    assert plan_memory(int4, take_inventory(int4)).fits
+    plan = plan_memory(bf16, take_inventory(bf16))
+    assert not plan.fits
+    assert {p.name for p in plan.phases if not p.fits} == {"rollout", "weight sync"}
+    assert plan.engine_weights * 8 / 1e12 == pytest.approx(2.05, rel=0.02), "2 bytes for each of 1.03 T"
+
+
+def test_published_recipes_fit() -> None:
+    recipes = [
+        qwen3_30b(trainer=megatron(True)),
+        config("qwen3_235b", parallelism(64, tp=4, pp=4, cp=2, ep=16, last_stage_layers=22, engine_ep=8), trainer=megatron(True)),
+        config("moonlight_16b", parallelism(4, tp=2, ep=4, gpus_per_engine=4), rollout=sglang(4096)),
+        kimi(prec=precision(group_size=32)),
+        config("qwen3_4b", parallelism(8, tp=2, gpus_per_engine=2), prec=precision(Format.fp8)),
+    ]
+    for cfg in recipes:
+        assert not placement_problems(cfg)
+        assert plan_memory(cfg, take_inventory(cfg)).fits, cfg.model.name
+
+
+def test_longest_sequence_decides_the_micro_batch() -> None:
+    cfg = qwen3_30b(trainer=megatron(max_tokens_per_gpu=4096))
+    assert micro_batch_tokens(cfg) == 1024 + 8192
+    cfg.parallelism.cp = 4
+    assert micro_batch_tokens(cfg) == 4096
+    cfg.model = copy.copy(cfg.model)
+    cfg.model.max_context_tokens, cfg.parallelism.cp = 6000, 1
+    assert micro_batch_tokens(cfg) == 6000
+
+
+def test_cpu_run_is_one_process_with_everything_in_it() -> None:
+    cfg = tiny()
+    (run,) = plan_memory(cfg, take_inventory(cfg)).phases
+    assert run.where == "host" and {"weights", "fp32 masters", "KV cache", "engine weights", "activations"} <= set(run.items)
+    assert run.items["KV cache"] == 64 * 512 * 4 * 2 * 2 * 32 * 2
+    assert not plan_memory(tiny(host_memory_gib=0.5), take_inventory(cfg)).fits
+
+
+# ---- placement and traffic
+
+
+def test_rank_order_is_megatrons() -> None:
+    """The example of Megatron-core's initialize_model_parallel: 16 GPUs, TP 2, PP 4."""
+    at = [coordinates(rank, ranks=16, tp=2, cp=1, pp=4, ep=1, etp=1) for rank in range(16)]
+
+    def group(axis: str, of: int) -> list[int]:
+        others = [a for a in ("tp", "dp", "pp") if a != axis]
+        return [r for r in range(16) if all(getattr(at[r], o) == getattr(at[of], o) for o in others)]
+
+    assert group("tp", 0) == [0, 1] and group("tp", 14) == [14, 15]
+    assert group("dp", 0) == [0, 2] and group("dp", 1) == [1, 3] and group("dp", 13) == [13, 15]
+    assert group("pp", 0) == [0, 4, 8, 12] and group("pp", 3) == [3, 7, 11, 15]
+
+
+def test_coordinates_are_a_bijection_in_both_views() -> None:
+    at = [coordinates(rank, ranks=64, tp=4, cp=2, pp=4, ep=16, etp=1) for rank in range(64)]
+    assert len({(c.tp, c.cp, c.dp, c.pp) for c in at}) == 64
+    assert len({(c.etp, c.ep, c.edp, c.pp) for c in at}) == 64
+
+
+def test_engines_share_gpus_or_follow_the_trainer() -> None:
+    together = place(config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=2)))
+    assert [p.engine for p in together] == [0, 0, 1, 1, 2, 2, 3, 3] and [p.rank for p in together] == list(range(8))
+    apart = place(config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=8, colocate=False), nodes=2))
+    assert [p.rank for p in apart] == [*range(8), *[None] * 8]
+    assert [p.engine for p in apart] == [*[None] * 8, *[0] * 8] and [p.node for p in apart] == [0] * 8 + [1] * 8
+
+
+def test_too_few_gpus_is_a_problem() -> None:
+    (problem,) = placement_problems(config("qwen3_30b", parallelism(8, tp=4, ep=8, colocate=False), nodes=1))
+    assert "16 GPUs are needed" in problem and "= 8" in problem
+
+
+def test_route_bytes() -> None:
+    assert route_bytes_per_step(qwen3_30b()) == 256 * (1024 + 8192 - 1) * 48 * 8
+    assert route_bytes_per_step(kimi()) == 256 * (1024 + 16384 - 1) * 60 * 8 * 2, "384 experts need two bytes; one dense layer"
+    without = qwen3_30b()
+    without.router_replay.rollout = False
+    assert route_bytes_per_step(without) == 0
+
+
+def test_sync_ratio_and_transports() -> None:
+    cfg = kimi(prec=precision(group_size=32))
+    inventory = take_inventory(cfg)
+    stream = stream_bytes(cfg, inventory)
+    assert bf16_stream_bytes(cfg, inventory) / stream == pytest.approx(3.45, rel=0.01)
+    flows = {flow.what.split(", ")[1]: flow.size for flow in sync_flows(cfg, inventory)}
+    assert flows["tensor (configured)"] == 32 * stream and flows["distributed"] == 256 * stream
+    assert flows["disk_full"] == 33 * stream
+
+
+# ---- proposals and output
+
+
+def test_proposals_fit_when_applied() -> None:
+    cfg = qwen3_30b(trainer=megatron(recompute="none"), rollout=sglang(32768))
+    cfg.cluster.gpu_memory_gib = 80.0
+    inventory = take_inventory(cfg)
+    assert not plan_memory(cfg, inventory).fits
+    proposals = what_would_fit(cfg, inventory)
+    assert proposals
+    for proposal in proposals:
+        changed = copy.deepcopy(cfg)
+        for override in proposal.split():
+            path, _, text = override.partition("=")
+            *parents, leaf = path.split(".")
+            target = changed
+            for name in parents:
+                target = getattr(target, name)
+            old = getattr(target, leaf)
+            setattr(target, leaf, text == "true" if isinstance(old, bool) else type(old)(text))
+        assert plan_memory(changed, take_inventory(changed)).fits, proposal
+
+
+def test_no_proposal_where_nothing_helps() -> None:
+    cfg = kimi(prec=precision(group_size=32))
+    cfg.cluster.gpu_memory_gib = 6.0
+    assert what_would_fit(cfg, take_inventory(cfg)) == []
+
+
+def test_largest_max_tokens_is_the_border() -> None:
+    cfg = qwen3_30b(trainer=megatron(recompute="none"), rollout=sglang(2048))
+    cfg.cluster.gpu_memory_gib = 100.0
+    inventory = take_inventory(cfg)
+    best = largest_max_tokens(cfg, inventory)
+    assert best is not None
+
+    def free(tokens: int) -> float:
+        plan = try_changes(cfg, inventory, (("", lambda c: setattr(c.trainer, "max_tokens_per_gpu", tokens)),))
+        assert plan is not None
+        return min(p.headroom / p.capacity for p in plan.phases if p.name == "train")
+
+    assert free(best) >= 0.05 > free(best + 512)
+
+
+def run_plan(cfg: Config) -> tuple[int, str]:
+    out = io.StringIO()
+    return main(cfg, Console(file=out, width=200, color_system=None)), out.getvalue()
+
+
+def test_output_and_exit_codes() -> None:
+    code, text = run_plan(qwen3_30b(trainer=megatron(True)))
+    assert code == 0 and "FITS" in text and "30.53 B parameters, 3.35 B active" in text and "\x1b" not in text
+    assert "Placement (8 GPUs" in text and "96.0 KiB per token" in text
+    code, text = run_plan(kimi(prec=precision(Format.bf16)))
+    assert code == 1 and "DOES NOT FIT: rollout on GPU" in text and "precision=int4_qat" in text
+    code, text = run_plan(tiny())
+    assert code == 0 and "the CPU" in text and "Placement" not in text
+    code, text = run_plan(config("qwen3_30b", parallelism(8, tp=4, ep=8, colocate=False), nodes=1))
+    assert code == 1 and "16 GPUs are needed" in text
+
+
+def test_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8" and ranges([]) == "-" and ranges([3, 3]) == "3"
+
+
+def test_planner_imports_no_torch() -> None:
+    code = "import sys, runner.planner.cli, runner.planner.formats; print('torch' in sys.modules, 'ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_gib_of_an_h200_engine_leaves_room() -> None:
+    """The int4 30b on one H200 per engine: about 17 GiB of weights, and a cache for tens of long sequences."""
+    cfg = qwen3_30b()
+    plan = plan_memory(cfg, take_inventory(cfg))
+    assert plan.engine_weights / GIB == pytest.approx(16.8, abs=0.2)
+    assert plan.kv.sequences == int(139.8 * GIB * 0.7 - plan.engine_weights) // (48 * 2 * 4 * 128 * 2) // 9216
+    assert set(MODELS) >= {cfg.model.name}
