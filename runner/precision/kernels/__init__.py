@@ -22,8 +22,9 @@ from runner.schema import Convention
 # must save that much before it is the first to ask for them. Once they are there, a call costs 60 us more than nothing.
 FIRST_ELEMENTS = 1 << 24
 LOADED_ELEMENTS = 1 << 14
-# amax bits from here on (2^120) take the reference's path, whose error names what is wrong
-LARGE_AMAX = 0x7B80
+# From these amax bits on the largest product overflows bf16 (or the weight is infinite or NaN): the reference raises.
+_LIMITS = {Convention.exact: 0x7F80, Convention.kimi: 0x7F7F, Convention.llmcompressor: 0x7F70}
+_INFINITE = 0x7F80
 _CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}
 
 
@@ -84,9 +85,8 @@ def quantize_pack(
             source[start:stop], cpu.MIDPOINTS, code, kept, scale_bits[start:stop], packed_bits[start:stop]
         )
 
-    if over_rows(part, rows.shape[0], columns) >= LARGE_AMAX:
-        q, scale = int4.quantize(weight, group_size, convention, scale if kept else None)
-        return int4.pack(q), scale
+    if over_rows(part, rows.shape[0], columns) >= (_INFINITE if kept else _LIMITS[convention]):
+        int4.quantize(weight, group_size, convention, scale if kept else None)  # raises, with what is wrong
     return packed, scale
 
 
@@ -128,15 +128,15 @@ def quantize_dequantize_(
     target, code = _blocks(rows, width), _CONVENTIONS[convention]
     scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
 
+    limit = _INFINITE if kept_scale else _LIMITS[convention]
+
     def part(start: int, stop: int) -> int:
         return cpu.quantize_dequantize_rows(
-            target[start:stop], cpu.MIDPOINTS, code, kept_scale, LARGE_AMAX, scale_bits[start:stop]
+            target[start:stop], cpu.MIDPOINTS, code, kept_scale, limit, scale_bits[start:stop]
         )
 
-    if over_rows(part, rows.shape[0], columns) >= LARGE_AMAX:
-        # rows already done are not changed again: their scales are kept by what they hold, bad rows raise by name
-        int4.quantize(weight, group_size, convention, None)
-        raise int4.WeightError(f"holds values above 2^120, which the in-place kernel refuses: {float(weight.abs().max()):.4g}")
+    if over_rows(part, rows.shape[0], columns) >= limit:
+        int4.quantize(weight, group_size, convention)  # the bad row is as it came in: raises, with what is wrong
     return scale
 
 

@@ -42,18 +42,14 @@ _compile: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_mode
 
 
 @_compile
-def _row_amax(row, lanes, amax):
+def _row_amax(row, amax):
     """Largest magnitude bits of each group of one row [groups, blocks, 16]; returns the largest of all."""
     largest = np.uint16(0)
     for g in range(row.shape[0]):
-        for j in range(LANES):
-            lanes[j] = np.uint16(row[g, 0, j] & np.uint16(MAGNITUDE))
-        for b in range(1, row.shape[1]):
-            for j in range(LANES):
-                lanes[j] = max(lanes[j], np.uint16(row[g, b, j] & np.uint16(MAGNITUDE)))
         top = np.uint16(0)
-        for j in range(LANES):
-            top = max(top, lanes[j])
+        for b in range(row.shape[1]):
+            for j in range(LANES):
+                top = max(np.uint16(row[g, b, j] & np.uint16(MAGNITUDE)), top)
         amax[g] = top
         largest = max(largest, top)
     return largest
@@ -177,14 +173,14 @@ def quantize_pack_rows(weight, midpoints, convention, keep, scale, packed):
     Returns the largest amax bits. `keep`: `scale` holds the scales to use instead of derived ones.
     """
     rows, groups, blocks, _ = weight.shape
-    amax, lanes = np.empty(groups, np.uint16), np.empty(LANES, np.uint16)
+    amax = np.empty(groups, np.uint16)
     floats = np.empty(groups, np.float32)
     thresholds = np.empty((STEPS, groups), np.uint16)
     words = np.empty(packed.shape[1], np.uint64)
     nibbles = words.view(np.uint16).reshape(groups, blocks, LANES)
     largest = np.uint16(0)
     for r in range(rows):
-        largest = max(largest, _row_amax(weight[r], lanes, amax))
+        largest = max(largest, _row_amax(weight[r], amax))
         if not keep:
             _row_scales(amax, convention, floats, scale[r])
         _row_thresholds(scale[r], midpoints, floats, thresholds)
@@ -201,13 +197,13 @@ def quantize_dequantize_rows(weight, midpoints, convention, keep, limit, scale):
     overflow), so that the caller can name what is wrong with the weights that came in.
     """
     rows, groups, _, _ = weight.shape
-    amax, lanes = np.empty(groups, np.uint16), np.empty(LANES, np.uint16)
+    amax = np.empty(groups, np.uint16)
     floats = np.empty(groups, np.float32)
     thresholds = np.empty((STEPS, groups), np.uint16)
     steps = np.empty((STEPS, groups), np.uint16)
     largest = np.uint16(0)
     for r in range(rows):
-        largest = max(largest, _row_amax(weight[r], lanes, amax))
+        largest = max(largest, _row_amax(weight[r], amax))
         if largest >= limit:
             return largest
         if not keep:
