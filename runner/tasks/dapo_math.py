@@ -1,0 +1,36 @@
+"""DAPO-Math-17k and sets of its format (AIME): {"prompt": [messages], "reward_model": {"ground_truth": "34"}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.tasks.grading import answer_line, last_boxed, same_answer
+from runner.tasks.jsonl import JsonlTask, Problem
+
+
+class DapoMathTask(JsonlTask):
+    name = "dapo_math"
+    eval_file = "eval.jsonl"
+    eval_split = "train"  # the evaluation sets in this format have one split
+
+    def parse(self, row: dict[str, Any], place: str) -> Problem:
+        """`prompt` may also be a plain string, and the answer may lie in `label`, as in preprocessed copies."""
+        prompt = row["prompt"]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(messages, list) or not messages:
+            raise TypeError("`prompt` must be a string or a list of messages")
+        for message in messages:
+            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
+                raise TypeError("every message of `prompt` needs a `role` and a `content` string")
+        answer = row["label"] if "label" in row else row["reward_model"]["ground_truth"]
+        if not isinstance(answer, (str, int)) or not str(answer).strip():
+            raise TypeError("the reference answer must be a string or an integer")
+        return Problem(tuple({"role": m["role"], "content": m["content"]} for m in messages), str(answer).strip(), place)
+
+    def grade(self, answer: str, text: str) -> bool:
+        r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference."""
+        line, boxed = answer_line(text), last_boxed(text)
+        if line is not None and text.lower().rfind("answer") > text.rfind("\\boxed{"):
+            inner = last_boxed(line)
+            return same_answer(line if inner is None else inner, answer)
+        return boxed is not None and same_answer(boxed, answer)

@@ -1,0 +1,190 @@
+"""Problems from JSONL files (or a hub dataset): reading, prompts, and the order in which training draws them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from runner.errors import UserError
+from runner.samples import Sample
+from runner.schema import JsonlTaskConfig
+from runner.tasks.protocol import Prompt
+from runner.tasks.seeding import stream
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of a dataset: the conversation so far, the reference answer, and where it came from."""
+
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    place: str  # "train.jsonl:17"
+
+
+class JsonlTask:
+    """Base of tasks whose problems lie in a file; a subclass parses one row and grades a response."""
+
+    name: str
+    train_file = "train.jsonl"  # inside a folder given as train_path or eval_path
+    eval_file = "test.jsonl"
+    train_split = "train"  # of a hub dataset
+    eval_split = "test"
+    hub_config: str | None = None
+
+    def __init__(self, cfg: JsonlTaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Reads and tokenizes everything, so that bad data stops the run before it starts.
+
+        UserError for a missing or unreadable file, a malformed line (named), no problems, prompts that are too long.
+        """
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        if "{question}" not in cfg.prompt_template:
+            raise UserError(
+                "the template has no {question}", key="task.prompt_template", fix='for example task.prompt_template="{question}"'
+            )
+        if cfg.train_path is None:
+            raise UserError(f"task {self.name} needs data", key="task.train_path", fix="set it to a JSONL file, a folder or a hub id")
+        self._train = self._load(cfg.train_path, "task.train_path", self.train_file, self.train_split, cfg.max_train_problems)
+        self._eval: list[Prompt] | None = None
+        if cfg.eval_path is not None:
+            self._eval = self._load(cfg.eval_path, "task.eval_path", self.eval_file, self.eval_split, cfg.max_eval_problems)
+
+    def parse(self, row: dict[str, Any], place: str) -> Problem:
+        """A Problem from one JSON object; KeyError, TypeError or ValueError with a reason when a field is missing or wrong."""
+        raise NotImplementedError
+
+    def grade(self, answer: str, text: str) -> bool:
+        """Whether the response's final answer equals the reference answer."""
+        raise NotImplementedError
+
+    def reward(self, prompt: Prompt, text: str, sample: Sample | None = None) -> float:
+        return float(self.grade(prompt.answer, text))
+
+    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
+        """See Task. Round 0 walks through a fresh permutation of the problems per epoch; later rounds draw from those
+        that earlier rounds of this step (of equal `count`) did not use, as long as there are any."""
+        if round == 0:
+            indices = [self._at(step * count + offset) for offset in range(count)]
+        else:
+            used = {index for earlier in range(round) for index in self._indices_of(step, count, earlier)}
+            rest = [index for index in range(len(self._train)) if index not in used] or list(range(len(self._train)))
+            random_stream = stream(self.cfg.seed, self.name, "round", step, round)
+            random_stream.shuffle(rest)
+            indices = [rest[offset % len(rest)] for offset in range(count)]
+        return [self._drawn(index, f"{step}.{round}.{offset}") for offset, index in enumerate(indices)]
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        if self._eval is None:
+            raise UserError(
+                f"evaluation needs held-out {self.name} problems", key="task.eval_path", fix="set it, or evaluation.interval_steps=0"
+            )
+        return self._eval[:count]
+
+    def _indices_of(self, step: int, count: int, round: int) -> list[int]:
+        return [prompt.info["index"] for prompt in self.train_prompts(step, count, round)]
+
+    def _at(self, position: int) -> int:
+        """The problem at this position of the endless training order."""
+        epoch, offset = divmod(position, len(self._train))
+        if getattr(self, "_epoch", None) != epoch:
+            order = list(range(len(self._train)))
+            stream(self.cfg.seed, self.name, "epoch", epoch).shuffle(order)
+            self._epoch, self._order = epoch, order
+        return self._order[offset]
+
+    def _drawn(self, index: int, draw: str) -> Prompt:
+        prompt = self._train[index]
+        return Prompt(f"{prompt.prompt_id}/{draw}", prompt.text, prompt.tokens, prompt.answer, prompt.info)
+
+    def _load(self, source: str, key: str, file_name: str, split: str, limit: int) -> list[Prompt]:
+        problems = []
+        for place, row in _rows(source, key, file_name, split, self.hub_config):
+            try:
+                problems.append(self.parse(row, place))
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+                raise UserError(f"{place}: {reason}", key=key, fix=f"every line must be a {self.name} problem") from error
+            if limit and len(problems) == limit:
+                break
+        if not problems:
+            raise UserError(f"'{source}' holds no problems", key=key, fix="give a file with one JSON object per line")
+        return self._prompts(problems, key, split)
+
+    def _prompts(self, problems: list[Problem], key: str, split: str) -> list[Prompt]:
+        texts = [self._text(problem.messages) for problem in problems]
+        token_lists = self.tokenizer(texts, add_special_tokens=False).input_ids
+        limit = self.cfg.max_prompt_tokens
+        too_long = [i for i, tokens in enumerate(token_lists) if len(tokens) > limit]
+        if too_long:
+            longest = max(len(tokens) for tokens in token_lists)
+            raise UserError(
+                f"{len(too_long)} of {len(problems)} prompts are longer than task.max_prompt_tokens={limit}; "
+                f"the first is {problems[too_long[0]].place}",
+                key=key,
+                fix=f"task.max_prompt_tokens={longest} fits the longest",
+            )
+        return [
+            Prompt(f"{self.name}/{split}.{i}", text, tuple(tokens), problem.answer, {"index": i, "place": problem.place})
+            for i, (problem, text, tokens) in enumerate(zip(problems, texts, token_lists, strict=True))
+        ]
+
+    def _text(self, messages: tuple[dict[str, str], ...]) -> str:
+        """The conversation, its last message put into the template, in the tokenizer's chat format where it has one."""
+        *before, last = messages
+        filled = last | {"content": self.cfg.prompt_template.replace("{question}", last["content"])}
+        conversation = [*before, filled]
+        if self.tokenizer.chat_template is None:
+            return "\n".join(message["content"] for message in conversation)
+        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+
+
+def _rows(source: str, key: str, file_name: str, split: str, hub_config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / file_name
+    if path.exists() or path.suffix in {".jsonl", ".json"} or source.startswith((".", "/", "~")):
+        yield from read_jsonl(path, key)
+    else:
+        yield from _hub_rows(source, key, split, hub_config)
+
+
+def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of every line that is not blank; UserError naming file and line."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:  # broken JSON or broken UTF-8
+                    raise UserError(f"{place}: not JSON ({error})", key=key, fix="mend or remove this line") from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{place}: a {type(row).__name__}, not a JSON object", key=key, fix="mend or remove this line")
+                yield place, row
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}", key=key, fix="give the path of a JSONL file") from error
+
+
+def _hub_rows(source: str, key: str, split: str, hub_config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"'{source}' is not a file here, and reading it from the hub needs the `datasets` package",
+            key=key,
+            fix="give the path of a JSONL file, or pip install datasets",
+        )
+    load: Callable[..., Any] = importlib.import_module("datasets").load_dataset
+    try:
+        rows = load(source, hub_config, split=split)
+    except Exception as error:  # the package raises many kinds: network, unknown id, unknown split
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot load '{source}' from the hub: {first}", key=key, fix="give the path of a JSONL file") from error
+    for number, row in enumerate(rows):
+        yield f"{source}[{split}]:{number}", row

@@ -1,0 +1,52 @@
+"""What the loop needs of a task: prompts that depend on (seed, step, round) alone, and rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from runner.samples import Sample
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem.
+
+    prompt_id  unique within a split and stable over runs with the same seed
+    tokens     [P] ids of the whole prompt, ready for a Request
+    answer     the reference answer, in the task's own normal form
+    """
+
+    prompt_id: str
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    name: str
+
+    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
+        """`count` training problems for this step; `round` > 0 asks for others (dynamic sampling).
+
+        A pure function of (seed, step, count, round): a resumed run draws the same data without any state.
+        """
+        ...
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        """The first `count` held-out problems (fewer when the set is smaller); never among the training problems."""
+        ...
+
+    def reward(self, prompt: Prompt, text: str, sample: Sample | None) -> float:
+        """The reward of one response. `text` is decoded without special tokens; model text is never run as code."""
+        ...
+
+
+@runtime_checkable
+class HasWorkedSolutions(Protocol):
+    """A task that can teach its format before RL."""
+
+    def worked_solutions(self, count: int, seed: int) -> list[tuple[str, str]]:
+        """(prompt text, solution text) pairs for the supervised warm start; an end token follows the solution."""
+        ...

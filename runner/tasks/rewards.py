@@ -1,0 +1,107 @@
+"""Calling a task's reward function so that one that raises or hangs costs its samples and not the run."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from runner.samples import Sample
+from runner.tasks.protocol import Prompt, Task
+
+MAX_TIMEOUTS = 4  # hanging calls of one batch after which the rest of it counts as failed without being called
+
+Item = tuple[Prompt, str, Sample | None]
+
+
+class _Interrupted(BaseException):
+    """Raised inside a reward function that ran past its deadline; not an Exception, so that `except Exception` lets it through."""
+
+
+@dataclass
+class RewardReport:
+    """Rewards in the order of the items; None where the function failed. `failures`: (prompt_id, reason)."""
+
+    rewards: list[float | None]
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def message(self) -> str | None:
+        """One line about all failures, or None without any."""
+        if not self.failures:
+            return None
+        prompt_id, reason = self.failures[0]
+        return f"the reward of {len(self.failures)} of {len(self.rewards)} samples failed; first {prompt_id}: {reason}"
+
+
+class _Worker:
+    """Scores items[first:] in a daemon thread; `lock` orders its results against the caller's decision to abandon it."""
+
+    def __init__(self, task: Task, items: Sequence[Item], first: int, report: RewardReport) -> None:
+        self.task, self.items, self.report = task, items, report
+        self.index, self.started = first, time.monotonic()
+        self.abandoned = False
+        self.lock = threading.Lock()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="reward", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self.index < len(self.items):
+                self.started = time.monotonic()
+                reward, reason = self._call(*self.items[self.index])
+                with self.lock:
+                    if self.abandoned:
+                        return
+                    self.report.rewards[self.index] = reward
+                    if reason is not None:
+                        self.report.failures.append((self.items[self.index][0].prompt_id, reason))
+                    self.index += 1
+        except _Interrupted:
+            pass  # the caller has already counted this sample as failed and gone on
+        finally:
+            self.done.set()
+
+    def _call(self, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
+        try:
+            reward = float(self.task.reward(prompt, text, sample))
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+        return (reward, None) if math.isfinite(reward) else (None, f"it returned {reward}")
+
+    def abandon_if_late(self, timeout_seconds: float) -> bool:
+        """Interrupt the current call if it is past its deadline. Only Python code can be interrupted: a call that blocks
+        inside C code keeps its daemon thread until it returns, and its result is dropped."""
+        with self.lock:
+            if self.done.is_set() or time.monotonic() - self.started < timeout_seconds:
+                return False
+            self.abandoned = True
+        if self.thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(_Interrupted))
+        return True
+
+
+def score(task: Task, items: Sequence[Item], timeout_seconds: float) -> RewardReport:
+    """The reward of every (prompt, response text, sample), each call limited to `timeout_seconds`.
+
+    A call that raises, hangs or returns something that is not a finite number gives None and an entry in `failures`.
+    """
+    report = RewardReport(rewards=[None] * len(items))
+    first, timeouts = 0, 0
+    while first < len(items):
+        worker = _Worker(task, items, first, report)
+        while not worker.done.wait(min(0.05, timeout_seconds)):
+            if worker.abandon_if_late(timeout_seconds):
+                break
+        if not worker.abandoned:
+            break
+        report.failures.append((items[worker.index][0].prompt_id, f"no answer within {timeout_seconds:g} s"))
+        first, timeouts = worker.index + 1, timeouts + 1
+        if timeouts == MAX_TIMEOUTS:
+            skipped = f"not called, because {timeouts} calls before it hung"
+            report.failures.extend((prompt.prompt_id, skipped) for prompt, _, _ in items[first:])
+            break
+    return report
