@@ -5,11 +5,11 @@ of the same weights). The ratio w = pi_old / mu corrects the expectation; each m
 
     tis      w_t = min(pi_old(t) / mu(t), high): truncated importance sampling per token (Ionides 2008; Yao et al. 2025,
              "Your efficient RL framework secretly brings you off-policy RL training")
-    mis      a sequence counts fully weighted, or not at all: w = prod pi_old / mu over its tokens if low <= w <= high,
-             else 0 (masked importance sampling, Liu and Li et al. 2025, "When speed kills stability", sequence level)
+    mis      a sequence counts fully weighted, or not at all: w = prod pi_old / mu over its tokens if w <= high, else 0
+             (masked importance sampling, Liu and Li et al. 2025, "When speed kills stability", sequence level)
     icepop   w_t = pi_old(t) / mu(t) if low <= w_t <= high, else 0 (IcePop: Ling team 2025, arXiv 2510.18855)
 
-Weights are constants: no gradient flows through them. TIS has no lower bound; `correction_low` is not used by it.
+Weights are constants: no gradient flows through them. Only IcePop has a lower bound.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def correction_weights(
         return tis(log_ratio, high)
     if algorithm.correction is Correction.icepop:
         return icepop(log_ratio, low, high)
-    return mis(log_ratio, mask, sample_ids, num_samples, low, high)
+    return mis(log_ratio, mask, sample_ids, num_samples, high)
 
 
 def tis(log_ratio: torch.Tensor, high: float) -> Weights:
@@ -64,14 +64,12 @@ def icepop(log_ratio: torch.Tensor, low: float, high: float) -> Weights:
     return Weights(ratio.masked_fill(outside, 0.0), outside)
 
 
-def mis(
-    log_ratio: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor, num_samples: int, low: float, high: float
-) -> Weights:
-    """exp of the summed log_ratio of a token's sequence where that lies in [low, high], else 0, for all of its tokens."""
+def mis(log_ratio: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor, num_samples: int, high: float) -> Weights:
+    """exp of the summed log_ratio of a token's sequence where that is at most `high`, else 0, for all of its tokens."""
     masked = log_ratio.masked_fill(~mask, 0.0)
     total = torch.zeros(num_samples, device=log_ratio.device).index_add_(0, sample_ids, masked)
     ratio = _exp(total)
-    outside = (ratio < low) | (ratio > high)
+    outside = ratio > high
     return Weights(ratio.masked_fill(outside, 0.0)[sample_ids], outside[sample_ids])
 
 

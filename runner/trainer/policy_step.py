@@ -1,0 +1,111 @@
+"""The loss of one micro-batch and the metrics of one rollout; shared by trainers, whatever runs the forward.
+
+Shape legend: N response tokens of a micro-batch laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from runner.algorithms import correction, losses
+from runner.errors import UserError
+from runner.schema import AlgorithmConfig
+
+
+@dataclass
+class Sums:
+    """Sums over counted tokens, kept on the device until `means`: one synchronization per step."""
+
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    tokens: torch.Tensor | float = 0.0
+
+    def add(self, mask: torch.Tensor, **rows: torch.Tensor) -> None:
+        for name, row in rows.items():
+            total = torch.where(mask, row.detach().to(torch.float32), 0.0).sum()
+            self.values[name] = self.values[name] + total if name in self.values else total
+        self.tokens = self.tokens + mask.sum()
+
+    def means(self) -> dict[str, float]:
+        count = max(float(self.tokens), 1.0)
+        return {f"train/{name}": float(value) / count for name, value in self.values.items()}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """What the loss of a micro-batch needs besides its own logprobs, all [N]; ref_logprobs None without a KL term."""
+
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    sample_ids: torch.Tensor
+    num_samples: int
+    old_logprobs: torch.Tensor | None
+    ref_logprobs: torch.Tensor | None
+
+
+def micro_batch_loss(
+    algorithm: AlgorithmConfig, logprobs: torch.Tensor, entropy: torch.Tensor, rows: TokenRows, normalizer: float, sums: Sums
+) -> torch.Tensor:
+    """Scalar loss: sum over counted tokens of [w * policy loss + kl_coef * KL - entropy_coef * H] / normalizer.
+
+    `normalizer` is the number of counted tokens of the whole optimizer step, so micro-batch losses add up to the step's.
+    old_logprobs None: this is the first update from these samples, and the old policy is the current one; its logprobs
+    are then those of this very forward, detached. Same weights, same routes, same kernels: the ratio is exactly 1.
+    """
+    old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
+    mask = rows.mask
+    policy = losses.policy_loss(algorithm, logprobs, old, rows.advantages, mask, rows.sample_ids, rows.num_samples)
+    weights = correction.correction_weights(algorithm, old, rows.rollout_logprobs, mask, rows.sample_ids, rows.num_samples)
+    token_loss = policy.loss * weights.weights
+    sums.add(
+        mask,
+        pg_loss=token_loss,
+        pg_clipfrac=policy.clipped,
+        ppo_kl=old - logprobs,
+        entropy_loss=entropy,
+        tis=weights.weights,
+        tis_clipfrac=weights.changed,
+    )
+    if rows.ref_logprobs is not None:
+        kl = losses.kl_estimate(algorithm.kl_estimator, logprobs, rows.ref_logprobs)
+        sums.values["kl_loss"] = sums.values.get("kl_loss", torch.zeros((), device=kl.device)) + kl.detach()[mask].sum()
+        token_loss = token_loss + algorithm.kl_coef * kl
+    if algorithm.entropy_coef:
+        token_loss = token_loss - algorithm.entropy_coef * entropy
+    total = torch.where(mask, token_loss, 0.0).sum() / normalizer
+    sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=total.device)) + total.detach() * normalizer
+    return total
+
+
+def split_updates(num_samples: int, updates: int) -> list[list[int]]:
+    """Sample indices of each optimizer step: contiguous and even, so that a prompt's samples stay together."""
+    bounds = [round(num_samples * i / updates) for i in range(updates + 1)]
+    return [list(range(start, stop)) for start, stop in zip(bounds[:-1], bounds[1:], strict=True) if stop > start]
+
+
+class NanGuard:
+    """Counts optimizer steps that were skipped because something was not finite."""
+
+    def __init__(self, max_in_a_row: int) -> None:
+        self.max_in_a_row = max_in_a_row
+        self.in_a_row = 0
+        self.total = 0
+        self.causes: dict[str, int] = defaultdict(int)
+
+    def finite(self) -> None:
+        self.in_a_row = 0
+
+    def skipped(self, cause: str) -> None:
+        """Raises UserError naming the cause at the last allowed step in a row."""
+        self.in_a_row += 1
+        self.total += 1
+        self.causes[cause] += 1
+        if self.in_a_row >= self.max_in_a_row:
+            raise UserError(
+                f"{self.in_a_row} optimizer steps in a row were not finite; the last one: {cause}",
+                key="trainer.max_nan_steps",
+                fix="lower trainer.optimizer.lr, look at train/grad_norm before this step, or resume from an earlier checkpoint",
+            )

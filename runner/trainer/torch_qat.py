@@ -1,0 +1,232 @@
+"""Quantization-aware training in the torch trainer: which weights of the model hold quantized values, and when.
+
+In place (the default): after an optimizer step every quantized model weight becomes qdq(bf16(master)); the forward sees
+plain weights, and the gradient at the quantized point goes to the master: the straight-through estimator (Bengio et al.,
+arXiv 1308.3432) without an autograd node. In the forward: the model holds bf16(master) and every forward, recompute
+included, quantizes through an autograd function. Both give the same bits in losses, gradients and masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from runner.errors import UserError
+from runner.models.family import Family
+from runner.precision.formats import Scales, encode, quantize_dequantize, quantize_dequantize_
+from runner.precision.fp8 import quantize_dequantize_activations
+from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
+from runner.samples import ExportedTensor
+from runner.schema import Format, ModelConfig
+
+
+@dataclass(frozen=True)
+class Piece:
+    """An on-disk weight inside a parameter: memory[expert, start:stop], or the whole parameter (expert None)."""
+
+    name: str
+    expert: int | None
+    start: int
+    stop: int
+
+    def of(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory if self.expert is None else memory[self.expert, self.start : self.stop]
+
+
+class WeightLayout:
+    """The on-disk weights in every in-memory tensor, with the formats of one side's plan."""
+
+    def __init__(self, family: Family, model: ModelConfig, plan: PrecisionPlan, shapes: Mapping[str, torch.Size]) -> None:
+        stacked = {parameter.name: parameter.pieces for parameter in family.stacked(model)}
+        self.pieces: dict[str, list[Piece]] = {}
+        self.formats: dict[str, TensorFormat] = {}
+        for name, shape in shapes.items():
+            if name in stacked:
+                self.pieces[name] = [Piece(*piece) for piece in stacked[name]]
+            else:
+                self.pieces[name] = [Piece(name, None, 0, shape[0] if len(shape) else 1)]
+            formats = {plan.format_of(piece.name) for piece in self.pieces[name]}
+            if len(formats) > 1:
+                raise UserError(f"{name} holds weights of several formats: {', '.join(sorted(map(str, formats)))}")
+            self.formats[name] = formats.pop()
+
+    def unquantized(self) -> WeightLayout:
+        """The same weights, all in bf16."""
+        layout = object.__new__(WeightLayout)
+        layout.pieces, layout.formats = self.pieces, dict.fromkeys(self.formats, TensorFormat.bf16())
+        return layout
+
+    @property
+    def quantized(self) -> list[str]:
+        return [name for name, tensor_format in self.formats.items() if tensor_format.quantized]
+
+    def row_ranges(self, name: str) -> list[tuple[int, int]] | None:
+        """Row ranges that must be quantized one by one because a scale spans rows; None: the whole tensor at once."""
+        tensor_format, pieces = self.formats[name], self.pieces[name]
+        by_row = tensor_format.strategy in ("group", "channel") and tensor_format.format is not Format.nvfp4
+        if by_row or pieces[0].expert is None:
+            return None
+        return sorted({(piece.start, piece.stop) for piece in pieces})
+
+    def parts(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[tuple[int, int] | None, torch.Tensor]]:
+        """(row range, view) pairs that together are the tensor, each to be quantized at once."""
+        ranges = self.row_ranges(name)
+        if ranges is None:
+            yield None, tensor
+            return
+        for start, stop in ranges:
+            yield (start, stop), tensor[:, start:stop]
+
+
+class WeightQuantizer:
+    """Quantize-dequantize of the model's weights, with the scales kept beside."""
+
+    def __init__(self, layout: WeightLayout) -> None:
+        self.layout = layout
+        self.scales: dict[tuple[str, tuple[int, int] | None], Scales] = {}
+
+    @torch.no_grad()
+    def quantize_(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Quantize in place every weight that the plan quantizes; `weights` hold bf16(master). Keeps the scales."""
+        for name in self.layout.quantized:
+            for rows, view in self.layout.parts(name, weights[name]):
+                scales = quantize_dequantize_(view, self.layout.formats[name], name=name)
+                assert scales is not None
+                self.scales[name, rows] = scales
+
+    def effective(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """qdq(bf16(weight)) in the dtype of `weight`, out of place."""
+        tensor_format = self.layout.formats[name]
+        parts = [quantize_dequantize(view, tensor_format, name=name)[0] for _, view in self.layout.parts(name, weight)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(weight.dtype)
+
+    def piece_scales(self, name: str, piece: Piece) -> Scales | None:
+        """The kept scales of one on-disk weight; None where nothing was quantized in place."""
+        whole = self.scales.get((name, None))
+        if whole is not None:
+            return whole if piece.expert is None else whole.piece(self.layout.formats[name], piece.expert, piece.start, piece.stop)
+        part = self.scales.get((name, (piece.start, piece.stop)))
+        if part is None or piece.expert is None:
+            return part
+        return Scales(part.scale[piece.expert], None if part.global_scale is None else part.global_scale[piece.expert])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the effective weight. Backward: the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, effective: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return effective(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+class ForwardFakeQuantization:
+    """Fake quantization in every forward: the fallback without masters, and the oracle for the in-place kind.
+
+    While a module runs, the fake-quantized weight stands in its instance dict, where attribute look-up finds it before
+    the parameter; a recomputed forward does the same again. `enabled=False` computes with the weights as they are.
+    """
+
+    def __init__(self, model: nn.Module, quantizer: WeightQuantizer) -> None:
+        self.enabled = True
+        by_module: dict[str, list[str]] = {}
+        for name in quantizer.layout.quantized:
+            module, _, attribute = name.rpartition(".")
+            by_module.setdefault(module, []).append(attribute)
+        for module_name, attributes in by_module.items():
+            self._wrap(model.get_submodule(module_name), module_name, attributes, quantizer)
+
+    def _wrap(self, module: nn.Module, module_name: str, attributes: list[str], quantizer: WeightQuantizer) -> None:
+        inner = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.enabled:
+                return inner(*args, **kwargs)
+            for attribute in attributes:
+                name = f"{module_name}.{attribute}"
+                effective = _StraightThrough.apply(
+                    module._parameters[attribute], lambda weight, name=name: quantizer.effective(name, weight)
+                )
+                module.__dict__[attribute] = effective
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                for attribute in attributes:
+                    del module.__dict__[attribute]
+
+        module.forward = forward  # type: ignore[method-assign]
+
+
+class QuantizeActivation(torch.autograd.Function):
+    """FP8 1 x 128 quantize-dequantize of activations [..., features]; the gradient passes (straight-through)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return quantize_dequantize_activations(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class QuantizeGradient(torch.autograd.Function):
+    """Identity whose gradient [..., features] is quantize-dequantized in FP8, 1 x 128, before both backward matmuls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return quantize_dequantize_activations(grads[0])
+
+
+@dataclass(frozen=True)
+class Fp8Matmuls:
+    """FP8 on both sides of a quantized matmul: `before` on its input, `after` on its output (for the gradient)."""
+
+    backward: bool
+
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        return QuantizeActivation.apply(x)
+
+    def after(self, y: torch.Tensor) -> torch.Tensor:
+        return QuantizeGradient.apply(y) if self.backward else y
+
+
+def install_fp8_activations(model: nn.Module, layout: WeightLayout, *, backward: bool) -> None:
+    """Every matmul with an FP8 weight takes FP8 activations: linears through hooks, experts through their own function."""
+    matmuls = Fp8Matmuls(backward)
+    for name in layout.quantized:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: (matmuls.before(args[0]), *args[1:]))
+            module.register_forward_hook(lambda _, args, output: matmuls.after(output))
+        else:
+            module.fp8_matmuls = matmuls  # read by runner.trainer.experts
+
+
+def export_weights(
+    layout: WeightLayout,
+    weights: Mapping[str, torch.Tensor],
+    kept: Callable[[str, Piece], Scales | None],
+) -> Iterator[ExportedTensor]:
+    """Every on-disk weight in the layout's formats, from unquantized `weights` (bf16(master), in-memory names).
+
+    `kept` gives the scales that QAT stored, so that the integers are those the trainer computes with.
+    """
+    for name, pieces in layout.pieces.items():
+        tensor_format, weight = layout.formats[name], weights[name]
+        for piece in pieces:
+            if tensor_format.quantized:
+                yield encode(piece.name, piece.of(weight), tensor_format, kept(name, piece))
+            else:
+                yield ExportedTensor(piece.name, Format.bf16.name, {piece.name: piece.of(weight).detach()})
