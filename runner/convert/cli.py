@@ -1,0 +1,147 @@
+"""`python -m runner convert source=DIR target=DIR precision=...`: the verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from runner.convert.engine import Report, convert
+from runner.convert.source import open_source
+from runner.errors import UserError
+from runner.precision.plan import quantized_roles
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config, ModelConfig, PrecisionConfig, Role
+
+
+def main(cfg: Config) -> int:
+    """Run the conversion that `cfg.convert` and `cfg.precision` describe; prints progress and a summary. Returns 0.
+
+    The model group of the config is not read: family and sizes come from the source's own config.json.
+    """
+    source = _required(cfg.convert.source, "source")
+    target = _required(cfg.convert.target, "target")
+    if cfg.convert.workers < 1:
+        raise UserError(f"{cfg.convert.workers} workers", key="convert.workers", fix="convert.workers=2")
+    if cfg.convert.method == "gptq":
+        from runner.convert import gptq
+
+        return gptq.main(cfg, source, target)
+    if cfg.convert.method != "rtn":
+        raise UserError(f"unknown method {cfg.convert.method!r}", key="convert.method", fix="convert.method=rtn or gptq")
+    tensor_format = target_format(cfg)
+    console = Console()
+    with ThroughputBar(console, source) as bar:
+        report = convert(
+            source,
+            target,
+            tensor_format,
+            roles_of(cfg.precision),
+            workers=cfg.convert.workers,
+            trust_remote_code=cfg.model.trust_remote_code,
+            progress=bar.advance,
+        )
+    print_summary(report, console)
+    return 0
+
+
+def _required(path: str | None, name: str) -> Path:
+    if not path:
+        raise UserError(f"convert needs a {name} folder", key=f"convert.{name}", fix=f"{name}=<folder>")
+    return Path(path).expanduser()
+
+
+def target_format(cfg: Config) -> TensorFormat:
+    """What the quantized weights become: convert.format, or else the rollout format of `precision`."""
+    grid = cfg.precision.rollout
+    match cfg.convert.format:
+        case None:
+            return TensorFormat.of(grid)
+        case "bf16":
+            return TensorFormat.bf16()
+        case "int4":
+            return TensorFormat.int4(grid.group_size, grid.convention)
+        case "int8":
+            return TensorFormat.int8(grid.group_size, grid.convention)
+        case "fp8" | "fp8_block":
+            return TensorFormat.fp8("block")
+        case "fp8_channel":
+            return TensorFormat.fp8("channel")
+        case "fp8_tensor":
+            return TensorFormat.fp8("tensor")
+        case "mxfp4":
+            return TensorFormat.mxfp4()
+        case "nvfp4":
+            return TensorFormat.nvfp4()
+    raise UserError(
+        f"unknown format {cfg.convert.format!r}",
+        key="convert.format",
+        fix="one of bf16, int4, int8, fp8, fp8_channel, fp8_tensor, mxfp4, nvfp4",
+    )
+
+
+def roles_of(precision: PrecisionConfig) -> Callable[[ModelConfig], Iterable[Role]]:
+    return lambda model: quantized_roles(model, precision)
+
+
+class _GigabytesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed / 1e9:.2f} GB/s" if task.speed else "- GB/s")
+
+
+class ThroughputBar:
+    """A bar with GB/s of source bytes on a terminal, one line per shard elsewhere."""
+
+    def __init__(self, console: Console, source: Path) -> None:
+        self.console = console
+        opened = open_source(source)
+        self._left = dict.fromkeys(opened.shards, 0)
+        for tensor in opened.tensors.values():
+            self._left[tensor.shard] += tensor.num_bytes
+        self._shards = len(self._left)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _GigabytesPerSecond(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("converting", total=opened.num_bytes)
+        self._current = ""
+
+    def __enter__(self) -> ThroughputBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def advance(self, shard: str, num_bytes: int) -> None:
+        """Called from worker threads."""
+        self._bar.update(self._task, advance=num_bytes, description=shard)
+        if shard != self._current:
+            self._current = shard
+            if not self.console.is_terminal:
+                self.console.print(f"converting {shard}")
+
+
+def print_summary(report: Report, console: Console) -> None:
+    """Weights by role and format, the size before and after, and the speed."""
+    table = Table("weights", "count", "GB before", "GB after", title=f"{report.target}")
+    for key, (count, before, after) in sorted(report.layers.items()):
+        table.add_row(key, str(count), f"{before / 1e9:.3f}", f"{after / 1e9:.3f}")
+    counts = [sum(column) for column in zip(*report.layers.values(), strict=True)]
+    table.add_row("total", str(counts[0]), f"{counts[1] / 1e9:.3f}", f"{counts[2] / 1e9:.3f}", style="bold")
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}")
+    if report.resumed:
+        console.print(f"{report.resumed} shards were converted before and kept")
+    console.print(f"{report.read_bytes / 1e9:.3f} GB in {report.seconds:.1f} s: {report.gigabytes_per_second:.2f} GB/s")

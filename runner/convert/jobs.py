@@ -1,0 +1,215 @@
+"""What becomes of every tensor of a checkpoint: copied, encoded or decoded, under which names, in which output shard.
+
+Everything here is decided from headers, before a byte of the target is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from runner.convert.shard import Part
+from runner.convert.source import Source, StoredTensor
+from runner.errors import UserError
+from runner.models import Parameter
+from runner.precision.formats import module_of
+from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.tensor_format import FP8_BLOCK, MXFP4_GROUP, NVFP4_GROUP, TensorFormat
+from runner.schema import Format, ModelConfig
+
+UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHT_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
+# static scales of activations and of a KV cache: they describe a quantized engine and mean nothing beside bf16 weights
+ACTIVATION_PARTS = ("input_scale", "input_global_scale", "k_scale", "v_scale")
+
+
+class Action(Enum):
+    copy = "copy"
+    encode = "encode"
+    decode = "decode"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight: the source tensors it is made of and the output tensors it becomes."""
+
+    name: str
+    action: Action
+    tensor_format: TensorFormat  # encode: the target's; decode: the source's; copy: bf16 plan entry
+    inputs: tuple[StoredTensor, ...]
+    outputs: tuple[Part, ...]
+    role: str
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.inputs)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.outputs)
+
+
+@dataclass
+class Jobs:
+    """All work of one conversion. `shards`: output file -> its jobs; `notes`: what a user should hear about."""
+
+    shards: dict[str, list[Job]]
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Job]:
+        for jobs in self.shards.values():
+            yield from jobs
+
+
+def parts_of(name: str, shape: tuple[int, ...], tensor_format: TensorFormat) -> tuple[Part, ...]:
+    """Names, dtypes and shapes of what `formats.encode` makes of a weight [out, in]; the writer checks them again."""
+    module = module_of(name)
+    rows, columns = shape
+    groups = 1 if tensor_format.group_size == -1 else columns // max(tensor_format.group_size, 1)
+    packed, scale = f"{module}.weight_packed", f"{module}.weight_scale"
+    match tensor_format.format:
+        case Format.int4 | Format.int8:
+            words = -(-columns * tensor_format.bits // 32)
+            return (
+                Part(packed, torch.int32, (rows, words)),
+                Part(scale, torch.bfloat16, (rows, groups)),
+                Part(f"{module}.weight_shape", torch.int64, (2,)),
+            )
+        case Format.fp8:
+            values = Part(name, torch.float8_e4m3fn, shape)
+            if tensor_format.strategy == "block":
+                blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+                return values, Part(f"{module}.weight_scale_inv", torch.float32, blocks)
+            return values, Part(scale, torch.float32, (rows, 1) if tensor_format.strategy == "channel" else (1,))
+        case Format.mxfp4:
+            return Part(packed, torch.uint8, (rows, columns // 2)), Part(scale, torch.uint8, (rows, columns // MXFP4_GROUP))
+        case Format.nvfp4:
+            return (
+                Part(packed, torch.uint8, (rows, columns // 2)),
+                Part(scale, torch.float8_e4m3fn, (rows, columns // NVFP4_GROUP)),
+                Part(f"{module}.weight_global_scale", torch.float32, (1,)),
+            )
+    raise AssertionError(tensor_format)
+
+
+def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
+    """bf16 (or fp16, fp32) to the plan's formats. Raises UserError for a source that is quantized or has other tensors."""
+    if "quantization_config" in source.config:
+        method = source.config["quantization_config"].get("quant_method", "an unnamed method")
+        raise UserError(
+            f"{source.folder} is already quantized ({method})",
+            key="convert.source",
+            fix="convert it to bf16 first (convert.format=bf16), or start from the bf16 checkpoint",
+        )
+    _check_table(source, plan.parameters)
+    jobs = Jobs({shard: [] for shard in source.shards}, _extra_notes(source, plan.parameters))
+    for name, stored in source.tensors.items():
+        parameter = plan.parameters.get(name)
+        if parameter is None or not plan.tensors[name].quantized:
+            jobs.shards[stored.shard].append(_copy(stored, parameter))
+            continue
+        if stored.dtype not in UNQUANTIZED_DTYPES:
+            raise UserError(
+                f"{name} is stored as {stored.dtype} although config.json names no quantization",
+                key="convert.source",
+                fix="start from a bf16 checkpoint",
+            )
+        tensor_format = plan.tensors[name]
+        outputs = parts_of(name, stored.shape, tensor_format)
+        job = Job(name, Action.encode, tensor_format, (stored,), outputs, parameter.role.name)
+        jobs.shards[stored.shard].append(job)
+    return jobs
+
+
+def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
+    """INT4, INT8, FP8 or FP4 back to bf16, by what the source's quantization_config says and what lies on the disk."""
+    if "quantization_config" not in source.config:
+        raise UserError(
+            f"{source.folder} has no quantization_config: it is not quantized, there is nothing to bring back to bf16",
+            key="convert.source",
+            fix="choose the format to convert to, for example precision=int4_qat",
+        )
+    plan = PrecisionPlan.from_quantization_config(model, source.config["quantization_config"])
+    jobs = Jobs({shard: [] for shard in source.shards})
+    used: set[str] = set()
+    stored_plain: list[str] = []
+    missing: list[str] = []
+    for name, parameter in plan.parameters.items():
+        inputs = _inputs(source, name, plan.tensors[name])
+        if not inputs:
+            missing.append(name)
+            continue
+        used.update(tensor.name for tensor in inputs)
+        if len(inputs) == 1 and inputs[0].dtype in UNQUANTIZED_DTYPES:
+            if plan.tensors[name].quantized:
+                stored_plain.append(name)
+            jobs.shards[inputs[0].shard].append(_copy(inputs[0], parameter))
+            continue
+        outputs = (Part(name, torch.bfloat16, parameter.shape),)
+        job = Job(name, Action.decode, plan.tensors[name], inputs, outputs, parameter.role.name)
+        jobs.shards[inputs[0].shard].append(job)
+    if missing:
+        raise UserError(f"{len(missing)} weights of {model.family} are not in {source.folder}: {shorten(missing)}")
+    if stored_plain:
+        jobs.notes.append(f"{len(stored_plain)} weights that quantization_config covers lie in bf16: {shorten(stored_plain)}")
+    dropped = [name for name in source.tensors if name not in used and name.rpartition(".")[2] in ACTIVATION_PARTS]
+    if dropped:
+        jobs.notes.append(f"{len(dropped)} activation scales left out: {shorten(dropped)}")
+    for name in source.tensors.keys() - used - set(dropped):
+        if source.tensors[name].dtype not in UNQUANTIZED_DTYPES:
+            raise UserError(f"{name} belongs to no weight of {model.family}, and is stored as {source.tensors[name].dtype}")
+        jobs.shards[source.tensors[name].shard].append(_copy(source.tensors[name], None))
+    if not any(job.action is Action.decode for job in jobs):
+        raise UserError(f"{source.folder} names a quantization_config, but no weight in it is quantized")
+    for name in jobs.shards:
+        jobs.shards[name].sort(key=lambda job: job.name)
+    return jobs
+
+
+def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
+    part = Part(stored.name, stored.dtype, stored.shape)
+    role = parameter.role.name if parameter else "not in the family's table"
+    return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), (part,), role)
+
+
+def _inputs(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
+    """The stored tensors that make up one weight."""
+    if not tensor_format.quantized:
+        return (source.tensors[name],) if name in source.tensors else ()
+    module = module_of(name)
+    found = (f"{module}.{part}" for part in WEIGHT_PARTS)
+    return tuple(source.tensors[part] for part in found if part in source.tensors)
+
+
+def _check_table(source: Source, parameters: Mapping[str, Parameter]) -> None:
+    """Every parameter of the family must be there, in the shape that config.json implies."""
+    missing = [name for name in parameters if name not in source.tensors]
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights that config.json implies are not in {source.folder}: {shorten(missing)}",
+            key="convert.source",
+            fix="config.json and the shards must belong together; download both again",
+        )
+    for name, parameter in parameters.items():
+        if source.tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"{name} has shape {source.tensors[name].shape}, config.json implies {parameter.shape}",
+                key="convert.source",
+                fix="config.json and the shards must belong together; download both again",
+            )
+
+
+def _extra_notes(source: Source, parameters: Mapping[str, Parameter]) -> list[str]:
+    extra = [name for name in source.tensors if name not in parameters]
+    return [f"{len(extra)} tensors that the family's table does not have were copied: {shorten(extra)}"] if extra else []

@@ -1,0 +1,174 @@
+"""A checkpoint folder as the converter reads it: headers first, so that every problem is known before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runner.errors import UserError
+from runner.models import FAMILIES, Parameter
+from runner.schema import ModelConfig
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+SKIPPED_FOLDERS = (".git", ".cache")  # a version store and a downloader's state, not parts of a model
+
+# safetensors' own dtype names
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies and what it is."""
+
+    name: str
+    shard: str  # file name inside the folder
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """A readable checkpoint folder.
+
+    shards   file names, in order; tensors  on-disk name -> where it lies; indexed  False for a single model.safetensors
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[str, ...]
+    tensors: dict[str, StoredTensor] = field(repr=False)
+    indexed: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def other_files(self) -> list[Path]:
+        """Everything else in the folder (tokenizer, chat template, remote code), relative to it; subfolders too."""
+        mine = {*self.shards, INDEX, CONFIG}
+        found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        relative = (path.relative_to(self.folder) for path in found)
+        return [path for path in relative if str(path) not in mine and path.parts[0] not in SKIPPED_FOLDERS]
+
+
+def open_source(folder: Path) -> Source:
+    """Read config.json, the index and every shard's header; raises UserError for the first thing that is wrong.
+
+    A truncated shard is found here: safetensors refuses a file whose length its header does not explain.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}", key="convert.source", fix="source=<a folder with config.json>")
+    config = _read_json(folder / CONFIG)
+    indexed = (folder / INDEX).is_file()
+    weight_map: dict[str, str] | None = None
+    if indexed:
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / INDEX} has no weight_map", fix="download the checkpoint's index again")
+        shards = tuple(sorted(set(weight_map.values())))
+    else:
+        shards = (SINGLE,)
+        if not (folder / SINGLE).is_file():
+            raise UserError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}",
+                key="convert.source",
+                fix="the converter reads safetensors only; download or save the checkpoint in that form",
+            )
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(shards)} shards named by {folder / INDEX} are missing: {', '.join(missing[:3])}",
+            key="convert.source",
+            fix="finish the download",
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in _header(folder, shard):
+            if weight_map is None or weight_map.get(tensor.name, shard) == shard:
+                tensors[tensor.name] = tensor
+    if weight_map is not None:
+        for name, shard in weight_map.items():
+            if name not in tensors:
+                raise UserError(f"{INDEX} says that {shard} holds {name}, but it does not", fix="download that shard again")
+    return Source(folder, config, shards, tensors, indexed)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing", fix="give a folder in Hugging Face layout") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}", fix="download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object", fix="download it again")
+    return value
+
+
+def open_shard(path: Path) -> Any:
+    """A safetensors handle whose tensors are lazily mapped; UserError for a file that is cut or is something else."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}", fix="the file is truncated or damaged; download it again") from None
+
+
+def _header(folder: Path, shard: str) -> Iterator[StoredTensor]:
+    with open_shard(folder / shard) as handle:
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise UserError(f"{name} in {shard} has dtype {view.get_dtype()}, which the converter does not know")
+            yield StoredTensor(name, shard, DTYPES[view.get_dtype()], tuple(view.get_shape()))
+
+
+def model_of(source: Source, *, trust_remote_code: bool = False) -> ModelConfig:
+    """The model that config.json describes; UserError for an architecture that no family reads.
+
+    The converter itself never runs code of a checkpoint; `trust_remote_code` only travels into the model config.
+    """
+    architectures = source.config.get("architectures") or []
+    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
+    if family is None:
+        known = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
+        found = ", ".join(architectures) or "none"
+        raise UserError(f"unknown architecture in {source.folder / CONFIG}: {found}", fix=f"known: {known}")
+    try:
+        read = family.from_hf_config(source.config, source.folder.name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "trust_remote_code": trust_remote_code, "toy_twin": "none"}
+    return ModelConfig(**(own | read))
+
+
+def parameters_of(model: ModelConfig) -> dict[str, Parameter]:
+    """The family's table, by on-disk name."""
+    return {parameter.name: parameter for parameter in FAMILIES[model.family].parameters(model)}

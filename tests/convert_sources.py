@@ -1,0 +1,103 @@
+"""Tiny checkpoint folders for the converter's tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from runner.models import family_of
+from runner.models.build import build_model, disk_tensors, named_weights, save_config
+from runner.schema import ModelConfig
+
+BASE: dict[str, Any] = {
+    "hf_checkpoint": None,
+    "trust_remote_code": False,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 272,
+    "max_context_tokens": 128,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-6,
+    "tied_embeddings": False,
+    "attention_bias": False,
+    "qk_norm": True,
+    "initializer_range": 0.05,
+    "num_experts": 0,
+    "experts_top_k": 0,
+    "expert_ffn_size": 0,
+    "num_shared_experts": 0,
+    "num_dense_layers": 0,
+    "router_score": "softmax",
+    "router_bias": False,
+    "routed_scaling_factor": 1.0,
+    "q_lora_rank": 0,
+    "kv_lora_rank": 0,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "v_head_dim": 0,
+    "num_mtp_layers": 0,
+    "vision": False,
+    "toy_twin": "none",
+}
+MOE: dict[str, Any] = {"num_experts": 4, "experts_top_k": 2, "expert_ffn_size": 64}
+MLA: dict[str, Any] = {
+    "qk_norm": False,
+    "num_kv_heads": 4,
+    "head_dim": 24,
+    "num_dense_layers": 1,
+    "num_shared_experts": 2,
+    "router_score": "sigmoid",
+    "router_bias": True,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "q_lora_rank": 24,
+}
+
+
+def model(family: str, **fields: Any) -> ModelConfig:
+    architecture = {"qwen3": {}, "qwen3_moe": MOE, "deepseek": MOE | MLA}[family]
+    return ModelConfig(**(BASE | architecture | {"name": f"tiny_{family}", "family": family} | fields))
+
+
+def write_source(folder: Path, config: ModelConfig, shards: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A bf16 checkpoint of a random tiny model with its tokenizer; returns its weights by on-disk name."""
+    folder.mkdir(parents=True)
+    built = build_model(config, dtype=torch.bfloat16, seed=seed)
+    weights = {n: t.detach().clone() for n, t in disk_tensors(family_of(config), config, named_weights(config, built))}
+    save_config(config, folder)
+    write_shards(folder, weights, shards)
+    return weights
+
+
+def write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int) -> None:
+    """Spread tensors over `shards` files with an index; 1 writes a single file without one."""
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    names = list(weights)
+    placed = {name: files[i * shards // len(names)] for i, name in enumerate(names)}
+    for file in files:
+        save_file({name: weights[name] for name in names if placed[name] == file}, folder / file, metadata={"format": "pt"})
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint folder, through safetensors' own reader."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors

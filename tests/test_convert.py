@@ -1,0 +1,437 @@
+"""The converter: bytes, index and config, resume and atomicity, memory, and one clear message per bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from convert_sources import model, read_all, write_shards, write_source
+from safetensors.torch import load_file
+
+from runner.convert import engine
+from runner.convert.engine import Report, convert
+from runner.errors import UserError
+from runner.precision import formats
+from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.tensor_format import TensorFormat
+from runner.samples import ExportedTensor
+from runner.schema import Convention, ModelConfig, PrecisionConfig, Role
+
+INT4 = TensorFormat.int4(32, Convention.exact)
+FORMATS = {
+    "int4_exact": INT4,
+    "int4_kimi": TensorFormat.int4(16, Convention.kimi),
+    "int4_llmcompressor_channel": TensorFormat.int4(-1, Convention.llmcompressor),
+    "int8": TensorFormat.int8(64, Convention.llmcompressor),
+    "fp8_block": TensorFormat.fp8("block"),
+    "fp8_channel": TensorFormat.fp8("channel"),
+    "fp8_tensor": TensorFormat.fp8("tensor"),
+    "mxfp4": TensorFormat.mxfp4(),
+    "nvfp4": TensorFormat.nvfp4(),
+}
+
+
+def default_roles(config: ModelConfig) -> frozenset[Role]:
+    return quantized_roles(config, PrecisionConfig(roles=None))
+
+
+def run(source: Path, target: Path, tensor_format: TensorFormat = INT4, workers: int = 2) -> Report:
+    return convert(source, target, tensor_format, default_roles, workers=workers)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("tensor_format", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek"])
+def test_every_tensor_is_what_encode_gives_and_comes_back(tmp_path: Path, family: str, tensor_format: TensorFormat) -> None:
+    config = model(family)
+    weights = write_source(tmp_path / "source", config)
+    before = snapshot(tmp_path / "source")
+    run(tmp_path / "source", tmp_path / "target", tensor_format)
+    assert snapshot(tmp_path / "source") == before
+    written = read_all(tmp_path / "target")
+    plan = PrecisionPlan.with_format(config, tensor_format, default_roles(config))
+    expected: dict[str, torch.Tensor] = {}
+    effective: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if plan.tensors[name].quantized:
+            exported = formats.encode(name, weight, tensor_format)
+            expected |= exported.parts
+            effective[name] = formats.decode(exported, tensor_format)
+        else:
+            expected[name] = effective[name] = weight
+    assert_same(written, expected)
+    run(tmp_path / "target", tmp_path / "back", TensorFormat.bf16())
+    assert_same(read_all(tmp_path / "back"), effective)
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        flat, other = found[name].contiguous().reshape(-1), tensor.contiguous().reshape(-1)
+        assert torch.equal(flat.view(torch.uint8), other.view(torch.uint8)), name
+
+
+def test_index_config_and_other_files(tmp_path: Path) -> None:
+    config = model("qwen3_moe")
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_source(source, config)
+    (source / "extra").mkdir()
+    (source / "extra" / "note.txt").write_text("kept")
+    report = run(source, target)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    total = 0
+    for shard in sorted(set(index["weight_map"].values())):
+        tensors = load_file(target / shard)
+        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == shard}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert index["metadata"]["total_size"] == total
+    quantization = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert quantization == report.quantization_config
+    plan = PrecisionPlan.with_format(config, INT4, default_roles(config))
+    assert PrecisionPlan.from_quantization_config(config, quantization).differences(plan) == []
+    assert (target / "extra" / "note.txt").read_text() == "kept"
+    assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    expected = set(snapshot(source))
+    assert set(snapshot(target)) == expected  # no journal is left
+    count, before, after = report.layers["routed_expert: int4 group 32 exact"]
+    assert count == 2 * 4 * 3 and before == count * 64 * 64 * 2 and after == count * (64 * 64 // 2 + 64 * 2 * 2 + 16)
+
+
+def test_a_single_file_checkpoint_and_one_worker(tmp_path: Path) -> None:
+    config = model("qwen3", tied_embeddings=True)
+    write_source(tmp_path / "source", config, shards=1)
+    run(tmp_path / "source", tmp_path / "one", workers=1)
+    run(tmp_path / "source", tmp_path / "four", workers=4)
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    one, four = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "four"))
+    assert one == four
+
+
+def test_row_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Big weights go through in blocks of rows: same bytes, also where the last block is cut."""
+    config = model("qwen3", ffn_size=320, num_layers=1)
+    write_source(tmp_path / "source", config, shards=1)
+    for name, tensor_format in FORMATS.items():
+        run(tmp_path / "source", tmp_path / f"{name}_whole", tensor_format)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "BLOCK_BYTES", 1)  # 128 rows at a time
+            run(tmp_path / "source", tmp_path / f"{name}_blocks", tensor_format)
+        whole, blocks = ((tmp_path / f"{name}_{kind}" / "model.safetensors").read_bytes() for kind in ("whole", "blocks"))
+        assert whole == blocks, name
+
+
+def test_quantized_parts_in_different_shards_come_back(tmp_path: Path) -> None:
+    config = model("qwen3_moe")
+    write_source(tmp_path / "source", config)
+    run(tmp_path / "source", tmp_path / "int4")
+    run(tmp_path / "int4", tmp_path / "back", TensorFormat.bf16())
+    tensors = read_all(tmp_path / "int4")
+    for path in (tmp_path / "int4").glob("*.safetensors"):
+        path.unlink()
+    scattered = dict(sorted(tensors.items(), key=lambda item: hash(item[0].rpartition(".")[2]) % 5))
+    write_shards(tmp_path / "int4", scattered, 4)
+    run(tmp_path / "int4", tmp_path / "again", TensorFormat.bf16())
+    assert_same(read_all(tmp_path / "again"), read_all(tmp_path / "back"))
+
+
+# -- a kill ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_conversion_resumes_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model("qwen3_moe")
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_source(source, config, shards=3)
+    run(source, tmp_path / "whole")
+    real, calls = engine._convert_shard, []
+
+    def dies_at_the_second(*args: object) -> int:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_convert_shard", dies_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, target)
+    partial = tmp_path / "target.partial"
+    assert not target.exists() and partial.is_dir()
+    assert not (partial / "config.json").exists() and not (partial / "model.safetensors.index.json").exists()
+    first = next(partial.glob("*.safetensors"))
+    stamp = first.stat().st_mtime_ns
+    report = run(source, target)
+    assert report.resumed == 1 and not partial.exists()
+    assert (target / first.name).stat().st_mtime_ns == stamp  # not converted a second time
+    for path in (tmp_path / "whole").iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_sigkill_at_any_moment_leaves_no_checkpoint_and_resumes(tmp_path: Path) -> None:
+    config = model("qwen3_moe", num_experts=64, num_layers=6)
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_source(source, config, shards=6)
+    program = (
+        "import sys; from pathlib import Path; from test_convert import run; print('go', flush=True);"
+        "run(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(source), str(target)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    journal = tmp_path / "target.partial" / ".convert.jsonl"
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if journal.exists() and journal.read_text().count("\n") >= 3:  # the identity and two shards
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if target.exists():
+        pytest.skip("the conversion was faster than the kill")
+    assert not (tmp_path / "target.partial" / "config.json").exists()
+    with (tmp_path / "target.partial" / ".convert.jsonl").open("a") as file:
+        file.write('{"shard": "model-0')  # the entry that was being written
+    report = run(source, target)
+    assert report.resumed >= 2
+    run(source, tmp_path / "whole")
+    assert_same(read_all(target), read_all(tmp_path / "whole"))
+
+
+def test_the_rest_of_another_conversion_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_source(tmp_path / "source", model("qwen3"))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_write_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "source", tmp_path / "target")
+    with pytest.raises(UserError, match="rest of another conversion"):
+        run(tmp_path / "source", tmp_path / "target", TensorFormat.int4(64, Convention.exact))
+    assert run(tmp_path / "source", tmp_path / "target").resumed == 3
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_source(tmp_path / "source", model("qwen3"))
+    return tmp_path / "source"
+
+
+def refused(source: Path, tmp_path: Path, match: str, tensor_format: TensorFormat = INT4) -> UserError:
+    """The conversion ends with one message; the source keeps its bytes and no target appears."""
+    before = snapshot(source) if source.exists() else None
+    with pytest.raises(UserError, match=match) as caught:
+        run(source, tmp_path / "target", tensor_format)
+    assert not (tmp_path / "target").exists()
+    assert (snapshot(source) if source.exists() else None) == before
+    return caught.value
+
+
+def edit_config(source: Path, **changes: object) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | changes))
+
+
+def shards(source: Path) -> list[Path]:
+    return sorted(source.glob("*.safetensors"))
+
+
+def test_truncated_shard(source: Path, tmp_path: Path) -> None:
+    path = shards(source)[1]
+    os.truncate(path, path.stat().st_size - 10)
+    refused(source, tmp_path, f"{path.name} cannot be read")
+
+
+def test_missing_shard(source: Path, tmp_path: Path) -> None:
+    shards(source)[1].unlink()
+    refused(source, tmp_path, "1 of 3 shards .* missing: model-00002-of-00003")
+
+
+def test_index_and_shards_disagree(source: Path, tmp_path: Path) -> None:
+    shutil.copy(shards(source)[0], shards(source)[1])
+    refused(source, tmp_path, "says that model-00002-of-00003.safetensors holds .*, but it does not")
+
+
+def test_missing_weight(source: Path, tmp_path: Path) -> None:
+    weights = read_all(source)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    write_shards(source, weights, 3)
+    refused(source, tmp_path, "1 weights that config.json implies .*layers.1.mlp.up_proj")
+
+
+def test_other_shape(source: Path, tmp_path: Path) -> None:
+    edit_config(source, intermediate_size=96)
+    refused(source, tmp_path, "shape .* config.json implies")
+
+
+def test_group_that_does_not_divide(tmp_path: Path) -> None:
+    write_source(tmp_path / "source", model("qwen3", ffn_size=96))
+    error = refused(tmp_path / "source", tmp_path, "down_proj", TensorFormat.int4(64, Convention.exact))
+    assert "down_proj" in str(error) and "96 is not a multiple of group_size 64" in str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_nan_is_named_whether_quantized_or_copied(source: Path, tmp_path: Path, name: str, value: float) -> None:
+    weights = read_all(source)
+    weights[name][3, 5] = value
+    write_shards(source, weights, 3)
+    refused(source, tmp_path, f"{name}.*holds {'NaN' if value != value else 'infinite'}")
+
+
+def test_already_quantized(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "int4")
+    refused(tmp_path / "int4", tmp_path, "already quantized .compressed-tensors")
+
+
+def test_quantized_without_saying_so(source: Path, tmp_path: Path) -> None:
+    weights = read_all(source)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    write_shards(source, weights, 3)
+    refused(source, tmp_path, f"{name} is stored as torch.float8_e4m3fn")
+
+
+def test_nothing_to_dequantize(source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path, "nothing to bring back", TensorFormat.bf16())
+
+
+def test_unknown_quantization_method(source: Path, tmp_path: Path) -> None:
+    edit_config(source, quantization_config={"quant_method": "awq"})
+    refused(source, tmp_path, "'awq'", TensorFormat.bf16())
+
+
+def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
+    edit_config(source, architectures=["MambaForCausalLM"])
+    error = refused(source, tmp_path, "unknown architecture .*MambaForCausalLM")
+    assert error.fix is not None and "Qwen3ForCausalLM" in error.fix
+
+
+def test_too_little_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.total - 1000, 1000))
+    refused(source, tmp_path, "GB free")
+    assert not list((tmp_path / "target.partial").glob("*.safetensors"))
+
+
+def test_target_exists(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "precious").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        run(source, tmp_path / "target")
+    assert (tmp_path / "target" / "precious").read_text() == "mine"
+
+
+def test_target_inside_source(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="inside the source"):
+        run(source, source / "int4")
+
+
+def test_no_folder_no_config_no_json(source: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", tmp_path, "there is no folder")
+    (source / "config.json").write_text("{")
+    refused(source, tmp_path, "is not JSON")
+    (source / "config.json").unlink()
+    refused(source, tmp_path, "config.json is missing")
+
+
+def test_two_processes_cannot_write_one_target(source: Path, tmp_path: Path) -> None:
+    from runner.convert.journal import Partial
+
+    with (
+        Partial(tmp_path / "target", {"a": 1}),
+        pytest.raises(UserError, match="another process"),
+        Partial(tmp_path / "target", {"a": 1}),
+    ):
+        pass
+
+
+# -- foreign checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_fp8_checkpoint_that_lists_no_exceptions(tmp_path: Path) -> None:
+    """DeepSeek-style FP8: modules_to_not_convert is absent, yet router and head lie in bf16; what lies there counts."""
+    config = model("deepseek")
+    weights = write_source(tmp_path / "source", config)
+    run(tmp_path / "source", tmp_path / "fp8", TensorFormat.fp8("block"))
+    path = tmp_path / "fp8" / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["quantization_config"]["modules_to_not_convert"]
+    path.write_text(json.dumps(raw))
+    report = run(tmp_path / "fp8", tmp_path / "back", TensorFormat.bf16())
+    assert "lie in bf16" in report.notes[0]
+    back = read_all(tmp_path / "back")
+    assert torch.equal(back["model.layers.1.mlp.gate.weight"], weights["model.layers.1.mlp.gate.weight"])
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    exported = ExportedTensor(name, "fp8", formats.encode(name, weights[name], TensorFormat.fp8()).parts)
+    assert torch.equal(back[name], formats.decode(exported, TensorFormat.fp8()))
+
+
+def test_missing_scale_of_a_quantized_weight(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "int4")
+    tensors = read_all(tmp_path / "int4")
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    write_shards(tmp_path / "int4", tensors, 3)
+    refused(tmp_path / "int4", tmp_path, "layers.0.mlp.up_proj.weight.*weight_scale", TensorFormat.bf16())
+
+
+def test_fp16_and_fp32_sources_are_rounded_once(tmp_path: Path) -> None:
+    config = model("qwen3")
+    weights = write_source(tmp_path / "source", config)
+    exact = {name: tensor.float() * (1 + 2**-12) for name, tensor in weights.items()}
+    write_shards(tmp_path / "source", exact, 3)
+    run(tmp_path / "source", tmp_path / "target")
+    written = read_all(tmp_path / "target")
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected = formats.encode(name, exact[name].to(torch.bfloat16), INT4)
+    for part, tensor in expected.parts.items():
+        assert torch.equal(written[part], tensor)
+    assert torch.equal(written["model.embed_tokens.weight"], exact["model.embed_tokens.weight"])
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_stays_under_twice_the_largest_shard(tmp_path: Path) -> None:
+    """Four shards of 100 MB, one huge weight in each, in a process of its own; growth over the imported libraries."""
+    config = model("qwen3", num_layers=4, hidden_size=1024, ffn_size=16384)
+    source = tmp_path / "source"
+    write_source(source, config, shards=1)
+    weights = read_all(source)
+    (source / "model.safetensors").unlink()
+    write_shards(source, weights, 4)
+    largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    program = (
+        "import sys; from pathlib import Path; from test_convert import run;"
+        "status = lambda key: int(Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024;"
+        "run(Path(sys.argv[1]), Path(sys.argv[2]));"
+        "before = status('VmRSS:');"
+        "run(Path(sys.argv[3]), Path(sys.argv[4]), workers=2);"
+        "print(status('VmHWM:') - before)"
+    )
+    write_source(tmp_path / "small", model("qwen3"))  # compiles and warms everything up first
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    result = subprocess.run(
+        [sys.executable, "-c", program, *(str(tmp_path / name) for name in ("small", "small4", "source", "target"))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert result.returncode == 0, result.stderr
+    assert 0 < int(result.stdout) < 2 * largest
