@@ -167,6 +167,8 @@ def diagnose(metric: str, parts: dict[str, float], cfg: Config) -> tuple[str, li
             "gradients vanish or blow up: groups of equal reward, a saturated policy, or rollouts far from the trainer",
             ["look at rollout/zero_std", *_dynamic_sampling(cfg), *_correction(cfg), halved],
         )
+    if metric.startswith(("train/ppo_kl", "train/kl_loss")):
+        return "the policy moves too far in one step, or from its reference", [halved, "algorithm.updates_per_rollout=1"]
     if metric.startswith("train/entropy"):
         wider = f"algorithm.clip_high={cfg.algorithm.clip_high + 0.08:.2f}"
         bonus = f"algorithm.entropy_coef={max(0.001, 2 * cfg.algorithm.entropy_coef):g}"

@@ -42,7 +42,7 @@ def format_number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round values that enclose [low, high]; the first and the last are the axis' ends."""
     if high <= low:
         pad = abs(high) * 0.1 or 1.0
