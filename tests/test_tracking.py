@@ -214,7 +214,9 @@ def test_no_wandb_import_when_disabled(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
-    assert {"metrics.jsonl", "status.json", "environment.json", "resolved.yaml", "report.html"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"metrics.jsonl", "status.json", "environment.json", "resolved.yaml", "report.html"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
 
 
 def test_wandb_offline_keeps_its_id_over_a_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,197 @@
+"""Sweeps: expansion, folders, order, failures, skipping, Ctrl-C. The jobs' processes are small scripts here."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runner import schema
+from runner.cluster import sweep
+from runner.errors import UserError, UserErrors
+from runner.tracking import folder
+
+# argv: folder, reward, mode. A job that leaves what a real run leaves.
+JOB = """
+import sys, time, signal
+from pathlib import Path
+from runner.tracking.tracker import CompositeTracker, JsonlTracker, StatusTracker
+run, reward, mode = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+tracker = CompositeTracker([JsonlTracker(run), StatusTracker(run)])
+print("job says", reward, flush=True)
+try:
+    for step in range(3):
+        tracker.log(step, {"rollout/raw_reward": reward, "eval/x": reward + .01, "train/train_rollout_logprob_abs_diff": .007})
+        (run / "count").open("a").write("x")
+        if mode == "slow":
+            (run.parent / "ready").touch()
+            time.sleep(60)
+except KeyboardInterrupt:
+    tracker.finish("interrupted", {}, "interrupted; checkpoint is complete")
+    sys.exit(130)
+if mode == "fail":
+    tracker.finish("failed", {}, "out of memory\\nmore")
+    sys.exit(1)
+tracker.finish("completed", {}, "completed")
+"""
+
+
+def fake_load(outputs: Path):
+    def load(overrides: list[str]) -> schema.Config:
+        cfg = schema.Config()
+        cfg.outputs_dir = str(outputs)
+        values = dict(item.split("=", 1) for item in overrides)
+        cfg.seed = int(values.get("seed", 1))
+        if not values.get("precision.group_size", "32").isdigit():
+            raise UserErrors([UserError("not a number", key="precision.group_size"), UserError("the same everywhere")])
+        return cfg
+
+    return load
+
+
+def fake_command(modes: dict[str, str]):
+    def command(job: sweep.Job) -> list[str]:
+        size = int(job.point["precision.group_size"])
+        return [sys.executable, "-c", JOB, str(job.folder), str(size / 1000), modes.get(job.name, "ok")]
+
+    return command
+
+
+def jobs_of(tmp_path: Path, *overrides: str) -> tuple[Path, list[sweep.Job]]:
+    return sweep.plan(list(overrides), fake_load(tmp_path))
+
+
+# ---- expansion
+
+
+def test_expand_is_the_product_with_the_last_key_fastest() -> None:
+    jobs = sweep.expand(["seed=1,2", "steps=4", "precision=choice(bf16,int4_qat)", "x=range(0,2)"])
+    assert [list(point.values()) for point, _ in jobs] == [
+        [seed, precision, x] for seed in "12" for precision in ("bf16", "int4_qat") for x in "01"
+    ]
+    assert jobs[-1][1] == ["steps=4", "seed=2", "precision=int4_qat", "x=1"]
+
+
+def test_expand_keeps_lists_and_quotes_whole() -> None:
+    assert [point["a"] for point, _ in sweep.expand(["a=[1,2],[3]"])] == ["[1,2]", "[3]"]
+    assert [point["a"] for point, _ in sweep.expand(["a='x,y',z"])] == ["'x,y'", "z"]
+    assert sweep.expand(["a=[1,2]"]) == [({}, ["a=[1,2]"])]
+
+
+@pytest.mark.parametrize("bad", ["a=glob(*)", "a=interval(0,1)", "a b", "a=[1"])
+def test_overrides_that_cannot_be_listed_are_refused(bad: str) -> None:
+    with pytest.raises(UserError):
+        sweep.expand([bad])
+
+
+def test_folders_are_deterministic_distinct_and_safe(tmp_path: Path) -> None:
+    first, jobs = jobs_of(tmp_path, "precision.group_size=32,64", "seed=1,2")
+    assert [job.name for job in jobs][:2] == ["precision.group_size=32,seed=1", "precision.group_size=32,seed=2"]
+    again, _ = jobs_of(tmp_path, "seed=1,2", "precision.group_size=32,64")
+    assert jobs_of(tmp_path, "precision.group_size=32,64", "seed=1,2")[0] == first and again != first
+    assert jobs_of(tmp_path, "precision.group_size=32,128")[0] != first
+    names = {sweep.job_name({"a": value}) for value in ("x/y", "x_y", "x:y", "z" * 300, "z" * 301)}
+    assert len(names) == 5 and not any("/" in name or len(name) > 140 for name in names)
+
+
+def test_a_changed_default_is_another_sweep(tmp_path: Path) -> None:
+    def other(overrides: list[str]) -> schema.Config:
+        cfg = fake_load(tmp_path)(overrides)
+        cfg.steps = 7
+        return cfg
+
+    assert sweep.plan(["seed=1,2"], other)[0] != sweep.plan(["seed=1,2"], fake_load(tmp_path))[0]
+
+
+def test_every_problem_of_every_job_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserErrors) as caught:
+        jobs_of(tmp_path, "precision.group_size=32,a,b")
+    assert len(caught.value.errors) == 2 and not list(tmp_path.iterdir())  # each problem once
+
+
+def test_real_command_starts_or_resumes(tmp_path: Path) -> None:
+    _, (job, _) = jobs_of(tmp_path, "precision.group_size=32,64")
+    command = sweep.run_command(job)
+    assert command[1:4] == ["-m", "runner", "run"] and "precision.group_size=32" in command
+    assert f"run_name='{job.name}'" in command and f"outputs_dir='{job.folder.parent}'" in command
+    parser = sweep.OverridesParser.create()
+    assert [parser.parse_override(text).value() for text in command[4:]][1:] == [str(job.folder.parent), job.name]
+    checkpoint = job.folder / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    assert sweep.run_command(job)[4:] == [f"resume='{job.folder}'"]
+
+
+# ---- running
+
+
+def test_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64,128")
+    failing = {"precision.group_size=64": "fail"}
+    assert sweep.Sweep(root, jobs, fake_command(failing)).run() == 1
+    shown = capsys.readouterr()
+    assert "failed (exit code 1): out of memory" in shown.out and "1 of 3 jobs did not complete" in shown.err
+    rows = list(csv.DictReader((root / "summary.csv").open()))
+    assert [(row["precision.group_size"], row["state"], row["reward"]) for row in rows] == [
+        ("32", "completed", "0.032"),
+        ("64", "failed", "0.064"),
+        ("128", "completed", "0.128"),
+    ]
+    assert [row["best eval"] for row in rows] == ["0.042", "0.074", "0.138"] and rows[0]["mismatch"] == "0.007"
+    assert "| 128 " in (root / "summary.md").read_text() and "| 128 " in shown.out
+    assert "group_size=128" in (root / "comparison.html").read_text()
+    assert "job says 0.064" in (jobs[1].folder / "logs" / "sweep.log").read_text()
+
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("already completed, skipped") == 2
+    assert [len((job.folder / "count").read_text()) for job in jobs] == [3, 6, 3]
+    assert [row["state"] for row in csv.DictReader((root / "summary.csv").open())] == ["completed"] * 3
+
+
+def test_a_job_that_dies_without_a_word_is_not_completed(tmp_path: Path) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32")
+    assert sweep.Sweep(root, jobs, lambda job: [sys.executable, "-c", "raise SystemExit(3)"]).run() == 1
+    assert "not started" in (root / "summary.md").read_text()
+
+
+def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    driver = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
+        "import test_sweep as t; from runner.cluster import sweep;"
+        "root, jobs = t.jobs_of(Path(sys.argv[2]), 'precision.group_size=32,64,128');"
+        "sys.exit(sweep.Sweep(root, jobs, t.fake_command({'precision.group_size=64': 'slow'})).run())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver, str(Path(__file__).parent), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64,128")
+    deadline = time.monotonic() + 60
+    while not (root / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert [job.state for job in jobs] == ["completed", "interrupted", "not started"]
+    assert "2 jobs are left. The same command continues" in err and "Traceback" not in err + out
+    status = folder.read_status(jobs[1].folder)
+    assert status is not None and not sweep_child_alive(status["pid"])
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+
+
+def sweep_child_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
