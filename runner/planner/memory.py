@@ -21,6 +21,7 @@ from runner.planner.workload import (
     is_megatron,
     longest_sequence_tokens,
     micro_batch_tokens,
+    num_engines,
     one_process,
     route_bytes_per_step,
 )
@@ -268,20 +269,24 @@ def kv_bytes_per_token(cfg: Config) -> int:
 
 def engine_runtime_bytes(cfg: Config) -> int:
     """Prefill activations, CUDA graphs and metadata outside the static part: SGLang's own estimate for its server (MiB:
-    512 + 1.5 per chunked prefill token + 2 per graph batch + 128 per GPU of the engine); the local engine: logits and a layer."""
-    if isinstance(cfg.rollout, SglangRolloutConfig):
+    512 + 1.5 per chunked prefill token + 2 per graph batch + 128 per GPU of the engine). Elsewhere: logits and a layer."""
+    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.parallelism.rollout_gpus:
         mib = 512 + 1.5 * cfg.rollout.chunked_prefill_tokens + 2 * cfg.rollout.cuda_graph_max_batch
         return int((mib + 128 * cfg.parallelism.gpus_per_engine) * MIB)
     rows = cfg.rollout.max_concurrency * (1 + cfg.speculative.num_draft_tokens * (cfg.speculative.method != "none"))
-    prefill = cfg.rollout.prefill_chunk_tokens if isinstance(cfg.rollout, LocalRolloutConfig) else 0
+    prefill = 0
+    if isinstance(cfg.rollout, LocalRolloutConfig):
+        prefill = cfg.rollout.prefill_chunk_tokens
+    elif isinstance(cfg.rollout, SglangRolloutConfig):
+        prefill = cfg.rollout.chunked_prefill_tokens
     layer = attention_bytes_per_token(cfg.model, 1, 1, 2) + mlp_bytes_per_token(cfg, cfg.model.num_experts > 0, 1, 2)
     return int(rows * cfg.model.vocab_size * 4 * 2 + prefill * layer)
 
 
 def kv_cache(cfg: Config, capacity: int, weights: int) -> KvCache:
-    """SGLang fills memory_fraction of the GPU with weights and cache; the local engine allocates what it is told."""
+    """SGLang fills memory_fraction of a GPU with weights and cache; in process and on a CPU the cache is what is asked for."""
     per_token, longest = kv_bytes_per_token(cfg), longest_sequence_tokens(cfg)
-    if isinstance(cfg.rollout, SglangRolloutConfig):
+    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.parallelism.rollout_gpus:
         tokens = max(int(capacity * cfg.rollout.memory_fraction - weights) // per_token, 0)
     else:
         asked = cfg.rollout.kv_cache_tokens if isinstance(cfg.rollout, LocalRolloutConfig) else 0
@@ -312,9 +317,27 @@ def plan_memory(cfg: Config, inventory: Inventory) -> MemoryPlan:
                 Phase("run", "GPU", process, capacity),
                 Phase("run", "host", {"process": HOST_PER_PROCESS, **host, "routes of a step": routes}, host_capacity),
             ]
+    elif on_cpu:
+        phases = [cpu_processes(cfg, ranks, engine, routes, capacity)]
     else:
         phases = separate_phases(cfg, ranks, engine, weights, routes, capacity, host_capacity)
     return MemoryPlan(tuple(phases), kv, weights, trainer_weights, tokens)
+
+
+def cpu_processes(
+    cfg: Config, ranks: list[tuple[dict[str, int], dict[str, int]]], engine: dict[str, int], routes: int, capacity: int
+) -> Phase:
+    """Trainer ranks and engine processes of a laptop run, all in one machine's memory."""
+    par = cfg.parallelism
+    per_stage = max(par.ranks // par.pp, 1)
+    engine_processes = num_engines(cfg) * max(par.gpus_per_engine, 1)
+    items = {"processes": (par.ranks + engine_processes) * CPU_PROCESS, "routes of a step": routes}
+    for device, host in ranks:
+        for name, size in (*device.items(), *host.items()):
+            items[name] = items.get(name, 0) + size * per_stage
+    for name, size in engine.items():
+        items[name] = size * engine_processes
+    return Phase("run", "host", items, capacity)
 
 
 def separate_phases(

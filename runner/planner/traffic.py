@@ -37,7 +37,7 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     stream, engines = stream_bytes(cfg, inventory), num_engines(cfg)
     if not isinstance(cfg.rollout, SglangRolloutConfig):
         return [Flow("weight sync, in process", stream, "one copy in rollout format, within the process")]
-    gpus = engines * cfg.parallelism.gpus_per_engine
+    gpus = engines * max(cfg.parallelism.gpus_per_engine, 1)
     flows = {
         "tensor": (stream * engines, "CUDA IPC on the same GPUs; each engine gathers one copy over NVLink"),
         "distributed": (stream * gpus, f"broadcast: every one of {gpus} engine GPUs receives every tensor"),
@@ -57,9 +57,10 @@ def step_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     par, flows = cfg.parallelism, []
     if cfg.router_replay.rollout:
         routes = route_bytes_per_step(cfg)
-        wide = routes * 4 // route_itemsize(cfg)
         per_token = routes_per_token_bytes(cfg)
-        flows.append(Flow("R3 routes", routes, f"{per_token} B a token, longest samples; int32 would be {wide / 1e9:.3g} GB"))
+        flows.append(
+            Flow("R3 routes", routes, f"{per_token} B a token, longest samples; int32 would be {4 // route_itemsize(cfg)}x")
+        )
     if isinstance(cfg.trainer, MegatronTrainerConfig):
         shares = max((state_shares(cfg, inventory, s) for s in range(par.pp)), key=lambda s: s.elements)
         parts = ((shares.dense, shares.dense_dp), (shares.expert, shares.expert_dp))
