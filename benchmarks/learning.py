@@ -21,7 +21,15 @@ from statistics import mean
 
 def run(precision: str, seed: int, overrides: list[str], root: Path) -> dict[str, float | str]:
     name = f"{precision}_{seed}"
-    command = [sys.executable, "-m", "runner", f"precision={precision}", f"seed={seed}", f"outputs_dir={root}", f"run_name={name}"]
+    command = [
+        sys.executable,
+        "-m",
+        "runner",
+        f"precision={precision}",
+        f"seed={seed}",
+        f"outputs_dir={root}",
+        f"run_name={name}",
+    ]
     started = time.perf_counter()
     with (root / f"{name}.log").open("w") as log:
         process = subprocess.Popen([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)

@@ -65,7 +65,9 @@ def latest(run_dir: Path) -> Path:
         broken.append(f"{folder.name}: {problems[0]}")
     found = f"; found only damaged ones ({'; '.join(broken)})" if broken else ""
     raise UserError(
-        f"{run_dir} has no complete checkpoint{found}", key="resume", fix="start the run again without resume=, under another run_name"
+        f"{run_dir} has no complete checkpoint{found}",
+        key="resume",
+        fix="start the run again without resume=, under another run_name",
     )
 
 
@@ -120,5 +122,9 @@ def _disk_error(error: OSError, root: Path) -> UserError:
     kept = complete(root.parent)
     still = f"the last complete checkpoint is {kept[-1].name}" if kept else "there is no earlier checkpoint"
     if error.errno == errno.ENOSPC:
-        return UserError(f"the disk is full while saving a checkpoint under {root}; {still}", fix="free space, then resume=<this run>")
-    return UserError(f"cannot save a checkpoint under {root}: {error.strerror}; {still}", fix="make outputs_dir writable, or set another")
+        return UserError(
+            f"the disk is full while saving a checkpoint under {root}; {still}", fix="free space, then resume=<this run>"
+        )
+    return UserError(
+        f"cannot save a checkpoint under {root}: {error.strerror}; {still}", fix="make outputs_dir writable, or set another"
+    )

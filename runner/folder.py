@@ -55,7 +55,11 @@ def find_run(name: str, outputs_dir: str) -> Path:
     root = Path(outputs_dir)
     known = sorted(path.name for path in root.iterdir() if (path / ".hydra").is_dir()) if root.is_dir() else []
     close = difflib.get_close_matches(name, known, n=3) or known[-3:]
-    hint = f"resume={close[0]}" + (f" (or {', '.join(close[1:])})" if close[1:] else "") if close else f"no run lies under {root} yet"
+    hint = (
+        f"resume={close[0]}" + (f" (or {', '.join(close[1:])})" if close[1:] else "")
+        if close
+        else f"no run lies under {root} yet"
+    )
     raise UserError(f"no run named {name!r} under {root}", key="resume", fix=hint)
 
 

@@ -20,7 +20,6 @@ from runner.tracking.tracker import Tracker
 from runner.trainer.protocol import Trainer
 from runner.watch import Watcher
 
-
 SAMPLES_KEPT = 8  # sample texts per step in rollouts/
 
 

@@ -25,7 +25,6 @@ from runner.rollout.collect import Collector, Interrupted
 from runner.schema import Config
 from runner.sync import WeightSync
 from runner.tasks.protocol import Task
-from runner.tasks.rewards import RewardRunner
 from runner.tracking.tracker import Tracker, build_tracker
 from runner.warm_start import warm_start
 from runner.watch import Watcher
@@ -89,32 +88,30 @@ def _run(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> 
     stop_ids = (tokenizer.eos_token_id,)
     trainer = get_class(cfg.trainer._target_)(cfg)
     pool = get_class(cfg.rollout._target_)(cfg)
-    with RewardRunner(task, cfg.task.reward_timeout_seconds) as rewards:
-        try:
-            collector = Collector(cfg, task, pool, rewards, partial(tokenizer.decode, skip_special_tokens=True), stop_ids, stop)
-            sync = WeightSync(trainer, pool, _probe(cfg, task), tracker)
-            watcher = Watcher(cfg)
-            first_step = 0
-            if folder.resumed_from:
-                state = checkpoint.read_state(folder.resumed_from)
-                trainer.load(folder.resumed_from / "trainer")
-                pool.load_state(state["pool"])
-                watcher.load_state(state["watch"])
-                first_step = state["step"]
-            elif cfg.warm_start.enabled:
-                warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
+    try:
+        decode = partial(tokenizer.decode, skip_special_tokens=True)
+        collector = Collector(cfg, task, pool, decode, stop_ids, stop, warn=partial(tracker.event, "warning"))
+        sync = WeightSync(trainer, pool, _probe(cfg, task), tracker)
+        watcher = Watcher(cfg)
+        first_step = 0
+        if folder.resumed_from:
+            state = checkpoint.read_state(folder.resumed_from)
+            trainer.load(folder.resumed_from / "trainer")
+            pool.load_state(state["pool"])
+            watcher.load_state(state["watch"])
+            first_step = state["step"]
+        elif cfg.warm_start.enabled:
+            warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
 
-            def save(step: int) -> None:
-                state = {"pool": pool.state(), "watch": watcher.state()}
-                checkpoint.save(folder.path, step, state, trainer.save, cfg.checkpoint.keep)
+        def save(step: int) -> None:
+            state = {"pool": pool.state(), "watch": watcher.state()}
+            checkpoint.save(folder.path, step, state, trainer.save, cfg.checkpoint.keep)
 
-            sync()
-            return train(
-                Components(cfg, trainer, pool, collector, sync, tracker, watcher, save=save, should_stop=stop), first_step
-            )
-        finally:
-            pool.close()
-            trainer.close()
+        sync()
+        return train(Components(cfg, trainer, pool, collector, sync, tracker, watcher, save=save, should_stop=stop), first_step)
+    finally:
+        pool.close()
+        trainer.close()
 
 
 def _seed_everything(seed: int) -> None:

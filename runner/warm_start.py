@@ -125,7 +125,9 @@ def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> 
 def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
     if not isinstance(task, HasWorkedSolutions):
         raise UserError(
-            f"task {task.name} has no worked solutions to warm-start from", key="warm_start.enabled", fix="warm_start.enabled=false"
+            f"task {task.name} has no worked solutions to warm-start from",
+            key="warm_start.enabled",
+            fix="warm_start.enabled=false",
         )
     pairs = task.worked_solutions(count, seed)
     prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]

@@ -55,7 +55,10 @@ def _wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> No
 def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, precision: str) -> None:
     _run(_command(tmp_path, "whole", f"precision={precision}"))
     process = subprocess.Popen(
-        _command(tmp_path, "killed", f"precision={precision}", "steps=6"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+        _command(tmp_path, "killed", f"precision={precision}", "steps=6"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     _wait_for_steps(tmp_path / "killed", 3, process)
     os.kill(process.pid, signal.SIGKILL)

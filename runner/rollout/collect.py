@@ -11,7 +11,7 @@ from runner.rollout.protocol import RolloutPool
 from runner.samples import Request, Sample, SamplingParams, Status, request_seed
 from runner.schema import Config
 from runner.tasks.protocol import Prompt, Task
-from runner.tasks.rewards import RewardRunner
+from runner.tasks.rewards import score
 
 
 class Interrupted(Exception):
@@ -56,13 +56,14 @@ class Collector:
         cfg: Config,
         task: Task,
         pool: RolloutPool,
-        rewards: RewardRunner,
         decode: Callable[[list[int]], str],
         stop_token_ids: tuple[int, ...],
         should_stop: Callable[[], bool],
+        warn: Callable[[str], None],
     ) -> None:
-        self.cfg, self.task, self.pool, self.rewards = cfg, task, pool, rewards
-        self.decode, self.stop_token_ids, self.should_stop = decode, stop_token_ids, should_stop
+        """`decode` turns response ids into text without special tokens; `warn` gets one line about failed rewards."""
+        self.cfg, self.task, self.pool = cfg, task, pool
+        self.decode, self.stop_token_ids, self.should_stop, self.warn = decode, stop_token_ids, should_stop, warn
 
     def collect(self, step: int) -> Rollout:
         """One step's groups. With dynamic sampling (DAPO, arXiv 2503.14476) flat groups are replaced by other prompts,
@@ -93,9 +94,9 @@ class Collector:
         kept = kept[:wanted]
         if not kept:
             raise UserError(
-                f"step {step}: every sample of the rollout failed",
+                f"step {step}: no sample of the rollout came back with a reward",
                 key="rollout",
-                fix="read logs/ in the run's folder for the engine's own message",
+                fix="the messages above say why: the engine failed, or the task's reward function did",
             )
         return Rollout(kept, generated, _metrics(generated, rounds_used=number + 1))
 
@@ -120,14 +121,24 @@ class Collector:
         for sample in self.pool.generate(requests):
             if self.should_stop():
                 raise Interrupted
-            if sample.status is not Status.failed:
-                text = self.decode(sample.response_tokens.tolist())
-                sample.info |= {"prompt": by_id[sample.prompt_id].text, "text": text}
-                sample.reward = self.rewards.grade(by_id[sample.prompt_id], text, sample)
             finished[sample.prompt_id, sample.sample_index] = sample
         if len(finished) != len(requests):
             raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
-        return [finished[request.prompt_id, request.sample_index] for request in requests]
+        samples = [finished[request.prompt_id, request.sample_index] for request in requests]
+        self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
+        return samples
+
+    def _grade(self, pairs: list[tuple[Prompt, Sample]]) -> None:
+        items = []
+        for prompt, sample in pairs:
+            text = self.decode(sample.response_tokens.tolist())
+            sample.info |= {"prompt": prompt.text, "text": text}
+            items.append((prompt, text, sample))
+        report = score(self.task, items, self.cfg.task.reward_timeout_seconds)
+        for (_, sample), reward in zip(pairs, report.rewards, strict=True):
+            sample.reward = reward
+        if message := report.message():
+            self.warn(message)
 
 
 def _groups(prompts: Sequence[Prompt], samples: list[Sample]) -> list[Group]:
