@@ -8,15 +8,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import schema
@@ -48,8 +50,6 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
 
     Raises UserErrors with every problem: misspelt keys and options, wrong types, missing values, broken rules.
     """
-    from runner import rules
-
     overrides = with_resumed(overrides)
     diagnosis: Diagnosis | None = None
     try:
@@ -68,6 +68,8 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
             raise UserErrors(diagnosis.problems) from None
     problems = list(diagnosis.problems) if diagnosis else []
     if check_rules:
+        from runner import rules
+
         broken = rules.check(config)
         if broken:
             diagnosis = diagnosis or diagnosed(overrides)
@@ -154,13 +156,39 @@ def _nodes_needed(parallelism: DictConfig, gpus_per_node: int) -> int:
     return max(1, -(-_gpus_needed(parallelism) // max(1, int(gpus_per_node))))
 
 
-def resolved_yaml(raw: DictConfig, *, resolve: bool, package: str | None = None) -> str:
+def to_yaml(raw: DictConfig, *, resolve: bool, package: str | None = None) -> str:
     """YAML of the config, or of one part of it. Raises UserError for a part that is not there."""
-    node = raw
-    if package:
-        node = OmegaConf.select(raw, package)
-        if node is None:
-            raise UserError(f"the config has no part {package!r}", key="--package")
-        with open_dict(node):
-            pass
-    return OmegaConf.to_yaml(node, resolve=resolve)
+    node = OmegaConf.select(raw, package) if package else raw
+    if node is None:
+        raise UserError(f"the config has no part {package!r}", fix=f"one of: {', '.join(str(name) for name in raw)}")
+    return OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else f"{node}\n"
+
+
+def with_prefix(overrides: list[str], group: str) -> list[str]:
+    """`source=DIR` -> `convert.source=DIR`: a verb's own keys may be typed without their group."""
+    own = {field.name for field in fields(schema.ConvertConfig)}
+    return [f"{group}.{item}" if item.partition("=")[0] in own else item for item in overrides]
+
+
+def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None:
+    """The overrides of a sweep, or None when this is a single run.
+
+    A sweep is `-m`, `hydra.mode=MULTIRUN`, or a recipe that sets `hydra.mode: MULTIRUN` and `hydra.sweeper.params`.
+    Its jobs get `hydra.mode=RUN`, so that a recipe's job does not start the sweep again.
+    """
+    if not multirun and not any(item.startswith(("recipe=", "hydra.")) for item in overrides):
+        return None
+    parser = OverridesParser.create()
+    try:
+        swept = [item for item in overrides if parser.parse_override(item).is_sweep_override()]
+        settings = hydra_settings([item for item in overrides if item not in swept])
+    except (HydraException, OmegaConfBaseException):
+        if multirun:
+            return overrides  # every problem is reported when the jobs are composed
+        return None
+    if not multirun and settings.mode != RunMode.MULTIRUN:
+        return None
+    given = {override_key(item) for item in overrides}
+    params = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items() if key not in given]
+    kept = [item for item in overrides if override_key(item) != "hydra.mode"]
+    return [*kept, *params, *(["hydra.mode=RUN"] if settings.mode == RunMode.MULTIRUN else [])]
