@@ -119,9 +119,11 @@ def test_real_command_starts_or_resumes(tmp_path: Path) -> None:
     _, (job, _) = jobs_of(tmp_path, "precision.group_size=32,64")
     command = sweep.run_command(job)
     assert command[1:4] == ["-m", "runner", "run"] and "precision.group_size=32" in command
-    assert f"run_name='{job.name}'" in command and f"outputs_dir='{job.folder.parent}'" in command
     parser = sweep.OverridesParser.create()
-    assert [parser.parse_override(text).value() for text in command[4:]][1:] == [str(job.folder.parent), job.name]
+    values = {text.split("=")[0]: parser.parse_override(text).value() for text in command[5:]}
+    assert values == {"run_name": f"{job.folder.parent.name}/{job.name}", "tracking.group": job.folder.parent.name}
+    _, (grouped, _) = jobs_of(tmp_path, "precision.group_size=32,64", "tracking.group=mine")
+    assert not any(text.startswith("tracking.group=s") for text in sweep.run_command(grouped))
     checkpoint = job.folder / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")

@@ -127,7 +127,14 @@ def run_command(job: Job) -> list[str]:
     start = [sys.executable, "-m", "runner", "run"]
     if complete(job.folder):
         return [*start, f"resume={quoted(str(job.folder))}"]
-    return [*start, *job.overrides, f"outputs_dir={quoted(str(job.folder.parent))}", f"run_name={quoted(job.name)}"]
+    # The sweep's folder is part of the name, not of outputs_dir: cached warm starts under outputs_dir stay shared.
+    return [*start, *job.overrides, f"run_name={quoted(f'{job.folder.parent.name}/{job.name}')}", *group_override(job)]
+
+
+def group_override(job: Job) -> list[str]:
+    """The runs of a sweep are one wandb group, unless the user named one."""
+    named = any(text.lstrip("+").startswith("tracking.group=") for text in job.overrides)
+    return [] if named else [f"tracking.group={quoted(job.folder.parent.name)}"]
 
 
 class Sweep:
