@@ -163,7 +163,19 @@ def test_a_job_that_dies_without_a_word_is_not_completed(tmp_path: Path) -> None
     assert "not started" in (root / "summary.md").read_text()
 
 
-def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
+    folder.write_status(jobs[0].folder, "stopped", step=2)
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 1  # a stopped job is no completed one
+    assert f"resume={jobs[0].folder} continues it" in capsys.readouterr().out
+    assert [job.state for job in jobs] == ["stopped", "completed"]
+    folder.write_status(jobs[0].folder, "running", step=2)  # by this process
+    with pytest.raises(UserError, match="is being run"):
+        sweep.Sweep(root, jobs, fake_command({})).run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     driver = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
         "import test_sweep as t; from runner.cluster import sweep;"
@@ -181,7 +193,7 @@ def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path) -
     while not (root / "ready").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert [job.state for job in jobs] == ["completed", "interrupted", "not started"]

@@ -5,7 +5,8 @@
 
 Hydra's own multirun runs every job in one process, where CUDA, Ray and wandb leak from one to the next, and it cannot be
 continued. The sweep's folder is named by a hash of its overrides and of every job's composed config, so the same command
-finds the same folder: completed jobs are skipped, interrupted ones resumed from their last checkpoint, others run again.
+finds the same folder: jobs that completed, or that a watch rule stopped, are skipped, those that were interrupted, killed or
+failed go on from their last checkpoint, and those without a checkpoint start again.
 """
 
 from __future__ import annotations
@@ -144,7 +145,22 @@ class Sweep:
         self.folder, self.jobs, self.command = folder, jobs, command
 
     def run(self) -> int:
-        """0 when every job completed, 1 when one did not, 130 after Ctrl-C. The summary is written after every job."""
+        """0 when every job completed, 1 when one did not, 130 after Ctrl-C. The summary is written after every job.
+
+        Raises UserError where another process runs this sweep already.
+        """
+        for job in self.jobs:
+            if job.state == "running":
+                pid = (read_status(job.folder) or {})["pid"]
+                raise UserError(f"{job.folder} is being run by process {pid}", fix="wait for that sweep, or stop it with Ctrl-C")
+        # A batch system stops a job with SIGTERM: as with Ctrl-C, the running job saves first.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return self._run_all()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _run_all(self) -> int:
         atomic_write(
             self.folder / "sweep.json",
             json.dumps([{"name": job.name, "overrides": job.overrides} for job in self.jobs], indent=2) + "\n",
@@ -153,8 +169,9 @@ class Sweep:
         interrupted = False
         for number, job in enumerate(self.jobs, 1):
             label = f"[{number}/{len(self.jobs)}] {job.name}"
-            if job.state == "completed":
-                print(f"{label}: already completed, skipped", flush=True)
+            if job.state in ("completed", "stopped"):
+                by_rule = f" by a watch rule (resume={job.folder} continues it)" if job.state == "stopped" else ""
+                print(f"{label}: already {job.state}{by_rule}, skipped", flush=True)
                 continue
             print(f"{label}: log in {job.folder / 'logs' / 'sweep.log'}", flush=True)
             started = time.monotonic()

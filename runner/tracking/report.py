@@ -38,6 +38,7 @@ class Chart:
     metrics: tuple[str, ...]
     hint: str = ""
     stacked: bool = False
+    unless_zero: bool = False  # a card that is only worth its place when something happened
     smoothed: bool = False
 
 
@@ -77,6 +78,7 @@ CHARTS = (
     Chart("Speculation", ("rollout/spec_accept_length", "rollout/spec_accept_rate"), "tokens per engine step; accepted share"),
     Chart("Entropy", ("train/entropy_loss",), "nats per token", smoothed=True),
     Chart("Gradient norm", ("train/grad_norm",), "before clipping", smoothed=True),
+    Chart("Skipped steps", ("train/nan_steps",), "updates whose loss or gradient was not finite", unless_zero=True),
     Chart("Clipping", ("train/pg_clipfrac", "train/tis_clipfrac"), "share of tokens"),
     Chart("Changed by the update", ("sync/changed_integers", "sync/changed_scales"), "share of integers and scales per sync"),
     Chart("Router disagreement", ("router_replay/disagreement",), "share of choices the trainer's own top-k would change"),
@@ -250,8 +252,9 @@ def write_report(run_dir: Path) -> Path:
     cards, used = [], {"perf/step_time"}
     for chart in CHARTS:
         metrics = matching(names, chart.metrics)
-        if metrics:
-            used.update(metrics)
+        used.update(metrics)
+        happened = any(y != 0 for name in metrics for _, y in run.points(name))
+        if metrics and (happened or not chart.unless_zero):
             cards.append(draw_chart(run, chart, metrics))
     rest = [line_chart(name, [Series(short_label(name), run.points(name), 0)]) for name in names if name not in used]
     path = run_dir / "report.html"

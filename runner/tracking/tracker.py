@@ -24,7 +24,8 @@ from runner.tracking.folder import (
     write_status,
 )
 
-REPORT_INTERVAL_SECONDS = 20.0  # between refreshes of report.html while the run goes on
+REPORT_INTERVAL_SECONDS = 20.0  # at least, between refreshes of report.html while the run goes on
+REPORT_TIME_SHARE = 0.01  # of a run's time that refreshes may take: long runs have slow reports
 
 
 class Progress(Protocol):
@@ -143,10 +144,10 @@ class ReportTracker(BaseTracker):
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.written = time.monotonic()
+        self.next_write = time.monotonic() + REPORT_INTERVAL_SECONDS
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        if time.monotonic() - self.written > REPORT_INTERVAL_SECONDS:
+        if time.monotonic() >= self.next_write:
             self._write()
 
     def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
@@ -155,8 +156,10 @@ class ReportTracker(BaseTracker):
     def _write(self) -> None:
         from runner.tracking.report import write_report
 
+        started = time.monotonic()
         write_report(self.run_dir)
-        self.written = time.monotonic()
+        now = time.monotonic()
+        self.next_write = now + max(REPORT_INTERVAL_SECONDS, (now - started) / REPORT_TIME_SHARE)
 
 
 class CompositeTracker:
