@@ -2,8 +2,8 @@
 scale per tensor), as compressed-tensors stores them.
 
 Values 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; ties go to the even mantissa. Codes: magnitude index in bits
-0-2, sign in bit 3 (set for every negative weight, so also for those that round to zero). Two codes per byte, the first
-value in the low nibble.
+0-2, the weight's sign bit in bit 3, also where it rounds to zero: -0.0 keeps its code when it is quantized again. Two
+codes per byte, the first value in the low nibble.
 
 MXFP4   e8m0 = 127 + floor(log2(amax)) - 2, one more where amax has a mantissa of 1.75 and above; clamped to 0..254
         scale = 2^(e8m0 - 127);  code of w / scale;  dequantized = bf16(value * scale)
@@ -36,7 +36,7 @@ def encode_fp4(values: torch.Tensor) -> torch.Tensor:
     code = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for threshold, inclusive in _STEPS:
         code += (magnitude >= threshold if inclusive else magnitude > threshold).to(torch.uint8)
-    return code | ((values < 0).to(torch.uint8) << 3)
+    return code | (torch.signbit(values).to(torch.uint8) << 3)
 
 
 def decode_fp4(code: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ largest integer (7 or 127) and low the smallest:
 The quotient is rounded to bf16 before it is rounded to an integer, as compressed-tensors does for bf16 weights.
 Under `exact` an integer has 3 significant bits and a scale 5, so a product has at most 8 and is exact in bf16:
 a kernel that rounds products and one that does not compute with the same weights.
+INT8 is for converting only: bf16 has 8 significant bits, so a dequantized INT8 weight may round to a neighbour when it is
+quantized again, even with its own scales. INT4 never does.
 A group whose scale would be zero gets the scale 2^-7 (bf16's epsilon, as compressed-tensors) and zero integers.
 """
 
