@@ -157,10 +157,12 @@ def test_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path, capsys: 
     assert [row["state"] for row in csv.DictReader((root / "summary.csv").open())] == ["completed"] * 3
 
 
-def test_a_job_that_dies_without_a_word_is_not_completed(tmp_path: Path) -> None:
+def test_a_job_that_dies_before_its_first_word_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, jobs = jobs_of(tmp_path, "precision.group_size=32")
-    assert sweep.Sweep(root, jobs, lambda job: [sys.executable, "-c", "raise SystemExit(3)"]).run() == 1
-    assert "not started" in (root / "summary.md").read_text()
+    assert sweep.Sweep(root, jobs, lambda job: [sys.executable, "-c", "import nothing_of_the_kind"]).run() == 1
+    shown = capsys.readouterr().out
+    assert "failed (exit code 1): ModuleNotFoundError" in shown and "comparison:" not in shown
+    assert "| failed" in (root / "summary.md").read_text()
 
 
 def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

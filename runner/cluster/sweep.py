@@ -49,8 +49,14 @@ class Job:
     folder: Path
 
     @property
+    def log(self) -> Path:
+        return self.folder / "logs" / "sweep.log"
+
+    @property
     def state(self) -> str:
-        return run_state(self.folder)
+        """As in status.json; a process that ended before it wrote one has failed."""
+        state = run_state(self.folder)
+        return "failed" if state == "not started" and self.log.exists() else state
 
 
 def expand(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
@@ -173,7 +179,7 @@ class Sweep:
                 by_rule = f" by a watch rule (resume={job.folder} continues it)" if job.state == "stopped" else ""
                 print(f"{label}: already {job.state}{by_rule}, skipped", flush=True)
                 continue
-            print(f"{label}: log in {job.folder / 'logs' / 'sweep.log'}", flush=True)
+            print(f"{label}: log in {job.log}", flush=True)
             started = time.monotonic()
             code, interrupted = self._run_job(job)
             print(f"{label}: {describe_end(job, code)} after {time.monotonic() - started:.1f} s", flush=True)
@@ -186,7 +192,7 @@ class Sweep:
         """(exit code, whether Ctrl-C came). The child has a session of its own, so that a Ctrl-C on the terminal reaches
         it once, through us, and it can save its checkpoint. A second Ctrl-C is passed on too: the run then leaves at once.
         """
-        log = job.folder / "logs" / "sweep.log"
+        log = job.log
         command = self.command(job)
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -215,13 +221,13 @@ class Sweep:
         if started:
             write_comparison(started, self.folder / "comparison.html", self.folder.name)
         print("\n" + (self.folder / "summary.md").read_text())
-        print(f"summary: {self.folder / 'summary.md'}\ncomparison: {self.folder / 'comparison.html'}")
+        print(f"summary: {self.folder / 'summary.md'}" + (f"\ncomparison: {self.folder / 'comparison.html'}" if started else ""))
         unfinished = [job for job in self.jobs if job.state != "completed"]
         if interrupted:
             print(f"interrupted; {len(unfinished)} jobs are left. The same command continues the sweep.", file=sys.stderr)
             return 130
         if unfinished:
-            names = "".join(f"\n    {job.name}: {job.state}, see {job.folder / 'logs' / 'sweep.log'}" for job in unfinished)
+            names = "".join(f"\n    {job.name}: {job.state}, see {job.log}" for job in unfinished)
             print(f"{len(unfinished)} of {len(self.jobs)} jobs did not complete:{names}", file=sys.stderr)
             return 1
         return 0
@@ -232,8 +238,10 @@ def describe_end(job: Job, code: int) -> str:
     state = job.state
     if state == "completed" and code == 0:
         return state
-    message = (read_status(job.folder) or {}).get("message", "")
-    return f"{state} (exit code {code})" + (f": {message.splitlines()[0]}" if message else "")
+    status = read_status(job.folder)
+    last_words = job.log.read_text(errors="replace").strip().splitlines()[-1:]
+    message = status["message"].splitlines()[:1] if status and status["message"] else last_words
+    return f"{state} (exit code {code})" + "".join(f": {line}" for line in message)
 
 
 def summary_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
