@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,18 +30,34 @@ GSM8K = Path(os.environ.get("RUNNER_GSM8K", Path(__file__).parents[2] / "shared"
 
 
 def arithmetic(**fields: Any) -> ArithmeticTask:
-    base: dict[str, Any] = dict(
-        name="arithmetic", train_path=None, eval_path=None, max_prompt_tokens=64, reward_timeout_seconds=1.0, max_turns=1, seed=0,
-        operands=2, digits=2, eval_problems=64,
-    )  # fmt: skip
+    base: dict[str, Any] = {
+        "name": "arithmetic",
+        "train_path": None,
+        "eval_path": None,
+        "max_prompt_tokens": 64,
+        "reward_timeout_seconds": 1.0,
+        "max_turns": 1,
+        "seed": 0,
+        "operands": 2,
+        "digits": 2,
+        "eval_problems": 64,
+    }
     return ArithmeticTask(ArithmeticTaskConfig(**(base | fields)), TOKENIZER)
 
 
 def jsonl_config(path: Path | str | None, **fields: Any) -> JsonlTaskConfig:
-    base: dict[str, Any] = dict(
-        name="gsm8k", train_path=None if path is None else str(path), eval_path=None, max_prompt_tokens=4096,
-        reward_timeout_seconds=1.0, max_turns=1, seed=0, prompt_template="{question}", max_train_problems=0, max_eval_problems=0,
-    )  # fmt: skip
+    base: dict[str, Any] = {
+        "name": "gsm8k",
+        "train_path": None if path is None else str(path),
+        "eval_path": None,
+        "max_prompt_tokens": 4096,
+        "reward_timeout_seconds": 1.0,
+        "max_turns": 1,
+        "seed": 0,
+        "prompt_template": "{question}",
+        "max_train_problems": 0,
+        "max_eval_problems": 0,
+    }
     return JsonlTaskConfig(**(base | fields))
 
 
@@ -67,7 +84,16 @@ def test_worked_solutions_earn_the_reward_and_any_other_answer_does_not(operands
         head, _, answer = solution.rpartition("=")
         for wrong in (int(answer) + 1, int(answer) * 10, int(answer) + 10**digits):
             assert task.reward(prompt, f"{head}={wrong}") == 0.0
-    for bad in ("", "=", solution + "=", solution + " and more", answer, f"{head}=+{answer}", f"{head}={'9' * 10000}", f"{head}=²"):
+    for bad in (
+        "",
+        "=",
+        solution + "=",
+        solution + " and more",
+        answer,
+        f"{head}=+{answer}",
+        f"{head}={'9' * 10000}",
+        f"{head}=²",
+    ):
         assert task.reward(prompt, bad) == 0.0, bad
 
 
@@ -111,7 +137,9 @@ def test_held_out_problems_never_appear_in_training() -> None:
     seen = {prompt.text for step in range(20) for prompt in task.train_prompts(step, 50)}
     seen |= {text for text, _ in task.worked_solutions(1000, seed=3)}
     assert len(seen) == 50 and not seen & held_out
-    assert [p.text for p in task.eval_prompts(9)] == [p.text for p in arithmetic(digits=1, eval_problems=50, seed=9).eval_prompts(9)]
+    assert [p.text for p in task.eval_prompts(9)] == [
+        p.text for p in arithmetic(digits=1, eval_problems=50, seed=9).eval_prompts(9)
+    ]
 
 
 def test_prompt_tokens_are_its_text() -> None:
@@ -122,11 +150,11 @@ def test_prompt_tokens_are_its_text() -> None:
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        (dict(operands=1), "task.operands"),
-        (dict(operands=11), "task.operands"),
-        (dict(digits=0), "task.digits"),
-        (dict(digits=1, eval_problems=51), "task.eval_problems"),
-        (dict(max_prompt_tokens=5), "task.max_prompt_tokens"),
+        ({"operands": 1}, "task.operands"),
+        ({"operands": 11}, "task.operands"),
+        ({"digits": 0}, "task.digits"),
+        ({"digits": 1, "eval_problems": 51}, "task.eval_problems"),
+        ({"max_prompt_tokens": 5}, "task.max_prompt_tokens"),
     ],
 )
 def test_impossible_arithmetic_is_a_user_error(fields: dict[str, Any], key: str) -> None:
@@ -159,11 +187,23 @@ def test_every_gsm8k_reference_solution_grades_1_and_with_another_number_0() -> 
 @pytest.mark.parametrize(
     ("text", "reward"),
     [
-        ("#### 1234", 1.0), ("#### 1,234", 1.0), ("#### $1,234.00", 1.0), (r"so \boxed{1234}.", 1.0), ("#### 5\n#### 1234", 1.0),
-        ("#### 1234\n#### 5", 0.0), (r"\boxed{1234} #### 5", 0.0), ("1234", 0.0), ("#### ", 0.0), ("#### 12,34", 0.0),
-        ("#### __import__('os')", 0.0), ("#### 1233+1", 0.0), ("#### 2468/2", 1.0), ("#### 1234/0", 0.0), ("#### " + "1" * 5000, 0.0),
+        ("#### 1234", 1.0),
+        ("#### 1,234", 1.0),
+        ("#### $1,234.00", 1.0),
+        (r"so \boxed{1234}.", 1.0),
+        ("#### 5\n#### 1234", 1.0),
+        ("#### 1234\n#### 5", 0.0),
+        (r"\boxed{1234} #### 5", 0.0),
+        ("1234", 0.0),
+        ("#### ", 0.0),
+        ("#### 12,34", 0.0),
+        ("#### __import__('os')", 0.0),
+        ("#### 1233+1", 0.0),
+        ("#### 2468/2", 1.0),
+        ("#### 1234/0", 0.0),
+        ("#### " + "1" * 5000, 0.0),
     ],
-)  # fmt: skip
+)
 def test_gsm8k_reads_the_marked_answer_only(tmp_path: Path, text: str, reward: float) -> None:
     task = Gsm8kTask(jsonl_config(write(tmp_path / "t.jsonl", [{"question": "?", "answer": "x #### 1,234"}])), TOKENIZER)
     assert task.reward(task.train_prompts(0, 1)[0], text) == reward
@@ -172,13 +212,24 @@ def test_gsm8k_reads_the_marked_answer_only(tmp_path: Path, text: str, reward: f
 @pytest.mark.parametrize(
     ("text", "answer", "reward"),
     [
-        ("Answer: 34", "34", 1.0), ("Answer: $34$", "34", 1.0), (r"Answer: \boxed{34}", "34", 1.0), (r"thus \boxed{\frac{1}{2}}", "0.5", 1.0),
-        (r"\boxed{\dfrac12}", r"\frac{1}{2}", 1.0), (r"\boxed{-\frac{3}{6}}", "-1/2", 1.0), (r"\boxed{\text{(B)}}", "(B)", 1.0),
-        (r"\boxed{x^{2}+1}", "x^{2} + 1", 1.0), ("Answer: 34\nAnswer: 35", "34", 0.0), (r"\boxed{34} Answer: 35", "34", 0.0),
-        (r"Answer: 35, no: \boxed{34}", "34", 1.0), (r"Answer: 35\n so \boxed{34}".replace(r"\n", "\n"), "34", 1.0), ("34", "34", 0.0),
-        (r"\boxed{34", "34", 0.0), ("Answer:", "34", 0.0), ("**Answer**: 34", "34", 0.0),
+        ("Answer: 34", "34", 1.0),
+        ("Answer: $34$", "34", 1.0),
+        (r"Answer: \boxed{34}", "34", 1.0),
+        (r"thus \boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{\dfrac12}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{-\frac{3}{6}}", "-1/2", 1.0),
+        (r"\boxed{\text{(B)}}", "(B)", 1.0),
+        (r"\boxed{x^{2}+1}", "x^{2} + 1", 1.0),
+        ("Answer: 34\nAnswer: 35", "34", 0.0),
+        (r"\boxed{34} Answer: 35", "34", 0.0),
+        (r"Answer: 35, no: \boxed{34}", "34", 1.0),
+        (r"Answer: 35\n so \boxed{34}".replace(r"\n", "\n"), "34", 1.0),
+        ("34", "34", 0.0),
+        (r"\boxed{34", "34", 0.0),
+        ("Answer:", "34", 0.0),
+        ("**Answer**: 34", "34", 0.0),
     ],
-)  # fmt: skip
+)
 def test_dapo_grading(tmp_path: Path, text: str, answer: str, reward: float) -> None:
     rows = [{"prompt": [{"role": "user", "content": "q"}], "reward_model": {"ground_truth": answer}}]
     task = DapoMathTask(jsonl_config(write(tmp_path / "t.jsonl", rows), name="dapo_math"), TOKENIZER)
@@ -217,7 +268,9 @@ def test_epochs_visit_every_problem_once_and_rounds_draw_others(tmp_path: Path) 
 
 def test_template_and_limits(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", gsm_rows(5))
-    config = jsonl_config(path, eval_path=str(path), prompt_template="Q: {question} {braces}\nA:", max_eval_problems=3, max_train_problems=2)
+    config = jsonl_config(
+        path, eval_path=str(path), prompt_template="Q: {question} {braces}\nA:", max_eval_problems=3, max_train_problems=2
+    )
     task = Gsm8kTask(config, TOKENIZER)
     assert task.eval_prompts(10)[0].text == "Q: What is 0 + 1? {braces}\nA:"
     assert len(task.eval_prompts(10)) == 3
@@ -280,10 +333,8 @@ class Misbehaving:
             return float("nan")
         if text == "hang":
             while True:
-                try:
+                with contextlib.suppress(Exception):  # a function that swallows errors is interrupted all the same
                     time.sleep(0.001)
-                except Exception:  # a function that swallows errors is interrupted all the same
-                    pass
         return 1.0
 
     def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -61,7 +62,7 @@ def build_model(
 
 
 def _from_checkpoint(
-    model: ModelConfig, family: Family, auto_class: type, dtype: torch.dtype, kernels: dict[str, str]
+    model: ModelConfig, family: Family, auto_class: Any, dtype: torch.dtype, kernels: dict[str, str]
 ) -> PreTrainedModel:
     assert model.hf_checkpoint is not None
     key = "model.hf_checkpoint"
@@ -143,9 +144,7 @@ def memory_view(family: Family, model: ModelConfig, memory: Mapping[str, torch.T
     return dict(disk_tensors(family, model, memory.items()))
 
 
-def memory_tensors(
-    family: Family, model: ModelConfig, disk: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """(in-memory name, tensor) from on-disk tensors: experts are stacked into new tensors, the rest passes through.
 
     KeyError naming the weight when a piece of a stacked parameter is missing.

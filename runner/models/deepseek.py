@@ -13,7 +13,7 @@ from runner.schema import ModelConfig, Role
 
 class DeepSeek:
     name = "deepseek"
-    architectures = ("DeepseekV3ForCausalLM",)
+    architectures: tuple[str, ...] = ("DeepseekV3ForCausalLM",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         hidden = model.hidden_size

@@ -12,7 +12,7 @@ from runner.schema import ModelConfig, Role
 
 class MiMo:
     name = "mimo"
-    architectures = ("MiMoForCausalLM",)
+    architectures: tuple[str, ...] = ("MiMoForCausalLM",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

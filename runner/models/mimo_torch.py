@@ -5,6 +5,8 @@ transformers has no module for `model_type: mimo`. Names follow the published ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
@@ -33,7 +35,7 @@ class MiMoMTPLayer(Qwen2DecoderLayer):
         next_embedding_BTH: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states [B, T, H] whose lm_head logits at position t predict token t + 2.
 
@@ -53,9 +55,7 @@ class MiMoModel(Qwen2Model):
     def __init__(self, config: MiMoConfig) -> None:
         super().__init__(config)
         first = config.num_hidden_layers
-        self.mtp_layers = nn.ModuleList(
-            MiMoMTPLayer(config, first + index) for index in range(config.num_nextn_predict_layers)
-        )
+        self.mtp_layers = nn.ModuleList(MiMoMTPLayer(config, first + index) for index in range(config.num_nextn_predict_layers))
         self.post_init()
 
 

@@ -12,7 +12,7 @@ from runner.schema import ModelConfig, Role
 
 class Qwen3:
     name = "qwen3"
-    architectures = ("Qwen3ForCausalLM",)
+    architectures: tuple[str, ...] = ("Qwen3ForCausalLM",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

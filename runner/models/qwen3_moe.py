@@ -12,7 +12,7 @@ from runner.schema import ModelConfig, Role
 
 class Qwen3Moe:
     name = "qwen3_moe"
-    architectures = ("Qwen3MoeForCausalLM",)
+    architectures: tuple[str, ...] = ("Qwen3MoeForCausalLM",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

@@ -37,7 +37,7 @@ def tower(model: ModelConfig) -> VisualTower:
 
 class Qwen3VL:
     name = "qwen3_vl"
-    architectures = ("Qwen3VLForConditionalGeneration",)
+    architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from _visual_parameters(model)

@@ -53,9 +53,7 @@ class ArithmeticTask:
     def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
         """See Task. Problems are drawn afresh for every (step, round), without those that are held out."""
         random_stream = stream(self.cfg.seed, "arithmetic", "train", step, round)
-        return [
-            self._prompt(f"arithmetic/{step}.{round}.{index}", self._draw_train(random_stream)) for index in range(count)
-        ]
+        return [self._prompt(f"arithmetic/{step}.{round}.{index}", self._draw_train(random_stream)) for index in range(count)]
 
     def eval_prompts(self, count: int) -> list[Prompt]:
         return [self._prompt(f"arithmetic/eval.{i}", numbers) for i, numbers in enumerate(self._held_out[:count])]

@@ -49,7 +49,9 @@ class JsonlTask:
                 "the template has no {question}", key="task.prompt_template", fix='for example task.prompt_template="{question}"'
             )
         if cfg.train_path is None:
-            raise UserError(f"task {self.name} needs data", key="task.train_path", fix="set it to a JSONL file, a folder or a hub id")
+            raise UserError(
+                f"task {self.name} needs data", key="task.train_path", fix="set it to a JSONL file, a folder or a hub id"
+            )
         self._train = self._load(cfg.train_path, "task.train_path", self.train_file, self.train_split, cfg.max_train_problems)
         self._eval: list[Prompt] | None = None
         if cfg.eval_path is not None:
@@ -82,7 +84,9 @@ class JsonlTask:
     def eval_prompts(self, count: int) -> list[Prompt]:
         if self._eval is None:
             raise UserError(
-                f"evaluation needs held-out {self.name} problems", key="task.eval_path", fix="set it, or evaluation.interval_steps=0"
+                f"evaluation needs held-out {self.name} problems",
+                key="task.eval_path",
+                fix="set it, or evaluation.interval_steps=0",
             )
         return self._eval[:count]
 
@@ -167,7 +171,9 @@ def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 except ValueError as error:  # broken JSON or broken UTF-8
                     raise UserError(f"{place}: not JSON ({error})", key=key, fix="mend or remove this line") from error
                 if not isinstance(row, dict):
-                    raise UserError(f"{place}: a {type(row).__name__}, not a JSON object", key=key, fix="mend or remove this line")
+                    raise UserError(
+                        f"{place}: a {type(row).__name__}, not a JSON object", key=key, fix="mend or remove this line"
+                    )
                 yield place, row
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}", key=key, fix="give the path of a JSONL file") from error

@@ -18,7 +18,7 @@ Item = tuple[Prompt, str, Sample | None]
 
 
 class _Interrupted(BaseException):
-    """Raised inside a reward function that ran past its deadline; not an Exception, so that `except Exception` lets it through."""
+    """Raised inside a reward function past its deadline; not an Exception, so that `except Exception` lets it through."""
 
 
 @dataclass
