@@ -16,6 +16,7 @@ from runner import schema
 from runner.cluster import sweep
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
+from runner.tracking.tracker import JsonlTracker
 
 # argv: folder, reward, mode. A job that leaves what a real run leaves.
 JOB = """
@@ -155,6 +156,18 @@ def test_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path, capsys: 
     assert shown.out.count("already completed, skipped") == 2
     assert [len((job.folder / "count").read_text()) for job in jobs] == [3, 6, 3]
     assert [row["state"] for row in csv.DictReader((root / "summary.csv").open())] == ["completed"] * 3
+
+
+def test_seeds_are_averaged_over_completed_jobs(tmp_path: Path) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64", "seed=1,2,3")
+    for job, reward in zip(jobs, (0.1, 0.2, 0.3, 0.5, 0.7, 0.9), strict=True):
+        JsonlTracker(job.folder).log(0, {"rollout/raw_reward": reward})
+        folder.write_status(job.folder, "failed" if reward == 0.9 else "completed", step=1)
+    columns, rows = sweep.seed_rows(jobs)
+    assert columns[:3] == ["precision.group_size", "seeds", "reward"]
+    assert [row[:3] for row in rows] == [["32", "3", "0.2 ± 0.1"], ["64", "2", "0.6 ± 0.14"]]
+    sweep.write_summary(root, jobs)
+    assert "0.6 ± 0.14" in (root / "summary.md").read_text()
 
 
 def test_a_job_that_dies_before_its_first_word_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

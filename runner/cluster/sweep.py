@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -256,15 +257,42 @@ def summary_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
     return [*keys, "state", *(title for _, title in COLUMNS)], rows
 
 
-def write_summary(folder: Path, jobs: list[Job]) -> None:
-    """summary.md (aligned) and summary.csv."""
-    columns, rows = summary_rows(jobs)
+def seed_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of means over `seed`, as `mean ± sample standard deviation`; only completed jobs count."""
+    keys = [key for key in jobs[0].point if key != "seed"]
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for job in jobs:
+        results = groups.setdefault(tuple(job.point[key] for key in keys), [])
+        if job.state == "completed":
+            results.append(key_results(read_run(job.folder)))
+    rows = []
+    for values, results in groups.items():
+        cells = []
+        for key, _ in COLUMNS:
+            numbers = [result[key] for result in results if key in result]
+            spread = f" ± {format_number(statistics.stdev(numbers), 2)}" if len(numbers) > 1 else ""
+            cells.append(format_number(statistics.mean(numbers)) + spread if numbers else "")
+        rows.append([*values, str(len(results)), *cells])
+    return [*keys, "seeds", *(title for _, title in COLUMNS)], rows
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """An aligned table."""
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in [columns, *rows]
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    atomic_write(folder / "summary.md", "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def write_summary(folder: Path, jobs: list[Job]) -> None:
+    """summary.csv (a row per job) and summary.md (the same, and means where `seed` is swept)."""
+    columns, rows = summary_rows(jobs)
+    text = markdown(columns, rows)
+    if "seed" in jobs[0].point:
+        text += "\nMean over seeds ± sample standard deviation, completed jobs only:\n\n" + markdown(*seed_rows(jobs))
+    atomic_write(folder / "summary.md", text)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows([columns, *rows])
     atomic_write(folder / "summary.csv", table.getvalue())
