@@ -7,6 +7,7 @@ stays near one shard's mapping plus a few row blocks per worker, whatever the mo
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
 from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source
 from runner.errors import UserError
-from runner.precision import formats
+from runner.precision import formats, kernels
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
 from runner.samples import ExportedTensor
@@ -89,6 +90,7 @@ def convert(
         check_space(partial.folder, needed - sum(partial.done.values()) + SPACE_MARGIN)
         resumed = len(partial.done)
         read = 0
+        _load_kernels(jobs)
         with _one_thread_per_operator(), ThreadPoolExecutor(workers) as pool:
             for shard, work in jobs.shards.items():
                 size = sum(job.input_bytes for job in work)
@@ -130,6 +132,13 @@ def _identity(source: Source, jobs: Jobs) -> dict[str, Any]:
         "shards": {shard: [stat.st_size, stat.st_mtime_ns] for shard, stat in stats.items()},
         "formats": dict(sorted(formats_used.items())),
     }
+
+
+def _load_kernels(jobs: Jobs) -> None:
+    """Load the compiled INT4 kernels when there is enough to convert to pay for it; same bits with and without."""
+    int4 = (job for job in jobs if job.tensor_format.format is Format.int4)
+    if sum(math.prod(job.inputs[0].shape) for job in int4 if job.action is Action.encode) >= kernels.FIRST_ELEMENTS:
+        importlib.import_module("runner.precision.kernels.cpu")
 
 
 @contextmanager

@@ -1,0 +1,103 @@
+"""Converted checkpoints compute what the fake-quantized model computes, and hold what the trainer exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from convert_sources import model, read_all, write_shards, write_source
+from test_convert import assert_same, default_roles, run
+from trainer_configs import DENSE, MLA, MOE, batch, config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from runner.models import family_of
+from runner.models.build import disk_tensors, save_config
+from runner.precision import formats
+from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Convention, ModelConfig
+from runner.trainer.torch_trainer import TorchTrainer
+
+GRIDS = {
+    "exact_32": TensorFormat.int4(32, Convention.exact),
+    "kimi_32": TensorFormat.int4(32, Convention.kimi),
+    "llmcompressor_64": TensorFormat.int4(64, Convention.llmcompressor),
+    "exact_channel": TensorFormat.int4(-1, Convention.exact),
+    "int8_32": TensorFormat.int8(32, Convention.llmcompressor),
+    "fp8_channel": TensorFormat.fp8("channel"),
+}
+
+
+def logits_of(folder: Path, **arguments: object) -> tuple[torch.nn.Module, torch.Tensor]:
+    tokens = torch.arange(40).reshape(2, 20) * 7 % 272
+    built = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager", **arguments).eval()
+    with torch.no_grad():
+        return built, built(tokens).logits
+
+
+def fake_quantized_logits(folder: Path, config: ModelConfig, plan: PrecisionPlan) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The bf16 model with every quantized weight replaced by its effective value."""
+    tokens = torch.arange(40).reshape(2, 20) * 7 % 272
+    built = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, view in disk_tensors(family_of(config), config, built.state_dict().items()):
+            if name in plan.quantized:
+                formats.quantize_dequantize_(view, plan.tensors[name], name=name)
+        return built, built(tokens).logits
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_transformers_loads_it_and_gives_the_fake_quantized_logits(tmp_path: Path, family: str, grid: TensorFormat) -> None:
+    """Tolerance zero for integers: compressed-tensors dequantizes to bf16(integer * scale), which is our effective weight
+    bit for bit, and the two models then run the same operators on the same weights. FP8: transformers keeps the fp32 scales
+    of a dense layer in the model's bf16, so its weights are within one bf16 step (2^-7) of ours."""
+    tiny = model(family)
+    write_source(tmp_path / "source", tiny)
+    run(tmp_path / "source", tmp_path / "target", grid)
+    plan = PrecisionPlan.with_format(tiny, grid, default_roles(tiny))
+    loaded, logits = logits_of(tmp_path / "target", quantization_config=CompressedTensorsConfig(dequantize=True))
+    expected, expected_logits = fake_quantized_logits(tmp_path / "source", tiny, plan)
+    if grid.format.name != "fp8":  # its linears quantize activations too
+        assert torch.equal(logits, expected_logits)
+    found = dict(disk_tensors(family_of(tiny), tiny, loaded.state_dict().items()))
+    for name, tensor in disk_tensors(family_of(tiny), tiny, expected.state_dict().items()):
+        if name in plan.tensors:
+            step = 2**-7 if grid.format.name == "fp8" and name in plan.quantized else 0.0
+            torch.testing.assert_close(found[name].to(tensor.dtype), tensor, rtol=step, atol=0.0, msg=name)
+    _, original = logits_of(tmp_path / "source")
+    assert not torch.equal(logits, original)  # quantization did something
+
+
+@pytest.mark.parametrize("format_name", ["int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("architecture", [MOE, DENSE, MLA], ids=["moe", "dense", "mla"])
+def test_converter_and_trainer_export_are_identical(tmp_path: Path, architecture: dict, format_name: str) -> None:
+    """After real optimizer steps: converting the trainer's bf16(master) gives the integers and scales that it streams to
+    the engine, and those decode to the weights that its forward computes with."""
+    cfg = config(architecture, format=format_name)
+    trainer = TorchTrainer(cfg)
+    try:
+        for seed in range(2):
+            step = batch(cfg, seed=seed)
+            step.old_logprobs = trainer.logprobs(step)
+            trainer.step(step)
+        masters = {name: part for tensor in trainer.export("bf16") for name, part in tensor.parts.items()}
+        exported = list(trainer.export())
+        live = {n: t.clone() for n, t in disk_tensors(family_of(cfg.model), cfg.model, trainer.model.state_dict().items())}
+    finally:
+        trainer.close()
+    source = tmp_path / "source"
+    source.mkdir()
+    save_config(cfg.model, source)
+    write_shards(source, {name: tensor.contiguous() for name, tensor in masters.items()}, 2)
+    run(source, tmp_path / "target", TensorFormat.of(cfg.precision.rollout))
+    written = read_all(tmp_path / "target")
+    assert_same(written, {name: part for tensor in exported for name, part in tensor.parts.items()})
+    plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
+    assert json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"] == plan.quantization_config()
+    quantized = [tensor for tensor in exported if plan.tensors[tensor.name].quantized]
+    assert quantized
+    for tensor in quantized:
+        assert torch.equal(formats.decode(tensor, plan.tensors[tensor.name]), live[tensor.name]), tensor.name
