@@ -1,0 +1,143 @@
+"""The slot-based KV cache and the attention function that transformers' modules call.
+
+Shape legend: N tokens of this forward (all sequences, flat), B rows (sequences), S most new tokens of a row,
+C cached positions that are read, h query heads, n key-value heads, g = h / n, d head size.
+
+Modules run on hidden states [N, 1, H], so they hand over query [N, h, 1, d]. A row's cache is one slot; running rows
+fill slots 0 .. B-1 without a hole, so that reading the cache is a slice and never a gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+ATTENTION = "runner_slots"
+LENGTH_BUCKET = 16  # cache positions are read in multiples of this
+
+
+class KVCache:
+    """Keys and values per layer, [slots, length, n, d] each; made when a layer first writes, so any head size fits.
+
+    `dtype` may be float8_e4m3fn (scale 1): values are cast when they are written and when they are read.
+    """
+
+    def __init__(self, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.slots, self.length, self.dtype, self.device = slots, length, dtype, device
+        self.layers: dict[tuple[int, str], torch.Tensor] = {}
+
+    def write(self, layer: int, kind: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """values [N, n, 1, d] to flat places slot * length + position; returns the layer's tensor."""
+        key = (layer, kind)
+        rows, heads, _, size = values.shape
+        if key not in self.layers:
+            self.layers[key] = torch.zeros(self.slots, self.length, heads, size, dtype=self.dtype, device=self.device)
+        cache = self.layers[key]
+        fresh = values.reshape(rows, heads * size)
+        if self.dtype == torch.float8_e4m3fn:
+            fresh = fresh.clamp(-448, 448).to(self.dtype).view(torch.uint8)
+            cache.view(torch.uint8).view(-1, heads * size).index_copy_(0, index, fresh)
+        else:
+            cache.view(-1, heads * size).index_copy_(0, index, fresh)
+        return cache
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Slots `source` to slots `target` ([n] each), positions 0 .. length-1."""
+        for cache in self.layers.values():
+            raw = cache.view(torch.uint8) if self.dtype == torch.float8_e4m3fn else cache
+            raw[target, :length] = raw[source, :length]
+
+    def grow(self, length: int) -> None:
+        """More positions per slot; contents stay."""
+        if length <= self.length:
+            return
+        for key, cache in self.layers.items():
+            grown = torch.zeros(self.slots, length, *cache.shape[2:], dtype=self.dtype, device=self.device)
+            grown[:, : self.length] = cache
+            self.layers[key] = grown
+        self.length = length
+
+    def clear(self) -> None:
+        self.layers.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(cache.numel() * cache.element_size() for cache in self.layers.values())
+
+
+@dataclass
+class Step:
+    """One forward's places; tokens are sorted by row.
+
+    slots         the rows' slots: a slice when they are neighbours (decoding), else an index [B] (prefill)
+    write_index   [N] flat cache places of the new tokens
+    pad_index     [N] places row * S + column in the padded [B, S] query, or None when every row has S tokens
+    limit         [B, S] last cache position that a query sees (its own)
+    reads         C
+    """
+
+    cache: KVCache
+    slots: slice | torch.Tensor
+    rows: int
+    width: int
+    write_index: torch.Tensor
+    pad_index: torch.Tensor | None
+    limit: torch.Tensor
+    reads: int
+    _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+
+    def read(self, cache: torch.Tensor) -> torch.Tensor:
+        """[B, C, n, d] of these rows: a view for neighbours, a copy otherwise."""
+        if isinstance(self.slots, slice):
+            return cache[self.slots, : self.reads]
+        return cache[:, : self.reads].index_select(0, self.slots)
+
+    def mask(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [B, 1, g * S, C], the same for all layers."""
+        key = (groups, dtype)
+        if key not in self._masks:
+            seen = torch.arange(self.reads, device=self.limit.device) <= self.limit.unsqueeze(-1)
+            mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+            self._masks[key] = mask.unsqueeze(1).repeat(1, 1, groups, 1)
+        return self._masks[key]
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    engine_step: Step,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """query [N, h, 1, d], key [N, n, 1, d], value [N, n, 1, d_v] -> output [N, 1, h, d_v]; writes the cache, then reads it."""
+    step, layer = engine_step, int(module.layer_idx)  # type: ignore[arg-type]
+    keys = step.cache.write(layer, "key", step.write_index, key)
+    values = step.cache.write(layer, "value", step.write_index, value)
+    tokens, heads, _, size = query.shape
+    groups = heads // key.shape[1]
+    keys_BnCd = step.read(keys).transpose(1, 2)
+    values_BnCd = step.read(values).transpose(1, 2)
+    if step.cache.dtype != query.dtype:
+        keys_BnCd, values_BnCd = keys_BnCd.to(query.dtype), values_BnCd.to(query.dtype)
+    flat = query.reshape(tokens, heads, size)
+    if step.pad_index is not None:
+        padded = flat.new_zeros(step.rows * step.width, heads, size)
+        flat = padded.index_copy_(0, step.pad_index, flat)
+    if step.width > 1:
+        flat = flat.view(step.rows, step.width, heads, size).transpose(1, 2)
+    grouped = flat.reshape(step.rows, key.shape[1], groups * step.width, size)
+    output = F.scaled_dot_product_attention(
+        grouped, keys_BnCd, values_BnCd, attn_mask=step.mask(groups, query.dtype), scale=scaling
+    )
+    output = output.reshape(step.rows, heads, step.width, -1)
+    output = output.transpose(1, 2).reshape(step.rows * step.width, 1, heads, -1)
+    return (output if step.pad_index is None else output.index_select(0, step.pad_index)), None
+
+
+AttentionInterface.register(ATTENTION, slot_attention)

@@ -1,0 +1,272 @@
+"""Continuous batching: admit, prefill, decode (with or without proposals), release."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from runner.errors import UserError
+from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
+from runner.rollout.local.model import EngineModel
+from runner.rollout.local.sampling import SAMPLE, distribution, draw, uniforms
+from runner.rollout.local.slots import Slots
+from runner.rollout.local.speculation import Speculation
+from runner.rollout.verify import Proposal, verify
+from runner.samples import Request, Sample, WeightSpan
+
+
+class Engine:
+    """Decodes requests with one model. One `run` at a time; it may be abandoned at any sample."""
+
+    def __init__(
+        self,
+        model: EngineModel,
+        speculation: Speculation,
+        *,
+        max_concurrency: int,
+        kv_cache_tokens: int,
+        prefill_chunk_tokens: int,
+        kv_dtype: torch.dtype,
+    ) -> None:
+        self.model, self.speculation = model, speculation
+        self.max_concurrency, self.kv_cache_tokens, self.prefill_chunk = max_concurrency, kv_cache_tokens, prefill_chunk_tokens
+        self.kv_dtype = kv_dtype
+        self.version = -1
+        self.busy = False
+        self.counters: dict[str, float] = defaultdict(float)
+        self.cache: KVCache | None = None
+        self._stale = False
+
+    def weights_changed(self, version: int) -> None:
+        """Cached keys and values belong to other weights now: they are recomputed before the next step."""
+        self.version = version
+        self._stale = True
+        if not self.busy:
+            self.cache = None
+        self.speculation.weights_changed()
+
+    @torch.inference_mode()
+    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Samples as they finish. RuntimeError when another run has not ended (exhaust it or close it)."""
+        if self.busy:
+            raise RuntimeError("this engine is generating already: exhaust or close the other generator first")
+        self.busy, self._stale = True, False
+        began = time.perf_counter()
+        try:
+            yield from self._run(iter(requests))
+        finally:
+            self.busy = False
+            self.counters["seconds"] += time.perf_counter() - began
+
+    def _run(self, requests: Iterator[Request]) -> Iterator[Sample]:
+        shape = None
+        if self.model.moe_layers:
+            shape = (len(self.model.moe_layers), self.model.config.experts_top_k)
+        route_dtype = torch.uint8 if self.model.config.num_experts <= 256 else torch.int32
+        slots = Slots(self.max_concurrency, LENGTH_BUCKET, shape, route_dtype)
+        self.speculation.begin(slots)
+        waiting: list[Request] = []
+        while True:
+            first_new = slots.running
+            self._admit(requests, waiting, slots)
+            if not slots.running:
+                return
+            if self._stale:
+                self._refresh(slots, first_new)
+            if slots.running > first_new:
+                self._prefill(slots, first_new)
+            else:
+                self._decode(slots)
+            done = slots.finished()
+            if len(done):
+                finished = [slots.sample(slot) for slot in done.tolist()]
+                slots.release(done, self._move)
+                self.counters["samples"] += len(finished)
+                # inference mode is left while the consumer runs: its tensors must be ordinary ones
+                with torch.inference_mode(False):
+                    yield from finished
+
+    # -- admission and prefill ---------------------------------------------------------------------------------------
+
+    def _admit(self, requests: Iterator[Request], waiting: list[Request], slots: Slots) -> None:
+        context = self.model.config.max_context_tokens
+        extra = self.speculation.max_tokens
+        while slots.running < self.max_concurrency:
+            if not waiting:
+                following = next(requests, None)
+                if following is None:
+                    return
+                waiting.append(following)
+            request = waiting[0]
+            prompt = len(request.tokens)
+            if not 0 < prompt < context:
+                raise UserError(
+                    f"prompt {request.prompt_id} has {prompt} tokens, the model's context is {context}",
+                    key="task.max_prompt_tokens",
+                    fix="lower task.max_prompt_tokens, or choose a model with a longer context",
+                )
+            limit = min(prompt + request.sampling.max_response_tokens, context)
+            length = -(-max(limit + extra, slots.max_length) // LENGTH_BUCKET) * LENGTH_BUCKET
+            if self.kv_cache_tokens and length > self.kv_cache_tokens:
+                raise UserError(
+                    f"prompt {request.prompt_id} may need {length} cache positions, rollout.kv_cache_tokens is {self.kv_cache_tokens}",
+                    key="rollout.kv_cache_tokens",
+                    fix="raise rollout.kv_cache_tokens, or 0 to size it from max_concurrency",
+                )
+            if self.kv_cache_tokens and (slots.running + 1) * length > self.kv_cache_tokens and slots.running:
+                return
+            waiting.pop(0)
+            slots.admit(request, limit, self.version, self.model.config.vocab_size)
+            slots.grow(length)
+
+    def _cache_for(self, slots: Slots) -> KVCache:
+        if self.cache is None:
+            capacity = self.max_concurrency
+            if self.kv_cache_tokens:
+                capacity = min(capacity, max(1, self.kv_cache_tokens // slots.max_length))
+            self.cache = KVCache(capacity, slots.max_length, self.kv_dtype, self.model.device)
+        self.cache.grow(slots.max_length)
+        return self.cache
+
+    def _prefill(self, slots: Slots, first: int) -> None:
+        """Fill the cache of new slots (each distinct prompt once) and draw their first tokens."""
+        cache = self._cache_for(slots)
+        owners: dict[tuple[int, ...], int] = {}
+        source = np.zeros(slots.running - first, dtype=np.int64)
+        for slot in range(first, slots.running):
+            request = slots.requests[slot]
+            assert request is not None
+            source[slot - first] = owners.setdefault(request.tokens, slot)
+        last: dict[int, torch.Tensor] = {}
+        for group in self._chunks(slots, sorted(owners.values())):
+            last.update(self._fill(slots, cache, group, slots.length, keep_routes=True))
+        fresh = np.arange(first, slots.running)
+        copies = source != fresh
+        if copies.any():
+            longest = int(slots.length[fresh].max())
+            to = torch.from_numpy(fresh[copies]), torch.from_numpy(source[copies])
+            cache.copy(to[1].to(cache.device), to[0].to(cache.device), longest)
+            if slots.routes is not None:
+                slots.routes[to[0], :longest] = slots.routes[to[1], :longest]
+            slots.processed[fresh[copies]] = slots.processed[source[copies]]
+        logits = self.model.logits(torch.stack([last[slot] for slot in source.tolist()]))
+        dist = distribution(logits, slots.temperature[fresh], slots.top_p[fresh], slots.top_k[fresh])
+        picked = draw(dist.weights, uniforms(slots.seed[fresh], slots.length[fresh], SAMPLE))
+        # rows before `first` get nothing in this step
+        emitted = np.full((slots.running, 1), -1, dtype=np.int64)
+        emitted[first:, 0] = picked.cpu().numpy()
+        counts = (emitted[:, 0] >= 0).astype(np.int64)
+        logprobs, raw = np.zeros((slots.running, 1), np.float32), np.zeros((slots.running, 1), np.float32)
+        logprobs[first:, 0] = dist.tempered.gather(-1, picked.unsqueeze(-1)).squeeze(-1).cpu().numpy()
+        raw[first:, 0] = dist.raw.gather(-1, picked.unsqueeze(-1)).squeeze(-1).cpu().numpy()
+        self.counters["tokens"] += int(slots.append(emitted, counts, logprobs, raw).sum())
+
+    def _chunks(self, slots: Slots, owners: list[int]) -> Iterator[list[int]]:
+        """Slots whose prompts go through the model together; the padded attention makes equal lengths cheap."""
+        group: list[int] = []
+        for slot in sorted(owners, key=lambda slot: int(slots.length[slot])):
+            if group and (len(group) + 1) * int(slots.length[slot]) > self.prefill_chunk:
+                yield group
+                group = []
+            group.append(slot)
+        if group:
+            yield group
+
+    def _fill(
+        self, slots: Slots, cache: KVCache, group: list[int], until: np.ndarray, keep_routes: bool
+    ) -> dict[int, torch.Tensor]:
+        """Cache positions 0 .. until-1 of these slots, in pieces of at most the chunk size; last hidden state of each slot."""
+        last: dict[int, torch.Tensor] = {}
+        rows = np.array(sorted(group))
+        at = np.zeros(len(rows), dtype=np.int64)
+        slots.processed[rows] = until[rows]
+        while len(rows):
+            counts = np.minimum(until[rows] - at, max(1, self.prefill_chunk // len(rows)))
+            row = np.repeat(rows, counts)
+            column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(at, counts)
+            hidden = self.model.forward(cache, slots.tokens[row, column], at, counts, rows)
+            self.counters["prefill_tokens"] += len(row)
+            if keep_routes:
+                self._keep_routes(slots, row, column)
+            at = at + counts
+            ends = np.cumsum(counts) - 1
+            going = at < until[rows]
+            last.update({int(slot): hidden[end] for slot, end, more in zip(rows, ends, going, strict=True) if not more})
+            rows, at = rows[going], at[going]
+        return last
+
+    def _keep_routes(self, slots: Slots, row: np.ndarray, column: np.ndarray) -> None:
+        if slots.routes is None:
+            return
+        routes = self.model.routes()
+        assert routes is not None
+        slots.routes[torch.from_numpy(row), torch.from_numpy(column)] = routes.to("cpu", slots.route_dtype)
+
+    def _refresh(self, slots: Slots, rows: int) -> None:
+        """After a weight sync in the middle of a run: recompute the caches of running sequences, start a new weight span."""
+        self._stale = False
+        if self.cache is not None:
+            self.cache.clear()
+        cache = self._cache_for(slots)
+        for group in self._chunks(slots, list(range(rows))):
+            self._fill(slots, cache, group, slots.length - 1, keep_routes=False)
+        for slot in range(rows):
+            request = slots.requests[slot]
+            assert request is not None
+            generated = int(slots.length[slot]) - len(request.tokens)
+            slots.spans[slot][-1].stop = generated
+            slots.spans[slot].append(WeightSpan(self.version, generated, generated))
+
+    # -- decode ------------------------------------------------------------------------------------------------------
+
+    def _decode(self, slots: Slots) -> None:
+        began = time.perf_counter()
+        cache = self._cache_for(slots)
+        n = slots.running
+        proposal = self.speculation.propose(slots)
+        counts = proposal.counts + 1 if proposal is not None else np.ones(n, dtype=np.int64)
+        tokens, row, column = _decode_tokens(slots, proposal, counts)
+        hidden = self.model.forward(cache, tokens, slots.length[:n] - 1, counts)
+        self._keep_routes(slots, row, slots.length[row] - 1 + column)
+        logits = self.model.logits(hidden)
+        dist = distribution(logits, slots.temperature[row], slots.top_p[row], slots.top_k[row])
+        offsets = np.cumsum(counts) - counts
+        given = proposal or Proposal(np.zeros((n, 0), dtype=np.int64), np.zeros(n, dtype=np.int64), None)
+        emitted, kept = verify(dist.weights, offsets, given, slots.seed[:n], slots.length[:n])
+        place = np.minimum(np.arange(emitted.shape[1]), counts[:, None] - 1) + offsets[:, None]
+        at = torch.from_numpy(place).to(logits.device)
+        chosen = torch.from_numpy(np.maximum(emitted, 0)).to(logits.device)
+        logprobs = dist.tempered[at, chosen].cpu().numpy()
+        raw = logprobs if dist.tempered is dist.raw else dist.raw[at, chosen].cpu().numpy()
+        slots.processed[:n] = slots.length[:n]
+        added = slots.append(emitted, kept, logprobs, raw)
+        slots.processed[:n] = slots.length[:n] - 1
+        total = int(added.sum())
+        self.counters["tokens"] += total
+        self.counters["decode_steps"] += 1
+        seconds = time.perf_counter() - began
+        self.counters["decode_seconds"] += seconds
+        self.speculation.record(proposal, kept, total, seconds)
+
+    def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        if self.cache is not None:
+            device = self.cache.device
+            self.cache.copy(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), self.cache.length)
+        self.speculation.move(sources, targets)
+
+
+def _decode_tokens(
+    slots: Slots, proposal: Proposal | None, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, row, column) of a decode step: each row's last token, then its proposals."""
+    n = slots.running
+    last = slots.tokens[np.arange(n), slots.length[:n] - 1]
+    row = np.repeat(np.arange(n), counts)
+    if proposal is None:
+        return last, row, np.zeros(n, dtype=np.int64)
+    column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.concatenate([last[:, None], proposal.tokens], 1)[row, column], row, column

@@ -1,0 +1,52 @@
+"""Experts of the engine, in the place of transformers' fused module: same call, packed weights, few operations.
+
+Shape legend: N tokens, K experts per token, E experts, H hidden, I expert ffn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from runner.rollout.local.weights import ResidentWeight
+
+
+class EngineExperts(nn.Module):
+    """Tokens sorted by expert, one matmul pair per expert in use. `chosen` is the last call's routes [N, K]."""
+
+    def __init__(self, gate_up: list[ResidentWeight], down: list[ResidentWeight], activation: nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.activation = gate_up, down, activation
+        self.chosen: torch.Tensor | None = None
+
+    def forward(self, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        self.chosen = index_NK
+        tokens, k = index_NK.shape
+        flat = index_NK.reshape(-1)
+        order = flat.argsort(stable=True)
+        counts = torch.bincount(flat, minlength=len(self.down)).tolist()
+        used = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in used]
+        rows = hidden_NH.index_select(0, order // k)
+        both = [self.gate_up[expert].linear(part) for expert, part in zip(used, rows.split(sizes), strict=True)]
+        gate, up = torch.cat(both).chunk(2, dim=-1)
+        inner = self.activation(gate) * up
+        outputs = [self.down[expert].linear(part) for expert, part in zip(used, inner.split(sizes), strict=True)]
+        unsorted = torch.empty(tokens * k, hidden_NH.shape[-1], dtype=hidden_NH.dtype, device=hidden_NH.device)
+        unsorted.index_copy_(0, order, torch.cat(outputs))
+        weighted = unsorted.view(tokens, k, -1) * weights_NK.unsqueeze(-1)
+        return weighted.sum(1).to(hidden_NH.dtype)
+
+
+class EngineLinear(nn.Module):
+    """A linear layer over a resident weight of any format; any leading dimensions."""
+
+    def __init__(self, weight: ResidentWeight, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.resident, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.resident.linear(x.reshape(-1, x.shape[-1]))
+        if self.bias is not None:
+            output = output + self.bias
+        return output.view(*x.shape[:-1], -1)

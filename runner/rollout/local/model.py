@@ -1,0 +1,167 @@
+"""transformers' modules wired for the engine: attention over slots, resident weights, experts that keep their routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from runner.errors import UserError
+from runner.models import family_of
+from runner.models.build import build_model, disk_tensors, named_weights
+from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.attention import ATTENTION, LENGTH_BUCKET, KVCache, Step
+from runner.rollout.local.experts import EngineExperts, EngineLinear
+from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
+from runner.schema import ModelConfig
+
+
+class EngineModel:
+    """A language model whose forward takes a flat token batch and a cache.
+
+    `weights`: HF on-disk name -> the resident weight it is part of (or alone in). `others`: on-disk name -> tensor of
+    the model that is copied into (norms, embeddings, biases, routers).
+    """
+
+    def __init__(
+        self, model: ModelConfig, plan: PrecisionPlan, dtype: torch.dtype, device: torch.device, weights_from: nn.Module | None = None
+    ) -> None:
+        self.config, self.plan, self.dtype, self.device = model, plan, dtype, device
+        family = family_of(model)
+        self.moe_layers = family.moe_layers(model)
+        self.module: nn.Module = weights_from if weights_from is not None else _structure(model, dtype, device)
+        self.decoder: Any = self.module.get_decoder()  # type: ignore[operator]
+        self.head: Any = self.module.get_output_embeddings()  # type: ignore[operator]
+        self.weights: dict[str, ResidentWeight] = {}
+        self.others: dict[str, torch.Tensor] = {}
+        self.experts: list[EngineExperts] = []
+        self._install()
+        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _install(self) -> None:
+        family, model = family_of(self.config), self.config
+        views = dict(disk_tensors(family, model, named_weights(model, self.module)))
+        for stack in family.stacked(model):
+            if not stack.name.endswith("gate_up_proj"):
+                continue
+            path = stack.name.rsplit(".", 1)[0]
+            self._install_experts(path, {name: views[name] for name in views if name.startswith(path + ".")})
+        for name, view in views.items():
+            if name in self.weights:
+                continue
+            tensor_format = self.plan.format_of(name)
+            if tensor_format.quantized:
+                self._install_linear(name, tensor_format)
+            else:
+                self.others[name] = view
+
+    def _install_experts(self, path: str, views: Mapping[str, torch.Tensor]) -> None:
+        old = self.module.get_submodule(path)
+        gate_up: list[ResidentWeight] = []
+        down: list[ResidentWeight] = []
+        for expert in range(self.config.num_experts):
+            gate, up, out = (f"{path}.{expert}.{projection}_proj.weight" for projection in ("gate", "up", "down"))
+            gate_up.append(self._make((gate, up), views))
+            down.append(self._make((out,), views))
+        experts = EngineExperts(gate_up, down, old.act_fn)  # type: ignore[arg-type]
+        self.module.set_submodule(path, experts)
+        self.experts.append(experts)
+
+    def _make(self, names: tuple[str, ...], views: Mapping[str, torch.Tensor]) -> ResidentWeight:
+        formats = {self.plan.format_of(name) for name in names}
+        if len(formats) > 1:
+            raise UserError(f"{' and '.join(names)} have different formats, the engine computes them as one")
+        rows = tuple(views[name].shape[0] for name in names)
+        weight = resident_weight(names, rows, views[names[0]].shape[1], formats.pop(), self.dtype, self.device)
+        if isinstance(weight, DenseWeight):
+            weight.load({"weight": torch.cat([views[name] for name in names])})
+        self.weights.update(dict.fromkeys(names, weight))
+        return weight
+
+    def _install_linear(self, name: str, tensor_format: TensorFormat) -> None:
+        path = name.removesuffix(".weight")
+        linear = self.module.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        weight = resident_weight((name,), (linear.out_features,), linear.in_features, tensor_format, self.dtype, self.device)
+        self.module.set_submodule(path, EngineLinear(weight, linear.bias))
+        self.weights[name] = weight
+        if linear.bias is not None:
+            self.others[f"{path}.bias"] = linear.bias.data
+
+    def rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [length, d] of all positions, computed once by the model's own module."""
+        if self._rope is None or self._rope[0].shape[0] < length:
+            sample = torch.empty(1, dtype=self.dtype, device=self.device)
+            positions = torch.arange(max(length, self.config.max_context_tokens), device=self.device).unsqueeze(0)
+            cos, sin = self.decoder.rotary_emb(sample, positions)
+            self._rope = cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
+        return self._rope
+
+    def forward(
+        self, cache: KVCache, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, slots: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Hidden states [N, H] after the last norm of new tokens; writes their keys and values.
+
+        tokens [N] int64, sorted by row; row r (in slot slots[r], ascending; None: slot r) has counts[r] new tokens (at least 1), the
+        first of them at position starts[r].
+        """
+        rows, width = len(counts), int(counts.max())
+        row = np.repeat(np.arange(rows), counts)
+        column = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+        positions_np = starts[row] + column
+        uniform = len(tokens) == rows * width
+        limit = np.minimum(starts[:, None] + np.arange(width)[None, :], (starts + counts - 1)[:, None])
+        reads = min(-(-int(positions_np.max() + 1) // LENGTH_BUCKET) * LENGTH_BUCKET, cache.length)
+        to = self._to_device
+        if slots is None:
+            slots = np.arange(rows)
+        neighbours = int(slots[-1]) - int(slots[0]) == rows - 1
+        step = Step(
+            cache=cache,
+            slots=slice(int(slots[0]), int(slots[-1]) + 1) if neighbours else to(slots),
+            rows=rows,
+            width=width,
+            write_index=to(slots[row] * cache.length + positions_np),
+            pad_index=None if uniform else to(row * width + column),
+            limit=to(limit),
+            reads=reads,
+        )
+        positions = to(positions_np)
+        cos, sin = self.rope(cache.length)
+        rope = (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+        hidden = self.decoder.embed_tokens(to(tokens).unsqueeze(1))
+        for layer in self.decoder.layers[: self.config.num_layers]:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=positions.unsqueeze(1),
+                past_key_values=None,
+                use_cache=False,
+                position_embeddings=rope,
+                engine_step=step,
+            )
+        return self.decoder.norm(hidden).squeeze(1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> fp32 [N, vocab]."""
+        return self.head(hidden).float()
+
+    def routes(self) -> torch.Tensor | None:
+        """[N, L, K] experts of the last forward, MoE layers in order; None for dense models."""
+        if not self.experts:
+            return None
+        return torch.stack([experts.chosen for experts in self.experts if experts.chosen is not None], 1)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _structure(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The modules with dummy weights: the first weight sync brings the real ones."""
+    from dataclasses import replace
+
+    return build_model(replace(model), dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager")
