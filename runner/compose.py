@@ -148,8 +148,9 @@ def register() -> None:
 
 
 def _gpus_needed(parallelism: DictConfig) -> int:
-    """GPUs of the trainer, plus those of the engines where they have their own."""
-    return int(parallelism.gpus) if parallelism.colocate else int(parallelism.gpus) + int(parallelism.rollout_gpus)
+    """GPUs that trainer and engines share, or the sum where each has its own."""
+    trainer, rollout = int(parallelism.gpus), int(parallelism.rollout_gpus)
+    return max(trainer, rollout) if parallelism.colocate else trainer + rollout
 
 
 def _nodes_needed(parallelism: DictConfig, gpus_per_node: int) -> int:

@@ -1,0 +1,24 @@
+"""Rules between groups: what each group allows by itself and what cannot go together. Torch-free.
+
+A rule yields a UserError per problem: what is wrong in numbers, the key, and what to type. All of them are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from runner.errors import UserError
+from runner.rules import loop, numbers, parallelism, precision
+from runner.schema import Config
+
+Rule = Callable[[Config], Iterator[UserError]]
+RULES: tuple[Rule, ...] = (*numbers.RULES, *precision.RULES, *parallelism.RULES, *loop.RULES)
+
+
+def check(cfg: Config) -> list[UserError]:
+    """Every broken rule, in the order of the groups, each text once."""
+    found: dict[str, UserError] = {}
+    for rule in RULES:
+        for error in rule(cfg):
+            found.setdefault(str(error), error)
+    return list(found.values())

@@ -1,0 +1,224 @@
+"""Rules of weight formats: grids, shapes, shards, and what QAT and FP8 need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from runner.errors import UserError, UserErrors
+from runner.models import FAMILIES, family_of
+from runner.models.family import Parameter
+from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role, TorchTrainerConfig
+
+FIXED_GROUPS = {Format.fp8: 128, Format.mxfp4: 32, Format.nvfp4: 16}
+LOCAL_INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
+LOCAL_INT4_ROWS = 16
+ROW_PARALLEL = ("o_proj", "down_proj")  # tensor parallelism cuts the input dimension of these, the output of the others
+KEY_VALUE = ("k_proj", "v_proj")
+REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")  # the down-projections of latent attention: every rank holds them whole
+TRAIN_ONLY = "int4_train"  # the control experiment that quantizes the trainer and not the engine
+
+
+def one_of_each(model: ModelConfig) -> ModelConfig:
+    """The same shapes and roles with as few layers and experts as have them all: a table of dozens, not of 100,000."""
+    layers = min(model.num_layers, model.num_dense_layers + 1)
+    return replace(model, num_layers=layers, num_experts=min(model.num_experts, 1))
+
+
+def known_model(cfg: Config) -> bool:
+    return cfg.model.family in FAMILIES and cfg.model.num_layers > 0
+
+
+def weights_have_formats(cfg: Config) -> Iterator[UserError]:
+    """The group size divides every quantized input dimension, and quantization reaches something."""
+    if not known_model(cfg):
+        return
+    seen = set()
+    for side in ("train", "rollout"):
+        try:
+            PrecisionPlan.build(one_of_each(cfg.model), cfg.precision, side)  # type: ignore[arg-type]
+        except UserErrors as errors:
+            problems = errors.errors
+        except UserError as error:
+            problems = [error]
+        else:
+            continue
+        for problem in problems:
+            if str(problem) not in seen:
+                seen.add(str(problem))
+                yield problem
+
+
+def grids_agree(cfg: Config) -> Iterator[UserError]:
+    """Both sides compute with the same integers, except in the two control experiments."""
+    train, rollout, name = cfg.precision.train, cfg.precision.rollout, cfg.precision.name
+    if train.format is Format.bf16 or name == TRAIN_ONLY:
+        return
+    if train.format is not rollout.format:
+        yield UserError(
+            f"the trainer quantizes to {train.format.name}, the engine to {rollout.format.name}: they would not be the same policy",
+            key="precision.rollout.format",
+            fix=f"precision.rollout.format={train.format.name}, or as a control experiment precision={TRAIN_ONLY}",
+        )
+        return
+    for field in ("group_size", "convention"):
+        ours, theirs = getattr(train, field), getattr(rollout, field)
+        if ours != theirs:
+            shown = [value if isinstance(value, int) else value.name for value in (ours, theirs)]
+            yield UserError(
+                f"the training grid has {field} {shown[0]}, the rollout grid {shown[1]}: integers and scales would differ",
+                key=f"precision.rollout.{field}",
+                fix=f"set precision.{field} alone; both sides follow it",
+            )
+
+
+def fixed_group_sizes(cfg: Config) -> Iterator[UserError]:
+    grids: tuple[GridConfig, ...] = (cfg.precision.train, cfg.precision.rollout)
+    for grid in grids:
+        fixed = FIXED_GROUPS.get(grid.format)
+        if fixed is not None and grid.group_size != fixed:
+            yield UserError(
+                f"{grid.format.name} has groups of {fixed} by definition, not {grid.group_size}",
+                key="precision.group_size",
+                fix="leave precision.group_size out, or choose precision=int4_qat",
+            )
+            return
+
+
+def sharded_weights(cfg: Config) -> Iterator[Parameter]:
+    """One matrix of each role and shape that the trainer or the engine quantizes."""
+    for parameter in family_of(cfg.model).parameters(one_of_each(cfg.model)):
+        if parameter.role in quantized_roles(cfg.model, cfg.precision) and len(parameter.shape) == 2:
+            yield parameter
+
+
+def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
+    """A group never lies on two tensor-parallel ranks: its amax, and so its scale, would differ from the checkpoint's."""
+    if not known_model(cfg) or _bad_roles(cfg):
+        return
+    par = cfg.parallelism
+    expert_shards = par.gpus_per_engine // par.engine_ep if par.engine_ep else 1
+    yield from _cut_groups(cfg, "trainer", cfg.precision.train, par.tp, par.etp)
+    yield from _cut_groups(cfg, "engine", cfg.precision.rollout, par.gpus_per_engine, expert_shards)
+
+
+def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
+    if grid.format is Format.bf16 or grid.group_size < 1:
+        return
+    cut: dict[tuple[str, int, int, int, bool], list[str]] = {}
+    for parameter in sharded_weights(cfg):
+        projection = parameter.name.split(".")[-2]
+        shards = expert_shards if parameter.role is Role.routed_expert else tp
+        if projection in REPLICATED:
+            continue
+        if projection in KEY_VALUE:  # more ranks than key/value heads hold copies
+            shards = min(shards, cfg.model.num_kv_heads)
+        row = projection in ROW_PARALLEL
+        size = parameter.shape[1] if row else parameter.shape[0]
+        unit = grid.group_size if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
+        if shards > 1 and size % (shards * unit):
+            cut.setdefault((parameter.role.name, size, shards, unit, row), []).append(projection)
+    for (role, size, shards, unit, row), projections in cut.items():
+        key, fix = _sharding_fix(cfg, side, role == Role.routed_expert.name, size, shards, unit)
+        yield UserError(
+            f"{role} weights {', '.join(projections)} have {size} {'inputs' if row else 'outputs'}; over {shards} shards of the {side} "
+            f"that is {size / shards:g} each, which cuts a group of {unit}",
+            key=key,
+            fix=fix,
+        )
+
+
+def _sharding_fix(cfg: Config, side: str, expert: bool, size: int, shards: int, unit: int) -> tuple[str, str]:
+    """(key, what to type): the largest number of shards that cuts no group."""
+    par = cfg.parallelism
+    fits = next(n for n in range(shards - 1, 0, -1) if shards % n == 0 and (n == 1 or size % (n * unit) == 0))
+    if expert and side == "engine":
+        return "parallelism.engine_ep", f"parallelism.engine_ep={par.gpus_per_engine // fits}, or a smaller precision.group_size"
+    if expert:
+        return "parallelism.etp", f"parallelism.etp={fits}, or a smaller precision.group_size"
+    if side == "trainer":
+        return "parallelism.tp", f"parallelism.tp={fits}, or a smaller precision.group_size"
+    ep = f" parallelism.engine_ep={min(par.engine_ep, fits)}" if par.engine_ep > 1 else ""
+    return "parallelism.gpus_per_engine", f"parallelism.gpus_per_engine={fits}{ep}, or leave the role out of precision.roles"
+
+
+def _bad_roles(cfg: Config) -> bool:
+    try:
+        quantized_roles(cfg.model, cfg.precision)
+    except UserError:
+        return True
+    return False
+
+
+def local_int4_matmul(cfg: Config) -> Iterator[UserError]:
+    """torch's weight-only int4 matmul, which the in-process engine decodes with, takes these shapes only."""
+    if cfg.rollout.name != "local" or cfg.precision.rollout.format is not Format.int4 or not known_model(cfg) or _bad_roles(cfg):
+        return
+    group = cfg.precision.rollout.group_size
+    if group not in LOCAL_INT4_GROUPS:
+        yield UserError(
+            f"the in-process engine's int4 matmul has no groups of {group}; it takes {', '.join(map(str, LOCAL_INT4_GROUPS))}",
+            key="precision.group_size",
+            fix="precision.group_size=32, or rollout=sglang",
+        )
+    shapes = {}
+    for parameter in sharded_weights(cfg):
+        if parameter.shape[0] % LOCAL_INT4_ROWS:
+            shapes.setdefault(parameter.shape, parameter)
+    for shape, parameter in shapes.items():
+        yield UserError(
+            f"the in-process engine's int4 matmul needs outputs in multiples of {LOCAL_INT4_ROWS}: {parameter.role.name} weight "
+            f"{parameter.name.split('.')[-2]} is {list(shape)}",
+            key="model.expert_ffn_size" if parameter.role is Role.routed_expert else "model.hidden_size",
+            fix="another size, or rollout=sglang",
+        )
+
+
+def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
+    """Quantizing in place destroys the weight it reads, so there must be a master to return to."""
+    precision, trainer = cfg.precision, cfg.trainer
+    if precision.train.format is Format.bf16 or precision.qat_placement is QatPlacement.forward:
+        return
+    no_master = isinstance(trainer, TorchTrainerConfig) and not trainer.master_weights
+    if no_master or precision.base_dtype == "float32":
+        why = "trainer.master_weights is false" if no_master else "precision.base_dtype=float32 has no separate master"
+        yield UserError(
+            f"quantizing in place needs fp32 masters beside bf16 weights, but {why}",
+            key="precision.qat_placement",
+            fix="precision.qat_placement=forward",
+        )
+
+
+def fp8_options(cfg: Config) -> Iterator[UserError]:
+    precision = cfg.precision
+    if precision.fp8_param_gather and cfg.trainer.optimizer.cpu_offload:
+        yield UserError(
+            "FP8 parameter gather excludes a CPU-offloaded Adam",
+            key="precision.fp8_param_gather",
+            fix="trainer.optimizer.cpu_offload=false or precision.fp8_param_gather=false",
+        )
+    if precision.fp8_param_gather and cfg.trainer.name != "megatron":
+        yield UserError(
+            f"trainer={cfg.trainer.name} gathers no parameters", key="precision.fp8_param_gather", fix="precision.fp8_param_gather=false"
+        )
+    for option in ("fp8_param_gather", "fp8_backward"):
+        if getattr(precision, option) and precision.train.format is not Format.fp8:
+            yield UserError(
+                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}",
+                key=f"precision.{option}",
+                fix=f"precision=fp8, or precision.{option}=false",
+            )
+    if precision.kv_cache != "bf16" and cfg.rollout.name == "local":
+        yield UserError("the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16")
+
+
+RULES = (
+    weights_have_formats,
+    grids_agree,
+    fixed_group_sizes,
+    groups_survive_sharding,
+    local_int4_matmul,
+    qat_needs_masters,
+    fp8_options,
+)
