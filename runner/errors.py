@@ -24,11 +24,15 @@ class UserError(Exception):
 
 
 class UserErrors(UserError):
-    """Everything wrong at once."""
+    """Everything wrong at once. `advice`: commands that do work, printed below the list."""
 
-    def __init__(self, errors: list[UserError]) -> None:
+    def __init__(self, errors: list[UserError], advice: list[str] | None = None) -> None:
         super().__init__(f"{len(errors)} problems")
         self.errors = errors
+        self.advice = advice or []
 
     def __str__(self) -> str:
-        return "\n".join(f"  {i}. {error}" for i, error in enumerate(self.errors, 1))
+        lines = [f"  {i}. {error}" for i, error in enumerate(self.errors, 1)]
+        if self.advice:
+            lines += ["what works instead:", *(f"    {line}" for line in self.advice)]
+        return "\n".join(lines)

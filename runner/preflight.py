@@ -13,7 +13,7 @@ from runner.errors import UserError, UserErrors
 from runner.schema import Config, JsonlTaskConfig
 
 PACKAGES = {  # option -> (module, name to install, what it is for)
-    "trainer=megatron": ("megatron.core", "megatron-core", "the Megatron trainer"),
+    "trainer=megatron": ("megatron.core", "megatron-core", "Megatron's trainer ranks"),
     "rollout=sglang": ("sglang", "sglang", "the SGLang servers"),
 }
 
@@ -22,8 +22,7 @@ def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
     missing = [*_gpus(cfg), *_packages(cfg), *_parts(cfg), *_files(cfg)]
     if missing:
-        missing[-1].fix = "\n".join(part for part in (missing[-1].fix, *_instead(cfg)) if part)
-        raise UserErrors(missing)
+        raise UserErrors(missing, advice=_instead(cfg))
 
 
 def visible_gpus() -> int:
@@ -58,27 +57,18 @@ def _gpus(cfg: Config) -> list[UserError]:
 
 
 def _packages(cfg: Config) -> list[UserError]:
-    errors = []
-    for option, (module, name, purpose) in PACKAGES.items():
-        group, _, choice = option.partition("=")
-        if getattr(cfg, group).name == choice and not installed(module):
-            errors.append(UserError(f"{purpose} needs the package {name}, which is not installed", key=option))
-    return errors
-
-
-def _parts(cfg: Config) -> list[UserError]:
-    """Classes that `_target_` names must be there: a part of runner that this version does not have is no traceback."""
+    """Parts of runner that `_target_` names, and the packages that they stand on."""
     errors = []
     for group, target in (("trainer", cfg.trainer._target_), ("rollout", cfg.rollout._target_), ("task", cfg.task._target_)):
-        module = target.rpartition(".")[0]
-        if not target.startswith("runner."):
-            errors.append(UserError(f"{target} is not a part of runner", key=f"{group}._target_", fix=f"{group}=<one of its options>"))
-        elif not installed(module):
-            errors.append(UserError(f"this version of runner has no {module}", key=f"{group}={getattr(cfg, group).name}"))
-    if cfg.cluster.launcher not in ("local",):
-        module = f"runner.cluster.{cfg.cluster.launcher}"
+        option, module = f"{group}={getattr(cfg, group).name}", target.rpartition(".")[0]
         if not installed(module):
-            errors.append(UserError(f"this version of runner has no {module}", key=f"cluster={cfg.cluster.name}"))
+            errors.append(UserError(f"this version of runner does not have it yet ({module})", key=option))
+        elif option in PACKAGES and not installed(PACKAGES[option][0]):
+            _, package, purpose = PACKAGES[option]
+            errors.append(UserError(f"{purpose} need the package {package}, which is not installed", key=option))
+    if cfg.cluster.launcher != "local" and not installed(f"runner.cluster.{cfg.cluster.launcher}"):
+        module = f"runner.cluster.{cfg.cluster.launcher}"
+        errors.append(UserError(f"this version of runner does not have it yet ({module})", key=f"cluster={cfg.cluster.name}"))
     return errors
 
 
@@ -109,9 +99,8 @@ def _instead(cfg: Config) -> list[str]:
         choices = [f"recipe={cfg.recipe}"]
     shown = " ".join(choices)
     lines = [f"python -m runner plan {shown}    # what it needs and whether it fits; works here"]
-    toy = "" if cfg.scale == "laptop" or cfg.model.name.startswith("tiny") else " scale=laptop"
-    engines = "" if cfg.trainer.name == "torch" and cfg.rollout.name == "local" else " trainer=torch rollout=local"
-    gpu = " parallelism=single cluster=local" if not toy and cfg.parallelism.gpus else ""
-    if toy or engines or gpu:
-        lines.append(f"python -m runner {shown}{toy}{engines}{gpu}    # the same run at toy size, on this machine")
+    if cfg.scale != "laptop" and not cfg.model.name.startswith("tiny"):
+        lines.append(f"python -m runner {shown} scale=laptop    # the same run at toy size, on this machine")
+    elif cfg.trainer.name != "torch" or cfg.rollout.name != "local" or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
+        lines.append(f"python -m runner {shown} trainer=torch rollout=local parallelism=single cluster=local    # on this machine")
     return lines

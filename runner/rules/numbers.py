@@ -92,4 +92,12 @@ def choices(cfg: Config) -> Iterator[UserError]:
             yield UserError(f"{value!r} is none of {', '.join(known)}", key=key, fix=fix)
 
 
-RULES = (ranges, choices)
+def targets(cfg: Config) -> Iterator[UserError]:
+    """`_target_` names a class of this project, never something that happens to be importable."""
+    for group in ("trainer", "rollout", "task"):
+        target = getattr(cfg, group)._target_
+        if not target.startswith("runner."):
+            yield UserError(f"{target} is not a part of runner", key=f"{group}._target_", fix=f"choose an option of {group} instead")
+
+
+RULES = (ranges, choices, targets)
