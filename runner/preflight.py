@@ -20,7 +20,7 @@ PACKAGES = {  # option -> (module, name to install, what it is for)
 
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
-    missing = [*_gpus(cfg), *_packages(cfg), *_parts(cfg), *_files(cfg)]
+    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg)]
     if missing:
         raise UserErrors(missing, advice=_instead(cfg))
 
