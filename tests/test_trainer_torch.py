@@ -82,7 +82,11 @@ def test_micro_batching_does_not_change_the_gradient(estimator: str) -> None:
     gradients = []
     for tokens in (20, 10_000):
         cfg = config(
-            **{"trainer.max_tokens_per_gpu": tokens, "precision.base_dtype": "float32", "algorithm.estimator": Estimator[estimator]}
+            **{
+                "trainer.max_tokens_per_gpu": tokens,
+                "precision.base_dtype": "float32",
+                "algorithm.estimator": Estimator[estimator],
+            }
         )
         trainer = TorchTrainer(cfg)
         trainer.optimizer.step = lambda lr, norm: None  # type: ignore[method-assign]  # keep the gradients to look at
@@ -178,7 +182,7 @@ def test_a_broken_checkpoint_is_one_message(tmp_path: Path) -> None:
 def test_export_decodes_to_what_the_trainer_computes_with(model: str, format: str) -> None:
     trainer = TorchTrainer(cfg := config(MODELS[model], format=format))
     trainer.step(batch(cfg))
-    resident = {name: tensor for name, tensor in trainer.model.state_dict().items()}
+    resident = trainer.model.state_dict()
     seen, quantized = set(), 0
     layout = trainer._rollout_layout
     pieces = {piece.name: (name, piece) for name, rows in layout.pieces.items() for piece in rows}
@@ -278,7 +282,9 @@ def test_learning_rate_schedules() -> None:
     optimizer = config().trainer.optimizer
     optimizer.lr, optimizer.lr_warmup_steps, optimizer.lr_min_ratio = 1.0, 4, 0.1
     optimizer.lr_schedule = "linear"
-    assert [learning_rate(optimizer, step, 14) for step in (0, 3, 4, 9, 14, 99)] == pytest.approx([0.25, 1.0, 1.0, 0.55, 0.1, 0.1])
+    assert [learning_rate(optimizer, step, 14) for step in (0, 3, 4, 9, 14, 99)] == pytest.approx(
+        [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]
+    )
     optimizer.lr_schedule = "cosine"
     assert learning_rate(optimizer, 9, 14) == pytest.approx(0.55)
     optimizer.lr_schedule = "steps"

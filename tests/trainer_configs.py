@@ -8,7 +8,7 @@ from runner import schema
 from runner.samples import Batch, Sample, Status, WeightSpan
 from runner.schema import Config, Convention, Correction, Estimator, Format, GridConfig, ModelConfig, QatPlacement
 
-MOE = dict(
+MOE: dict[str, object] = dict(  # noqa: C408
     name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=2, hidden_size=32,
     ffn_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
     norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.1, num_experts=4,

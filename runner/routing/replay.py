@@ -21,9 +21,7 @@ from runner.routing.routes import RouteError
 SIGMOID_EPSILON = 1e-20
 
 
-def replayed_weights(
-    logits: torch.Tensor, experts: torch.Tensor, *, score: str, normalize: bool, scaling: float
-) -> torch.Tensor:
+def replayed_weights(logits: torch.Tensor, experts: torch.Tensor, *, score: str, normalize: bool, scaling: float) -> torch.Tensor:
     """Routing weights [N, K] fp32 of the given experts [N, K] from router logits [N, E].
 
     softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE). sigmoid: sigmoid(fp32 logits)
@@ -41,7 +39,7 @@ def replayed_weights(
 
 
 @dataclass
-class _Current:
+class CurrentRoutes:
     """The micro-batch being replayed: routes `[L, N, K]`, recorded `[N]`; `first_pass` is False once backward may recompute."""
 
     routes: torch.Tensor
@@ -59,7 +57,7 @@ class RouterReplay:
     def __init__(self, model: nn.Module, router_names: Sequence[str], score: str) -> None:
         self.score = score
         self.num_layers = len(router_names)
-        self._current: _Current | None = None
+        self._current: CurrentRoutes | None = None
         self._wrong: torch.Tensor | None = None  # expert ids that an experts module got and the record does not say
         self._differs: list[torch.Tensor] = []
         self._counted: list[torch.Tensor] = []
@@ -71,11 +69,11 @@ class RouterReplay:
             experts.register_forward_pre_hook(self._check_hook(layer), with_kwargs=True)
 
     @contextmanager
-    def replaying(self, routes: torch.Tensor, recorded: torch.Tensor) -> Iterator[_Current]:
+    def replaying(self, routes: torch.Tensor, recorded: torch.Tensor) -> Iterator[CurrentRoutes]:
         """Forward and backward of one micro-batch: routes `[L, N, K]` int64, recorded `[N]` bool (False: padding)."""
         if routes.shape[0] != self.num_layers:
             raise RouteError(f"routes cover {routes.shape[0]} MoE layers, the model has {self.num_layers}")
-        self._current = _Current(routes, recorded)
+        self._current = CurrentRoutes(routes, recorded)
         try:
             yield self._current
         finally:
@@ -115,7 +113,9 @@ class RouterReplay:
             logits, weights, own = output
             routes = current.routes[layer]
             if own.shape != routes.shape:
-                raise RouteError(f"MoE layer {layer} routes {list(own.shape)} (tokens, top-k), the record has {list(routes.shape)}")
+                raise RouteError(
+                    f"MoE layer {layer} routes {list(own.shape)} (tokens, top-k), the record has {list(routes.shape)}"
+                )
             if current.first_pass:
                 self._count(own, routes, current.recorded)
             replayed = replayed_weights(

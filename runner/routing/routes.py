@@ -110,7 +110,12 @@ def replay_layout(
     The last token of a sample has no recorded row (nothing is predicted after it) and counts as padding.
     """
     total = len(samples) * width
-    routes = padding_routes(total, top_k, num_experts).unsqueeze(1).repeat(1, num_layers, 1).view(len(samples), width, num_layers, top_k)
+    routes = (
+        padding_routes(total, top_k, num_experts)
+        .unsqueeze(1)
+        .repeat(1, num_layers, 1)
+        .view(len(samples), width, num_layers, top_k)
+    )
     recorded = torch.zeros(len(samples), width, dtype=torch.bool)
     for row, sample in enumerate(samples):
         assert sample.routes is not None  # validated

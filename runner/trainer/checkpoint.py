@@ -1,11 +1,11 @@
 """What the torch trainer writes into a checkpoint folder, and reads back bit for bit. safetensors and JSON, no pickle.
 
-    model.safetensors      bf16(master) under HF on-disk names, never the quantized weights
-    masters.safetensors    fp32 masters (or the trained weights, without masters) under in-memory names
-    optimizer.safetensors  Adam moments, step counts and torch's random state
-    reference.safetensors  the frozen reference policy, where there is a KL term
-    trainer.json           counters
-    config.json, tokenizer files: with model.safetensors a checkpoint that transformers and engines load
+model.safetensors      bf16(master) under HF on-disk names, never the quantized weights
+masters.safetensors    fp32 masters (or the trained weights, without masters) under in-memory names
+optimizer.safetensors  Adam moments, step counts and torch's random state
+reference.safetensors  the frozen reference policy, where there is a KL term
+trainer.json           counters
+config.json, tokenizer files: with model.safetensors a checkpoint that transformers and engines load
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def load(trainer: TorchTrainer, folder: Path) -> None:
         masters = load_file(folder / "masters.safetensors")
         state = load_file(folder / "optimizer.safetensors")
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the trainer's checkpoint {folder}: {error}", fix="resume from another checkpoint") from error
+        raise UserError(
+            f"cannot read the trainer's checkpoint {folder}: {error}", fix="resume from another checkpoint"
+        ) from error
     if counters["master_weights"] != trainer.optimizer.has_masters:
         raise UserError(
             f"{folder} was saved with trainer.master_weights={str(counters['master_weights']).lower()}",

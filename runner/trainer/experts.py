@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "runner_sorted"
+FP8_ATTRIBUTE = "fp8_matmuls"  # in the instance dict of an experts module whose matmuls take FP8 inputs
 
 
 class _GatherSorted(torch.autograd.Function):
@@ -49,14 +49,14 @@ class _Unsort(torch.autograd.Function):
 
 
 def sorted_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """[N, H], [N, K] expert ids, [N, K] weights -> [N, H]; weights `gate_up_proj` [E, 2F, H], `down_proj` [E, H, F].
 
-    With `self.fp8_matmuls` (precision=fp8) inputs of both matmuls are FP8.
+    `self` is a transformers experts module; under precision=fp8 the inputs of both matmuls are FP8.
     """
     num_tokens, top_k = top_k_index.shape
-    fp8 = self.__dict__.get("fp8_matmuls")
+    fp8 = self.__dict__.get(FP8_ATTRIBUTE)
     pairs = top_k_index.reshape(-1)
     order = torch.argsort(pairs, stable=True)
     inverse = torch.empty_like(order)

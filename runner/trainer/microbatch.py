@@ -55,9 +55,7 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def build(
-    sequences: Sequence[tuple[torch.Tensor, int]], indices: list[int], device: torch.device | str
-) -> MicroBatch:
+def build(sequences: Sequence[tuple[torch.Tensor, int]], indices: list[int], device: torch.device | str) -> MicroBatch:
     """A micro-batch of (tokens [T], prompt length P) sequences; P is at least 1, since nothing predicts the first token."""
     chosen = [sequences[i] for i in indices]
     if any(prompt < 1 for _, prompt in chosen):

@@ -7,7 +7,7 @@ handful of kernel calls, whatever its number of parameters. Matrices get weight 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ class MasterOptimizer:
         }
 
     @staticmethod
-    def _accumulate(row: torch.Tensor):  # noqa: ANN205
+    def _accumulate(row: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def hook(param: torch.Tensor) -> None:
             assert param.grad is not None
             row.add_(param.grad.to(row.device))

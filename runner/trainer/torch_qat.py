@@ -23,6 +23,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format, ModelConfig
+from runner.trainer import experts
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,9 @@ class WeightQuantizer:
         """The kept scales of one on-disk weight; None where nothing was quantized in place."""
         whole = self.scales.get((name, None))
         if whole is not None:
-            return whole if piece.expert is None else whole.piece(self.layout.formats[name], piece.expert, piece.start, piece.stop)
+            return (
+                whole if piece.expert is None else whole.piece(self.layout.formats[name], piece.expert, piece.start, piece.stop)
+            )
         part = self.scales.get((name, (piece.start, piece.stop)))
         if part is None or piece.expert is None:
             return part
@@ -162,7 +165,7 @@ class ForwardFakeQuantization:
                 for attribute in attributes:
                     del module.__dict__[attribute]
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
 
 
 class QuantizeActivation(torch.autograd.Function):
@@ -211,7 +214,7 @@ def install_fp8_activations(model: nn.Module, layout: WeightLayout, *, backward:
             module.register_forward_pre_hook(lambda _, args: (matmuls.before(args[0]), *args[1:]))
             module.register_forward_hook(lambda _, args, output: matmuls.after(output))
         else:
-            module.fp8_matmuls = matmuls  # read by runner.trainer.experts
+            module.__dict__[experts.FP8_ATTRIBUTE] = matmuls
 
 
 def export_weights(

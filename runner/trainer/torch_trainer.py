@@ -19,10 +19,10 @@ from runner.models import family_of
 from runner.models.build import build_model, named_weights
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
-from runner.routing.replay import RouterReplay
+from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
-from runner.trainer import checkpoint, experts, microbatch, policy_step
+from runner.trainer import attention, checkpoint, experts, microbatch, policy_step
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.optimizer import MasterOptimizer, learning_rate
 from runner.trainer.protocol import Routes, Weights
@@ -56,7 +56,12 @@ class TorchTrainer:
         self.family = family_of(cfg.model)
         self.dtype = _dtype(cfg.precision.base_dtype)
         self.model = build_model(
-            cfg.model, dtype=self.dtype, seed=cfg.seed, device=self.device, attention="sdpa", experts=experts.register()
+            cfg.model,
+            dtype=self.dtype,
+            seed=cfg.seed,
+            device=self.device,
+            attention=attention.register(),
+            experts=experts.register(),
         )
         self.model.train()  # gradient checkpointing asks for it; there is no dropout
         install_recompute(self.model, self.config.recompute)
@@ -186,16 +191,14 @@ class TorchTrainer:
         return microbatch.score_tokens(rows, head, micro.targets, temperature, chunk, entropy_grad)
 
     @contextmanager
-    def _replaying(self, samples: Sequence[Sample], micro: MicroBatch, replay: bool) -> Iterator[object]:
+    def _replaying(self, samples: Sequence[Sample], micro: MicroBatch, replay: bool) -> Iterator[CurrentRoutes | None]:
         if not replay:
             yield None
             return
         assert self._replay is not None
         model, chosen = self.cfg.model, [samples[i] for i in micro.indices]
         layers, width = self._replay.num_layers, micro.tokens.shape[1]
-        routes, recorded = route_checks.replay_layout(
-            chosen, width, layers, model.experts_top_k, model.num_experts, self.device
-        )
+        routes, recorded = route_checks.replay_layout(chosen, width, layers, model.experts_top_k, model.num_experts, self.device)
         with self._replay.replaying(routes, recorded) as current:
             yield current
 
@@ -247,7 +250,7 @@ class TorchTrainer:
             with self._replaying(samples, micro, replay) as current:
                 scores = self._forward(micro, batch.temperature)
                 if current is not None:
-                    current.first_pass = False  # type: ignore[attr-defined]  # the backward may recompute
+                    current.first_pass = False  # the backward may recompute
                 rows = policy_step.TokenRows(
                     advantages=micro.gather(batch.advantages),
                     mask=micro.gather(masks),
@@ -257,9 +260,7 @@ class TorchTrainer:
                     old_logprobs=None if batch.old_logprobs is None else micro.gather(batch.old_logprobs),
                     ref_logprobs=None if batch.ref_logprobs is None else micro.gather(batch.ref_logprobs),
                 )
-                loss = policy_step.micro_batch_loss(
-                    self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums
-                )
+                loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
                 loss.backward()
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
                 collected[index] = row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -28,7 +29,8 @@ def digest(tensor: torch.Tensor) -> str:
     host = tensor.detach().cpu().contiguous()
     state = xxhash.xxh3_64()
     state.update(f"{host.dtype}{tuple(host.shape)}".encode())
-    state.update(host.reshape(-1).view(torch.uint8).numpy())
+    content: Any = host.reshape(-1).view(torch.uint8).numpy()  # a buffer, which numpy's types do not say
+    state.update(content)
     return state.hexdigest()
 
 

@@ -1,0 +1,59 @@
+"""Causal attention for training on right-padded batches: fp32 on a CPU, fused kernels on a GPU.
+
+Shape legend: B samples, H query heads, G key-value heads, T tokens, D head width.
+
+torch's CPU flash attention has a bf16 backward that takes 7 to 10 times as long as the same attention in fp32 (measured at
+100 x 4 x 40 x 16). Queries, keys and values are therefore widened on a CPU; short sequences use plain matmuls
+without repeating the key-value heads, longer ones torch's fused kernel, which keeps no [T, T] scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+NAME = "runner_causal"
+SHORT = 256  # tokens up to which [T, T] scores of all heads are cheaper than the fused kernel
+
+
+def causal_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> ([B, T, H, Dv], None). Without a mask attention is causal, as a module
+    that says `is_causal` asks; everything else goes to transformers' own function."""
+    causal = attention_mask is None and bool(getattr(module, "is_causal", True)) and query.shape[2] == key.shape[2]
+    if query.device.type != "cpu" or not causal:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    q, k, v = query.float(), key.float(), value.float()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] <= SHORT:
+        output = _short(q, k, v, scale)
+    else:
+        output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+
+
+def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    batch, heads, length, _ = q.shape
+    groups = k.shape[1]
+    grouped = (q * scale).reshape(batch, groups, heads // groups * length, q.shape[-1])
+    scores = (grouped @ k.transpose(2, 3)).view(batch, groups, heads // groups, length, length)
+    future = torch.full((length, length), float("-inf"), device=q.device).triu(1)
+    weights = torch.softmax(scores + future, dim=-1).view(batch, groups, heads // groups * length, length)
+    return (weights @ v).view(batch, heads, length, v.shape[-1])
+
+
+def register() -> str:
+    """Make the function known to transformers; returns its name for `attn_implementation`."""
+    AttentionInterface.register(NAME, causal_attention)
+    return NAME
