@@ -97,12 +97,16 @@ class PrecisionPlan:
         must never pass as bf16. The convention of a foreign INT checkpoint is unknown (None).
         """
         parameters = {parameter.name: parameter for parameter in family_of(model).parameters(model)}
+        return PrecisionPlan({}, parameters).reread(quantization_config)
+
+    def reread(self, quantization_config: Mapping[str, Any] | None) -> PrecisionPlan:
+        """The plan that a quantization_config gives for this plan's parameters; see `from_quantization_config`."""
         format_of_module = _reader(quantization_config)
         tensors = {
             name: format_of_module(name.removesuffix(".weight")) if _is_linear(parameter) else TensorFormat.bf16()
-            for name, parameter in parameters.items()
+            for name, parameter in self.parameters.items()
         }
-        return PrecisionPlan(tensors, parameters)
+        return PrecisionPlan(tensors, self.parameters)
 
     def format_of(self, name: str) -> TensorFormat:
         """Format of one on-disk weight; raises UserError for a name the family's table does not have."""

@@ -1,0 +1,283 @@
+"""Compare what trainer, checkpoint and engine quantize, and on which grid: sets, formats, integers, scales.
+
+Every function returns a list of differences in words, [] when the sides agree; nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runner.errors import UserError
+from runner.precision import fp8, int4
+from runner.precision.fp4 import unpack as unpack_fp4
+from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
+from runner.precision.tensor_format import TensorFormat
+from runner.rollout.protocol import EngineDescription
+from runner.samples import ExportedTensor, WeightStream
+from runner.schema import Convention, Format
+
+_SUFFIXES = ("_packed", "_scale_inv", "_global_scale", "_scale", "_shape", "_zero_point", "_g_idx")
+
+
+def audit(reference: tuple[str, PrecisionPlan], *others: tuple[str, PrecisionPlan]) -> list[str]:
+    """Plans of several sides against the first: ("trainer", plan), ("checkpoint", plan), ("engine", plan).
+
+    Reports differing sets and grids, and on any side a quantized parameter whose role never may be.
+    """
+    label, plan = reference
+    found = [problem for side in (reference, *others) for problem in forbidden(*side)]
+    for other_label, other in others:
+        found += plan.differences(other, (label, other_label))
+    return found
+
+
+def forbidden(label: str, plan: PrecisionPlan) -> list[str]:
+    """Quantized routers, norms, embeddings, heads: a router on a 4-bit grid gives gibberish."""
+    found: dict[str, list[str]] = {}
+    for name in plan.quantized:
+        if name in plan.parameters and plan.parameters[name].role in NEVER_QUANTIZED:
+            found.setdefault(plan.parameters[name].role.name, []).append(name)
+    return [f"{label} quantizes the {role}, which must stay bf16: {shorten(names)}" for role, names in found.items()]
+
+
+def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str = "engine") -> list[str]:
+    """A plan against what an engine says it computes with."""
+    try:
+        tensors = {name: _described(Format[kind], description) for name, kind in description.formats.items()}
+    except KeyError as error:
+        return [f"{label} computes with an unknown format {error}"]
+    return audit(("run", plan), (label, PrecisionPlan(tensors, plan.parameters)))
+
+
+def _described(kind: Format, description: EngineDescription) -> TensorFormat:
+    match kind:
+        case Format.int4 | Format.int8:
+            return TensorFormat.integer(
+                4 if kind is Format.int4 else 8, description.group_size, Convention[description.convention]
+            )
+        case Format.bf16:
+            return TensorFormat.bf16()
+        case Format.fp8:
+            return TensorFormat.fp8()
+        case Format.mxfp4:
+            return TensorFormat.mxfp4()
+        case Format.nvfp4:
+            return TensorFormat.nvfp4()
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """On-disk tensor name -> its safetensors file; raises UserError for folders and shards that cannot be read."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{folder} holds no safetensors files")
+    files: dict[str, Path] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as reader:
+                files |= dict.fromkeys(reader.keys(), shard)
+        except SafetensorError as error:
+            raise UserError(f"{shard} cannot be read: {error}", fix="download or convert it again") from None
+    return files
+
+
+def weight_of(tensor_name: str) -> str:
+    """`x.weight_packed`, `x.weight_scale`, ... -> `x.weight`; other names as they are."""
+    for suffix in _SUFFIXES:
+        if tensor_name.endswith(f".weight{suffix}"):
+            return tensor_name[: -len(suffix)]
+    return tensor_name
+
+
+def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
+    """The format that a weight's parts are in, from names and dtypes; raises UserError for a mixture that is none."""
+    module = name.removesuffix(".weight")
+    packed, weight = parts.get(f"{module}.weight_packed"), parts.get(name)
+    if packed is not None and packed.dtype is torch.int32 and f"{module}.weight_shape" in parts:
+        columns = int(parts[f"{module}.weight_shape"][-1])
+        return Format.int4.name if packed.shape[-1] == -(-columns // 8) else Format.int8.name
+    if packed is not None and packed.dtype is torch.uint8:
+        return Format.nvfp4.name if f"{module}.weight_global_scale" in parts else Format.mxfp4.name
+    if weight is not None and weight.dtype is torch.float8_e4m3fn:
+        return Format.fp8.name
+    if weight is not None and len(parts) == 1:
+        return Format.bf16.name
+    raise UserError(f"{name}: parts {', '.join(sorted(parts))} are no known format")
+
+
+def read_checkpoint(folder: Path) -> Iterator[ExportedTensor]:
+    """Every weight of a checkpoint folder, one at a time, sorted by name."""
+    files = tensor_files(folder)
+    groups: dict[str, list[str]] = {}
+    for tensor_name in files:
+        groups.setdefault(weight_of(tensor_name), []).append(tensor_name)
+    for name in sorted(groups):
+        parts: dict[str, torch.Tensor] = {}
+        for tensor_name in groups[name]:
+            with safe_open(files[tensor_name], framework="pt") as reader:
+                parts[tensor_name] = reader.get_tensor(tensor_name)
+        yield ExportedTensor(name, format_of_parts(name, parts), parts)
+
+
+def quantization_config_of(folder: Path) -> dict[str, Any] | None:
+    """`quantization_config` of a folder's config.json, wherever it nests it; None for a bf16 checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json")
+    config = json.loads(path.read_text())
+    for holder in (config, config["text_config"] if "text_config" in config else {}):
+        if "quantization_config" in holder:
+            return holder["quantization_config"]
+    return None
+
+
+def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint") -> list[str]:
+    """A plan against a folder: its quantization_config, and what its tensors really are.
+
+    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor.
+    """
+    found: list[str] = []
+    try:
+        claimed = plan.reread(quantization_config_of(folder))
+        found += audit(("run", plan), (f"{label} config.json", claimed))
+    except UserError as error:
+        found.append(f"{label} config.json: {error.problem}")
+    seen: set[str] = set()
+    groups: dict[str, list[str]] = {}
+    for exported in read_checkpoint(folder):
+        seen.add(exported.name)
+        if exported.name not in plan.tensors:
+            groups.setdefault("not a parameter of this model", []).append(exported.name)
+            continue
+        for problem in tensor_problems(exported, plan.tensors[exported.name], plan.parameters[exported.name].shape):
+            groups.setdefault(f"{plan.parameters[exported.name].role.name}: {problem}", []).append(exported.name)
+    missing = [name for name in plan.tensors if name not in seen]
+    if missing:
+        groups["missing"] = missing
+    return found + [f"{label}: {problem}: {shorten(names)}" for problem, names in groups.items()]
+
+
+def tensor_problems(exported: ExportedTensor, expected: TensorFormat, shape: tuple[int, ...]) -> list[str]:
+    """How one stored tensor differs from the grid it should be on: format, layout, scales, zero points, values."""
+    if exported.format != expected.format.name:
+        return [f"run {expected.format.name}, stored {exported.format}"]
+    module, parts = exported.name.removesuffix(".weight"), exported.parts
+    if not expected.quantized:
+        return [] if tuple(parts[exported.name].shape) == shape else [f"shape {tuple(parts[exported.name].shape)}"]
+    found = []
+    if f"{module}.weight_zero_point" in parts and expected.symmetric:
+        found.append("run symmetric, stored asymmetric (a zero point lies beside it)")
+    scale = parts.get(f"{module}.weight_scale_inv", parts.get(f"{module}.weight_scale"))
+    if scale is None:
+        return [*found, "no scales beside it"]
+    dtype = {"e8m0": torch.uint8}.get(expected.scale_dtype) or getattr(torch, expected.scale_dtype)
+    if scale.dtype is not dtype:
+        found.append(f"scale dtype run {expected.scale_dtype}, stored {str(scale.dtype).removeprefix('torch.')}")
+    wanted = scale_shape(expected, shape)
+    if tuple(scale.shape) != wanted:
+        found.append(f"scale shape run {wanted}, stored {tuple(scale.shape)} (group_size or strategy differ)")
+    values = scale.float()
+    if not torch.isfinite(values).all() or (expected.format is not Format.mxfp4 and not (values > 0).all()):
+        found.append("scales that are not positive and finite")
+    body = parts[exported.name] if expected.format is Format.fp8 else parts[f"{module}.weight_packed"]
+    per_item = {Format.int4: 8, Format.int8: 4, Format.mxfp4: 2, Format.nvfp4: 2, Format.fp8: 1}[expected.format]
+    if tuple(body.shape) != (shape[0], -(-shape[1] // per_item)):
+        found.append(f"packed shape {tuple(body.shape)} instead of {(shape[0], -(-shape[1] // per_item))}")
+    return found
+
+
+def scale_shape(tensor_format: TensorFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the stored scales of a weight [out, in]."""
+    if tensor_format.format is Format.fp8:
+        return fp8.scale_shape(shape, tensor_format.strategy)
+    return (*shape[:-1], 1 if tensor_format.group_size == -1 else shape[-1] // tensor_format.group_size)
+
+
+# -- tensor by tensor -------------------------------------------------------------------------------------------------
+
+
+def compare_streams(a: WeightStream, b: WeightStream, names: tuple[str, str] = ("a", "b")) -> list[str]:
+    """Two streams of exported tensors, in any order: each difference with the tensor's name.
+
+    Memory: one tensor of each, plus those that one stream has sent and the other has not yet.
+    """
+    found: list[str] = []
+    waiting: tuple[dict[str, ExportedTensor], dict[str, ExportedTensor]] = ({}, {})
+    streams = (iter(a), iter(b))
+    open_sides = [0, 1]
+    while open_sides:
+        for side in list(open_sides):
+            exported = next(streams[side], None)
+            if exported is None:
+                open_sides.remove(side)
+                continue
+            if exported.name in waiting[side]:
+                found.append(f"{exported.name}: sent twice by {names[side]}")
+            partner = waiting[1 - side].pop(exported.name, None)
+            if partner is None:
+                waiting[side][exported.name] = exported
+            else:
+                pair = (exported, partner) if side == 0 else (partner, exported)
+                found += compare_tensors(*pair, names)
+    for side in (0, 1):
+        found += [f"{name}: only in {names[side]}" for name in waiting[side]]
+    return found
+
+
+def compare_tensors(a: ExportedTensor, b: ExportedTensor, names: tuple[str, str] = ("a", "b")) -> list[str]:
+    """Bit differences between two exported forms of one weight, part by part."""
+    if a.format != b.format:
+        return [f"{a.name}: {names[0]} {a.format}, {names[1]} {b.format}"]
+    found = []
+    for part in [*a.parts, *(part for part in b.parts if part not in a.parts)]:
+        if part not in a.parts or part not in b.parts:
+            found.append(f"{part}: only in {names[0] if part in a.parts else names[1]}")
+            continue
+        problem = _part_difference(part, a.format, a.parts[part], b.parts[part], names)
+        if problem:
+            found.append(f"{part}: {problem}")
+    return found
+
+
+def _part_difference(part: str, kind: str, a: torch.Tensor, b: torch.Tensor, names: tuple[str, str]) -> str | None:
+    if a.dtype is not b.dtype:
+        plain = [str(tensor.dtype).removeprefix("torch.") for tensor in (a, b)]
+        return f"dtype {names[0]} {plain[0]}, {names[1]} {plain[1]}"
+    if a.shape != b.shape:
+        return f"shape {names[0]} {tuple(a.shape)}, {names[1]} {tuple(b.shape)}"
+    left, right = _values(part, kind, a.detach().cpu()), _values(part, kind, b.detach().cpu())
+    different = int((left != right).sum())
+    if not different:
+        return None
+    share = f"{different} of {left.numel()} values differ"
+    if torch.equal(left.flatten().sort().values, right.flatten().sort().values):
+        return f"{share}, yet both hold the same values: another layout at equal shape"
+    return share
+
+
+def _values(part: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Integers to compare bit for bit: unpacked where packed, else the raw bits."""
+    if part.endswith("weight_packed"):
+        bits = 8 if kind == Format.int8.name else 4
+        return unpack_fp4(tensor) if tensor.dtype is torch.uint8 else int4.unpack(tensor, tensor.shape[-1] * 32 // bits, bits)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(width)
+
+
+def compare_checkpoints(a: Path, b: Path) -> list[str]:
+    """Two checkpoint folders: quantization_config as text, and every tensor bit for bit."""
+    found = []
+    configs = [quantization_config_of(folder) for folder in (a, b)]
+    if configs[0] != configs[1]:
+        keys = sorted({*(configs[0] or {}), *(configs[1] or {})})
+        differing = [key for key in keys if (configs[0] or {}).get(key) != (configs[1] or {}).get(key)]
+        found.append(f"quantization_config differs in {', '.join(differing)}")
+    return found + compare_streams(read_checkpoint(a), read_checkpoint(b), (a.name, b.name))
