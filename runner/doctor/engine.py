@@ -6,11 +6,16 @@ two-hot inputs tell them apart: e_i - e_j returns bf16(p_i - p_j), where cancell
 has lost. Under `exact` both are the same number, and the kernel must return it; under the other conventions the observed rounding
 must be the one that the engine declares.
 
+Two parts. Kernels: one weight of every role and shape in every format. The run's engine: the whole model, started and synced as a
+run does it, every matrix recovered by its HF name, so that a wrong stacking or a forgotten layer shows.
+
 Shape legend: weights [N, K] (out, in), inputs [M, K], outputs [M, N].
 """
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,9 +27,10 @@ from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.formats import decode, encode, integers, scales_of
-from runner.precision.plan import NEVER_QUANTIZED
+from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
+from runner.rollout.protocol import EngineDescription, SyncReport
+from runner.samples import ExportedTensor, WeightStream
 from runner.schema import Config, Convention, Format, ModelConfig, Role
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -52,6 +58,24 @@ class EngineProbe(Protocol):
     def kernel(self, exported: ExportedTensor, shape: tuple[int, int], tensor_format: TensorFormat) -> Kernel:
         """Load one weight the way a weight sync does."""
         ...
+
+    def pool(self, cfg: Config) -> ProbedPool | None:
+        """The engine of this config with dummy weights, or None where this machine should not hold the whole model."""
+        ...
+
+
+class ProbedPool(Protocol):
+    """The part of a rollout pool that the whole-engine proof uses."""
+
+    def update_weights(self, version: int, stream: WeightStream) -> SyncReport: ...
+
+    def effective_weight(self, name: str) -> torch.Tensor:
+        """[N, K] of one on-disk weight, recovered by one-hot inputs; raises UserError for a name the engine does not have."""
+        ...
+
+    def describe(self) -> EngineDescription: ...
+
+    def close(self) -> None: ...
 
 
 ProbeFactory = Callable[[Config], EngineProbe]
@@ -97,10 +121,75 @@ def check_engine(cfg: Config, console: Console) -> int:
     """Probe every role and format, print the table; 1 when an engine computes with other weights than the plan, else 0."""
     probe = probe_for(cfg)
     title = f"Effective weights of the {probe.name} engine on {probe.device}, recovered through its kernels ({cfg.model.name})"
-    return show(title, engine_findings(cfg.model, probe), console)
+    return show(title, itertools.chain(kernel_findings(cfg.model, probe), run_findings(cfg, probe)), console)
 
 
-def engine_findings(model: ModelConfig, probe: EngineProbe) -> Iterator[Finding]:
+def run_findings(cfg: Config, probe: EngineProbe) -> Iterator[Finding]:
+    """Sync random weights into the engine of this config, then recover every matrix and compare it with the plan."""
+    pool = probe.pool(cfg)
+    if pool is None:
+        yield Finding(
+            "whole engine", Status.ok, f"not started: {cfg.model.name} is not a toy model; scale=laptop starts its twin"
+        )
+        return
+    plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
+    try:
+        report = pool.update_weights(0, random_stream(plan))
+        if report.problems:
+            yield Finding(
+                "weight sync", Status.fail, "; ".join(report.problems[:5]), "see runner/weights: the sync lost or changed bits"
+            )
+            return
+        yield Finding(
+            "weight sync",
+            Status.ok,
+            f"{report.arrived} tensors arrived, {report.resident_checked} compared with what is resident",
+        )
+        yield from recovered_findings(pool, plan)
+        formats = pool.describe().formats
+        differing = [n for n in plan.formats | formats if plan.formats.get(n) != formats.get(n)]
+        status = Status.fail if differing else Status.ok
+        found = (
+            f"differ for {shorten(differing)}"
+            if differing
+            else f"the engine names the plan's formats for all {len(formats)} weights"
+        )
+        yield Finding("declared formats", status, found, "runner/precision/plan.py is the single source" if differing else "")
+    finally:
+        pool.close()
+
+
+def random_stream(plan: PrecisionPlan) -> WeightStream:
+    """Every weight of the model, random by its name (two equal weights could be swapped unseen), in its format."""
+    for name, parameter in plan.parameters.items():
+        if len(parameter.shape) == 2:
+            weight = random_weight(*parameter.shape, seed=zlib.crc32(name.encode()))
+        else:
+            weight = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        yield encode(name, weight, plan.format_of(name))
+
+
+def recovered_findings(pool: ProbedPool, plan: PrecisionPlan) -> Iterator[Finding]:
+    """One line per role and format; a difference names the tensor."""
+    results: dict[str, tuple[int, list[str]]] = {}
+    for exported in random_stream(plan):
+        parameter, tensor_format = plan.parameters[exported.name], plan.format_of(exported.name)
+        if len(parameter.shape) != 2:
+            continue
+        expected, got = decode(exported, tensor_format).float(), pool.effective_weight(exported.name).float().cpu()
+        count, wrong = results.get(f"engine: {parameter.role.name} {tensor_format}", (0, []))
+        if expected.shape != got.shape or not torch.equal(expected, got):
+            wrong.append(exported.name)
+        results[f"engine: {parameter.role.name} {tensor_format}"] = (count + 1, wrong)
+    for label, (count, wrong) in results.items():
+        if wrong:
+            fix = "the engine computes with other weights than the trainer: do not train against it"
+            yield Finding(label, Status.fail, f"{len(wrong)} of {count} weights differ from the plan: {shorten(wrong)}", fix)
+        else:
+            yield Finding(label, Status.ok, f"{count} weights recovered, equal bit for bit")
+
+
+def kernel_findings(model: ModelConfig, probe: EngineProbe) -> Iterator[Finding]:
     for role, name, shape in probed_weights(model):
         for tensor_format in probed_formats():
             yield check_weight(probe, role, name, shape, tensor_format)
@@ -125,9 +214,9 @@ def check_weight(probe: EngineProbe, role: Role, name: str, shape: tuple[int, in
     return Finding(label, Status.ok, f"{kernel.kind}: one-hot equal bit for bit; {verdict.text}")
 
 
-def random_weight(rows: int, columns: int) -> torch.Tensor:
+def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     """bf16 [N, K] that meets the corners of every grid: rows of very different size, outliers, signs, an all-zero group."""
-    generator = torch.Generator().manual_seed(rows * 65537 + columns)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 0.02
     weight *= torch.exp2(torch.randint(-6, 7, (rows, 1), generator=generator).float())
     outliers = torch.rand(rows, columns, generator=generator) < 1e-3

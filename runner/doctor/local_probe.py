@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.pool import LocalPool
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, resident_weight
 from runner.samples import ExportedTensor
 from runner.schema import Config, LocalRolloutConfig
@@ -37,3 +38,6 @@ class LocalProbe:
         weight = resident_weight(names, rows, shape[1], tensor_format, torch.bfloat16, self.device)
         weight.load(weight.repack([exported]))
         return LocalKernel(weight, self.device)
+
+    def pool(self, cfg: Config) -> LocalPool | None:
+        return LocalPool(cfg) if cfg.model.hf_checkpoint is None else None
