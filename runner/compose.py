@@ -139,6 +139,8 @@ def default_outputs_dir() -> str:
 def register() -> None:
     """Put the schema into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again."""
     store = ConfigStore.instance()
+    if "schema.yaml" in store.repo:
+        return
     store.store(name="schema", node=schema.Config)
     for group, options in OPTION_SCHEMAS.items():
         for name, node in options.items():
