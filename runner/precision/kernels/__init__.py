@@ -47,6 +47,11 @@ def _suits_gpu(weight: torch.Tensor, group_size: int) -> bool:
     return weight.is_cuda and power_of_two and 16 <= width <= 4096 and weight.shape[-1] % width == 0 and _has("triton")
 
 
+def limit_of(convention: Convention, scale: torch.Tensor | None) -> int:
+    """amax bits from which on a weight is refused; kept scales only refuse NaN and infinities."""
+    return _LIMITS[convention] if scale is None else _INFINITE
+
+
 def _blocks(rows: torch.Tensor, width: int) -> Any:
     """bf16 [rows, in], contiguous -> numpy uint16 [rows, groups, width / 16, 16] of the same memory."""
     return rows.view(torch.uint16).numpy().reshape(rows.shape[0], rows.shape[1] // width, width // 16, 16)
@@ -59,7 +64,7 @@ def quantize_pack(
     if _suits_gpu(weight, group_size):
         from runner.precision.kernels import gpu
 
-        return gpu.quantize_pack(weight, group_size, convention, scale)
+        return gpu.quantize_pack(weight, group_size, convention, scale, limit_of(convention, scale))
     if not _suits_cpu(weight, group_size):
         q, scale = int4.quantize(weight, group_size, convention, scale)
         return int4.pack(q), scale
@@ -77,6 +82,7 @@ def quantize_pack(
         scale = torch.empty(shape, dtype=torch.bfloat16)
     packed = torch.empty((*weight.shape[:-1], columns // 8), dtype=torch.int32)
     source, code = _blocks(rows, width), _CONVENTIONS[convention]
+    limit = limit_of(convention, scale if kept else None)
     scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
     packed_bits = packed.flatten(0, -2).view(torch.uint16).numpy()
 
@@ -85,7 +91,7 @@ def quantize_pack(
             source[start:stop], cpu.MIDPOINTS, code, kept, scale_bits[start:stop], packed_bits[start:stop]
         )
 
-    if over_rows(part, rows.shape[0], columns) >= (_INFINITE if kept else _LIMITS[convention]):
+    if over_rows(part, rows.shape[0], columns) >= limit:
         int4.quantize(weight, group_size, convention, scale if kept else None)  # raises, with what is wrong
     return packed, scale
 
@@ -101,7 +107,7 @@ def quantize_dequantize_(
     if _suits_gpu(weight, group_size) and weight.dtype is torch.bfloat16 and weight.is_contiguous():
         from runner.precision.kernels import gpu
 
-        return gpu.quantize_dequantize_(weight, group_size, convention, scale)
+        return gpu.quantize_dequantize_(weight, group_size, convention, scale, limit_of(convention, scale))
     if weight.dtype is not torch.bfloat16 or not _suits_cpu(weight, group_size):
         values, scale = int4.quantize_dequantize(weight, group_size, convention, scale)
         weight.detach().copy_(values)
@@ -128,7 +134,7 @@ def quantize_dequantize_(
     target, code = _blocks(rows, width), _CONVENTIONS[convention]
     scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
 
-    limit = _INFINITE if kept_scale else _LIMITS[convention]
+    limit = limit_of(convention, scale if kept_scale else None)
 
     def part(start: int, stop: int) -> int:
         return cpu.quantize_dequantize_rows(

@@ -1,0 +1,88 @@
+"""The Triton kernels against the reference: through Triton's interpreter on a CPU, for real wherever there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runner.precision import int4
+from runner.precision.checks import WeightError
+from runner.schema import Convention
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+runs_here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="run below, in an interpreting process")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")
+def test_the_tests_below_pass_in_the_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when it is imported, so a process of its own; it must have run every test."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "kernel"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout and "passed" in result.stdout
+
+
+def weight_of(kind: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(11)
+    if kind == "stacked":
+        return (torch.randn(3, 8, 512, generator=generator) * 0.02).bfloat16()
+    if kind == "near_ties":
+        return (torch.randint(-32, 33, (16, 512), generator=generator) * 0.5**7).bfloat16()
+    if kind == "subnormal":
+        tiny = torch.randint(-40, 41, (16, 512), generator=generator).to(torch.float32) * 2.0**-133
+        tiny[::3] = 0.0
+        return tiny.bfloat16()
+    bits = torch.randint(0, 0x7F00, (33, 512), generator=generator, dtype=torch.int32)
+    sign = torch.randint(0, 2, (33, 512), generator=generator, dtype=torch.int32) << 15
+    return (bits | sign).to(torch.uint16).view(torch.bfloat16)
+
+
+@needs_triton
+@runs_here
+@pytest.mark.parametrize("kind", ["stacked", "near_ties", "subnormal", "any_bits"])
+@pytest.mark.parametrize("group_size", [16, 32, 128, -1])
+@pytest.mark.parametrize("convention", list(Convention))
+def test_kernel_bits(kind: str, group_size: int, convention: Convention) -> None:
+    from runner.precision.kernels import gpu, limit_of
+
+    weight = weight_of(kind)
+    q, scale = int4.quantize(weight, group_size, convention)
+    effective, packed = int4.dequantize(q, scale), int4.pack(q)
+
+    limit = limit_of(convention, None)
+    got, got_scale = gpu.quantize_pack(weight.to(DEVICE), group_size, convention, None, limit)
+    assert torch.equal(got.cpu(), packed)
+    assert torch.equal(got_scale.cpu().view(torch.uint16), scale.view(torch.uint16))
+    assert torch.equal(gpu.unpack(got).cpu(), q)
+
+    changed = weight.to(DEVICE, copy=True)
+    in_place_scale = gpu.quantize_dequantize_(changed, group_size, convention, None, limit)
+    assert torch.equal(changed.cpu().view(torch.uint16), effective.view(torch.uint16))
+    assert torch.equal(in_place_scale.cpu().view(torch.uint16), scale.view(torch.uint16))
+
+    kept, _ = gpu.quantize_pack(effective.to(DEVICE), group_size, convention, scale.to(DEVICE), limit_of(convention, scale))
+    assert torch.equal(kept.cpu(), int4.pack(int4.quantize(effective, group_size, convention, scale)[0]))
+
+
+@needs_triton
+@runs_here
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_kernel_refuses_bad_weights(bad: float) -> None:
+    from runner.precision.kernels import gpu, limit_of
+
+    weight = weight_of("stacked").to(DEVICE)
+    weight[1, 3, 77] = bad
+    limit = limit_of(Convention.exact, None)
+    for function in (gpu.quantize_pack, gpu.quantize_dequantize_):
+        with pytest.raises(WeightError, match="NaN|infinite"):
+            function(weight.clone(), 32, Convention.exact, None, limit)
