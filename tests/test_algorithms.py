@@ -1,0 +1,159 @@
+"""Advantages, losses, KL estimators and corrections against numbers worked out by hand and against autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from runner.algorithms import correction, losses
+from runner.algorithms.advantages import batch_normalized, compute_advantages, group_normalized
+from runner.errors import UserError
+from runner.schema import Correction, Estimator
+from tests.trainer_configs import batch, config
+
+tensor = torch.tensor
+
+
+def test_grpo_advantages_by_hand() -> None:
+    rewards = tensor([1.0, 0.0, 0.0, 1.0])
+    std = math.sqrt(4 * 0.25 / 3)
+    expected = [0.5 / (std + 1e-6) * sign for sign in (1, -1, -1, 1)]
+    assert group_normalized(rewards, by_std=True).tolist() == pytest.approx(expected, rel=1e-6)
+    assert group_normalized(rewards, by_std=False).tolist() == [0.5, -0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 1.0, 1.0], [0.1, 0.1, 0.1], [3.0]])
+def test_a_group_without_contrast_has_no_advantage(rewards: list[float]) -> None:
+    assert group_normalized(tensor(rewards), by_std=True).abs().max() == 0
+
+
+def test_reinforce_pp_whitens_over_the_batch() -> None:
+    rows = batch_normalized([tensor([1.0, 1.0]), tensor([0.0, 0.0])])
+    flat = torch.cat(rows)
+    assert flat.mean() == pytest.approx(0, abs=1e-6) and flat.std() == pytest.approx(1, abs=1e-5)
+    assert rows[0].min() > 0 > rows[1].max()  # equal rewards inside a group still count
+
+
+def test_advantages_follow_samples_and_need_rewards() -> None:
+    cfg = config()
+    samples = batch(cfg).samples
+    rows = compute_advantages(cfg.algorithm, [samples[:4], samples[4:]])
+    assert [len(row) for row in rows] == [sample.response_length for sample in samples]
+    assert all(bool((row == row[0]).all()) for row in rows)
+    samples[5].reward = float("nan")
+    with pytest.raises(UserError, match="reward nan"):
+        compute_advantages(cfg.algorithm, [samples[:4], samples[4:]])
+
+
+def test_ppo_clip_by_hand() -> None:
+    old = torch.zeros(4)
+    ratios = tensor([1.5, 0.5, 1.5, 0.5])
+    logprobs = ratios.log().requires_grad_()
+    result = losses.ppo_clip_loss(logprobs, old, tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)
+    # A > 0: gains end at 1.28; A < 0: gains end at 0.8; the other two sides are not clipped
+    assert result.loss.tolist() == pytest.approx([-1.28, -0.5, 1.5, 0.8])
+    assert result.clipped.tolist() == [True, False, False, True]
+    result.loss.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, 1.5, 0.0])
+
+
+def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence() -> None:
+    logprobs = tensor([0.2, -0.1, 0.4, 9.0]).requires_grad_()
+    mask = tensor([True, True, True, False])
+    ids = tensor([0, 0, 1, 1])
+    advantages = tensor([1.0, 1.0, -2.0, -2.0])
+    result = losses.gspo_loss(logprobs, torch.zeros(4), advantages, mask, ids, 2, 0.2, 0.28)
+    first, second = math.exp(0.05), math.exp(0.4)  # the masked token takes no part
+    assert result.loss[:3].tolist() == pytest.approx([-first, -first, 2 * second])
+    result.loss[:3].sum().backward()
+    # GSPO: d/dlogp_t of sum over tokens of -A s equals -A s per token (|o| tokens, each 1/|o|)
+    assert logprobs.grad[:3].tolist() == pytest.approx([-first, -first, 2 * second])
+
+
+def test_gspo_clips_whole_sequences() -> None:
+    logprobs = tensor([0.5, 0.5]).requires_grad_()
+    result = losses.gspo_loss(
+        logprobs, torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool), tensor([0, 0]), 1, 0.2, 0.28
+    )
+    assert result.clipped.all() and result.loss.tolist() == pytest.approx([-1.28, -1.28])
+    result.loss.sum().backward()
+    assert logprobs.grad.tolist() == [0.0, 0.0]
+
+
+def test_cispo_keeps_every_gradient() -> None:
+    logprobs = tensor([1.0, -3.0, 0.1]).requires_grad_()
+    result = losses.cispo_loss(logprobs, torch.zeros(3), tensor([1.0, 1.0, -1.0]), 0.2, 0.28)
+    result.loss.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([-1.28, -0.8, math.exp(0.1)])
+    assert result.clipped.tolist() == [True, True, False]
+
+
+def test_on_policy_losses_agree_in_gradient() -> None:
+    """At ratio 1 all three are the plain policy gradient -A."""
+    cfg = config()
+    advantages = tensor([0.3, -0.7, 2.0])
+    for estimator in Estimator:
+        cfg.algorithm.estimator = estimator
+        logprobs = tensor([-1.0, -0.2, -3.0]).requires_grad_()
+        mask, ids = torch.ones(3, dtype=torch.bool), tensor([0, 0, 1])
+        losses.policy_loss(cfg.algorithm, logprobs, logprobs.detach(), advantages, mask, ids, 2).loss.sum().backward()
+        assert logprobs.grad.tolist() == pytest.approx((-advantages).tolist()), estimator
+
+
+def test_kl_estimators_by_hand() -> None:
+    logprobs, reference = tensor([-1.0]), tensor([-1.5])
+    assert losses.kl_estimate("k1", logprobs, reference).item() == pytest.approx(0.5)
+    assert losses.kl_estimate("k2", logprobs, reference).item() == pytest.approx(0.125)
+    assert losses.kl_estimate("k3", logprobs, reference).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
+    with pytest.raises(ValueError, match="k4"):
+        losses.kl_estimate("k4", logprobs, reference)
+
+
+def test_kl_estimators_are_right_in_expectation() -> None:
+    """Exact expectations over a small vocabulary: k1 and k3 are unbiased, k2's gradient is the KL's."""
+    policy = tensor([0.1, -0.4, 0.7], dtype=torch.float64).requires_grad_()
+    reference = torch.log_softmax(tensor([0.3, 0.2, -0.5], dtype=torch.float64), 0)
+    logprobs = torch.log_softmax(policy, 0)
+    exact = (logprobs.exp() * (logprobs - reference)).sum()
+    for name in ("k1", "k3"):
+        estimate = (logprobs.exp() * losses.kl_estimate(name, logprobs, reference)).sum()
+        assert estimate.item() == pytest.approx(exact.item(), rel=1e-12)
+    (expected,) = torch.autograd.grad(exact, policy, retain_graph=True)
+    (found,) = torch.autograd.grad((logprobs.exp().detach() * losses.kl_estimate("k2", logprobs, reference)).sum(), policy)
+    torch.testing.assert_close(found, expected)
+
+
+def test_entropy_by_definition_and_its_gradient() -> None:
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    torch.testing.assert_close(losses.entropy(logits), expected)
+    assert torch.autograd.gradcheck(losses.entropy, (logits,))
+
+
+def test_tis_icepop_and_mis_by_hand() -> None:
+    ratio = tensor([0.25, 1.0, 1.5, 4.0])
+    tis = correction.tis(ratio.log(), 2.0)
+    assert tis.weights.tolist() == pytest.approx([0.25, 1.0, 1.5, 2.0]) and tis.changed.tolist() == [False, False, False, True]
+    icepop = correction.icepop(ratio.log(), 0.5, 2.0)
+    assert icepop.weights.tolist() == pytest.approx([0.0, 1.0, 1.5, 0.0])
+    ids, mask = tensor([0, 0, 1, 1]), tensor([True, True, True, True])
+    mis = correction.mis(ratio.log(), mask, ids, 2, 2.0)
+    assert mis.weights.tolist() == pytest.approx([0.25, 0.25, 0.0, 0.0])
+    masked = correction.mis(ratio.log(), tensor([True, True, True, False]), ids, 2, 2.0)
+    assert masked.weights.tolist() == pytest.approx([0.25, 0.25, 1.5, 1.5])
+
+
+@pytest.mark.parametrize("kind", list(Correction))
+def test_corrections_are_constants_and_one_without_mismatch(kind: Correction) -> None:
+    cfg = config(**{"algorithm.correction": kind})
+    old = tensor([-1.0, -2.0, -0.5]).requires_grad_()
+    mask, ids = torch.ones(3, dtype=torch.bool), tensor([0, 0, 1])
+    weights = correction.correction_weights(cfg.algorithm, old, old.detach(), mask, ids, 2)
+    assert weights.weights.tolist() == [1.0, 1.0, 1.0] and not weights.changed.any()
+    assert not weights.weights.requires_grad
+
+
+def test_huge_ratios_stay_finite() -> None:
+    assert torch.isfinite(correction.tis(tensor([1e4, -1e4]), 2.0).weights).all()
