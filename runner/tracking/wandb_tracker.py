@@ -44,7 +44,7 @@ class WandbTracker(BaseTracker):
                 tags=list(cfg.tracking.tags),
                 name=run_dir.name,
                 id=self._run_id(resumed),
-                resume=None if self.offline else "allow",  # offline there is no server to ask: the id alone decides
+                resume="allow",
                 dir=str(run_dir),
                 config=config,
                 settings=settings,
