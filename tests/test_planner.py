@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from planner_configs import MODELS, config, local, megatron, parallelism, precision, sglang, torch_trainer
@@ -160,6 +161,51 @@ def test_activations_by_hand() -> None:
     assert activation_bytes(cfg, 0, 1000) == 36 * (attention + mlp) * 1000
     cfg.trainer.recompute = "full"
     assert activation_bytes(cfg, 0, 1000) == (36 * 2 * 2560 + attention + mlp) * 1000
+
+
+@pytest.mark.parametrize("name", ["qwen3_4b", "qwen3_30b"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_those_that_autograd_keeps(name: str, recompute: str) -> None:
+    """One more layer of the torch trainer's model keeps what the planner says, within a fifth (sums over unique storages)."""
+    import torch
+
+    from runner.models.build import build_model
+    from runner.trainer import experts
+    from runner.trainer.recompute import install_recompute
+
+    experts.register()
+    sizes = {"hidden_size": 512, "ffn_size": 1536, "num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "vocab_size": 64}
+    if name == "qwen3_30b":
+        sizes |= {"num_experts": 8, "experts_top_k": 2, "expert_ffn_size": 512}
+    tokens, kept, planned = 256, [], []
+    for layers in (1, 2):
+        cfg = config(name, parallelism(1, gpus_per_engine=1), trainer=torch_trainer(recompute=recompute))
+        cfg.model = replace(MODELS[name], **sizes, num_layers=layers, hf_checkpoint=None)
+        model = build_model(cfg.model, dtype=torch.bfloat16, seed=0, experts=experts.NAME).train()
+        install_recompute(model, recompute)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, torch.Tensor] = {}
+
+        def keep(t: torch.Tensor, weights: set[int] = weights, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in weights:
+                saved[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            hidden = model.model(torch.arange(tokens)[None] % 64).last_hidden_state
+        kept.append(sum(t.untyped_storage().nbytes() for t in saved.values()))
+        working = activation_bytes(cfg, 0, tokens) - activation_bytes(_without_layers(cfg), 0, tokens)
+        planned.append(working)
+        del hidden
+    measured, expected = kept[1] - kept[0], planned[1]
+    assert measured == pytest.approx(expected, rel=0.2)
+
+
+def _without_layers(cfg: Config) -> Config:
+    """The same with one layer less, so that a difference is one layer's share."""
+    fewer = copy.deepcopy(cfg)
+    fewer.model.num_layers = max(cfg.model.num_layers - 1, 1)
+    return fewer
 
 
 def test_recompute_sequence_parallel_and_stages_order_activations() -> None:

@@ -43,6 +43,11 @@ CUDA_RESERVE = int(2.5 * GIB)
 FRAGMENTATION = 0.04
 HOST_PER_PROCESS = 4 * GIB  # Python, torch and CUDA libraries of one GPU process in host memory
 CPU_PROCESS = int(0.75 * GIB)  # the same for the single process of a CPU run
+# transformers' own modules keep more than fused kernels do (fp32 copies in norms, rotary halves); measured through
+# saved_tensors_hooks, and again by tests/test_planner.py.
+UNFUSED_ATTENTION = 2.1
+UNFUSED_MLP = 1.25
+LOGITS_COPIES = 3  # fp32 [chunk, vocab] tensors at one time in the loss: logits, their softmax or entropy term, their gradient
 SYNC_BUCKET = 1 * GIB  # weights in flight on each side of a sync
 
 
@@ -166,31 +171,34 @@ def mlp_bytes_per_token(cfg: Config, moe: bool, sequence_split: int, act: int) -
 def activation_bytes(cfg: Config, stage: int, tokens: int) -> int:
     """Peak activations of one rank, with the micro-batches that 1F1B keeps in flight (pp - stage of them).
 
-    recompute none and selective keep every layer (with a fused attention kernel the core attention that selective
-    recomputes holds only its log-sum-exp); full keeps each layer's input and one layer's inside.
+    recompute none keeps every layer; full keeps each layer's input and one layer's inside. selective: Megatron recomputes the
+    core attention (with a fused kernel that is only its log-sum-exp), the torch trainer every mlp.
     """
     par, model = cfg.parallelism, cfg.model
     act = base_bytes(cfg)
     sequence_split = par.tp if par.sequence_parallel else 1
     stages = stage_layers(model.num_layers, par.pp, par.last_stage_layers)
     attention = attention_bytes_per_token(model, par.tp, sequence_split, act)
-    if cfg.trainer.recompute == "selective":
-        attention -= 4 * model.num_heads / par.tp
     kinds = [model.num_experts > 0 and layer >= model.num_dense_layers for layer in stages[stage]]
-    layers = [attention + mlp_bytes_per_token(cfg, moe, sequence_split, act) for moe in kinds]
+    mlps = [mlp_bytes_per_token(cfg, moe, sequence_split, act) for moe in kinds]
+    if isinstance(cfg.trainer, TorchTrainerConfig):
+        attention *= UNFUSED_ATTENTION
+        mlps = [UNFUSED_MLP * mlp for mlp in mlps]
+    inputs = act * model.hidden_size / sequence_split
+    kept, working = attention * len(mlps) + sum(mlps), 0.0
     if cfg.trainer.recompute == "full":
-        kept = len(layers) * act * model.hidden_size / sequence_split
-        working = max(layers)
-    else:
-        kept, working = sum(layers), 0.0
-    in_flight = par.pp - stage
-    return int(tokens * (kept * in_flight + working))
+        kept, working = len(mlps) * inputs, attention + max(mlps)
+    elif cfg.trainer.recompute == "selective" and is_megatron(cfg):
+        kept -= len(mlps) * 4 * model.num_heads / par.tp
+    elif cfg.trainer.recompute == "selective":
+        kept, working = len(mlps) * (attention + 2 * inputs), max(mlps)
+    return int(tokens * (kept * (par.pp - stage) + working))
 
 
 def logits_bytes(cfg: Config, tokens: int) -> int:
-    """Last stage: fp32 logits and their gradient for one chunk of positions, with the model-dtype logits they come from."""
+    """Last stage: the fp32 tensors of the loss for one chunk of positions, with the model-dtype logits they come from."""
     chunk = min(cfg.trainer.logprob_chunk_tokens, tokens)
-    return int(chunk * cfg.model.vocab_size / cfg.parallelism.tp * (4 + 4 + base_bytes(cfg)))
+    return int(chunk * cfg.model.vocab_size / cfg.parallelism.tp * (4 * LOGITS_COPIES + base_bytes(cfg)))
 
 
 def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -199,21 +207,19 @@ def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) ->
     device: dict[str, int] = {"weights": int(shares.elements * base)}
     host: dict[str, int] = {}
     trainer = cfg.trainer
-    if isinstance(trainer, MegatronTrainerConfig):
-        masters, gradient_bytes = True, 4  # Megatron accumulates and reduces gradients in fp32
-    else:
-        masters = isinstance(trainer, TorchTrainerConfig) and trainer.master_weights and base == 2
-        gradient_bytes = 4 + base if masters else base  # fp32 gradients of the masters beside the model's own
-    device["gradients"] = int(shares.elements * gradient_bytes)
+    masters = not isinstance(trainer, TorchTrainerConfig) or (trainer.master_weights and base == 2)
+    gradients = int(shares.elements * 4)  # both trainers accumulate in fp32; a parameter's own gradient is freed at once
     states = {
         "fp32 masters": int(shares.optimizer_elements * 4) if masters else 0,
         "Adam moments": int(shares.optimizer_elements * 8),
     }
     if trainer.optimizer.cpu_offload:
         host.update(states)
+        megatron = isinstance(trainer, MegatronTrainerConfig)
         host["gradients for offloaded Adam"] = int(shares.optimizer_elements * 4)
+        device["gradients"] = gradients if megatron else 0  # the torch trainer accumulates in host memory
     else:
-        device.update(states)
+        device.update({"gradients": gradients, **states})
     device.update(quantization_items(cfg, inventory, shares))
     if cfg.algorithm.kl_coef > 0:
         resident = not isinstance(trainer, MegatronTrainerConfig) or trainer.resident_reference
