@@ -290,3 +290,27 @@ def test_learning_rate_schedules() -> None:
     optimizer.lr_schedule = "steps"
     with pytest.raises(UserError):
         learning_rate(optimizer, 9, 14)
+
+
+@pytest.mark.parametrize("format", ["int4", "mxfp4", "nvfp4", "fp8"])
+def test_export_equals_encoding_every_weight_by_itself(format: str) -> None:
+    """Same integers and scales from stored scales, from a stack, and from bf16(master) alone."""
+    from runner.precision.formats import encode
+
+    trainer = TorchTrainer(cfg := config(format=format))
+    trainer.step(batch(cfg))
+    plain = {exported.name: exported for exported in trainer.export("bf16")}
+    plan = trainer._rollout_layout.formats
+    for name, pieces in trainer._rollout_layout.pieces.items():
+        for piece in pieces:
+            assert plain[piece.name].format == "bf16"
+            plain[piece.name] = encode(piece.name, plain[piece.name].parts[piece.name], plan[name])
+    for exported in trainer.export():
+        expected = plain[exported.name]
+        assert exported.format == expected.format
+        assert {name: part.dtype for name, part in exported.parts.items()} == {n: p.dtype for n, p in expected.parts.items()}
+        _assert_equal(_bytes(exported.parts), _bytes(expected.parts))
+
+
+def _bytes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: part.contiguous().view(torch.uint8) for name, part in parts.items()}

@@ -17,7 +17,7 @@ from torch import nn
 
 from runner.errors import UserError
 from runner.models.family import Family
-from runner.precision.formats import Scales, encode, quantize_dequantize, quantize_dequantize_
+from runner.precision.formats import Scales, encode, module_of, quantize_dequantize, quantize_dequantize_
 from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
@@ -105,18 +105,6 @@ class WeightQuantizer:
         tensor_format = self.layout.formats[name]
         parts = [quantize_dequantize(view, tensor_format, name=name)[0] for _, view in self.layout.parts(name, weight)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(weight.dtype)
-
-    def piece_scales(self, name: str, piece: Piece) -> Scales | None:
-        """The kept scales of one on-disk weight; None where nothing was quantized in place."""
-        whole = self.scales.get((name, None))
-        if whole is not None:
-            return (
-                whole if piece.expert is None else whole.piece(self.layout.formats[name], piece.expert, piece.start, piece.stop)
-            )
-        part = self.scales.get((name, (piece.start, piece.stop)))
-        if part is None or piece.expert is None:
-            return part
-        return Scales(part.scale[piece.expert], None if part.global_scale is None else part.global_scale[piece.expert])
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -220,16 +208,41 @@ def install_fp8_activations(model: nn.Module, layout: WeightLayout, *, backward:
 def export_weights(
     layout: WeightLayout,
     weights: Mapping[str, torch.Tensor],
-    kept: Callable[[str, Piece], Scales | None],
+    kept: Callable[[str, tuple[int, int] | None], Scales | None],
 ) -> Iterator[ExportedTensor]:
     """Every on-disk weight in the layout's formats, from unquantized `weights` (bf16(master), in-memory names).
 
-    `kept` gives the scales that QAT stored, so that the integers are those the trainer computes with.
+    `kept` gives the scales that QAT stored for a part of a tensor (None: the whole), so that the integers are those the
+    trainer computes with. Stacks whose scales stay inside rows are encoded in one call and cut afterwards: one call
+    per expert would cost more than the arithmetic on a small model.
     """
     for name, pieces in layout.pieces.items():
         tensor_format, weight = layout.formats[name], weights[name]
-        for piece in pieces:
-            if tensor_format.quantized:
-                yield encode(piece.name, piece.of(weight), tensor_format, kept(name, piece))
-            else:
+        if not tensor_format.quantized:
+            for piece in pieces:
                 yield ExportedTensor(piece.name, Format.bf16.name, {piece.name: piece.of(weight).detach()})
+        elif pieces[0].expert is None:
+            yield encode(pieces[0].name, weight, tensor_format, kept(name, None))
+        elif layout.row_ranges(name) is None:
+            stack = encode(f"{name}.weight", weight, tensor_format, kept(name, None))
+            yield from (_cut(stack, name, piece) for piece in pieces)
+        else:
+            for piece in pieces:
+                assert piece.expert is not None
+                scales = kept(name, (piece.start, piece.stop))
+                if scales is not None:
+                    shared = scales.global_scale
+                    scales = Scales(scales.scale[piece.expert], None if shared is None else shared[piece.expert])
+                yield encode(piece.name, piece.of(weight), tensor_format, scales)
+
+
+def _cut(stack: ExportedTensor, name: str, piece: Piece) -> ExportedTensor:
+    """The parts of one expert's rows out of an encoded stack [E, out, in]."""
+    module, parts = module_of(piece.name), dict[str, torch.Tensor]()
+    for part_name, part in stack.parts.items():
+        suffix = part_name.removeprefix(f"{name}.")
+        if suffix == "weight_shape":
+            parts[f"{module}.{suffix}"] = torch.tensor([piece.stop - piece.start, int(part[-1])], dtype=torch.int64)
+        else:
+            parts[f"{module}.{suffix}"] = piece.of(part)
+    return ExportedTensor(piece.name, stack.format, parts)

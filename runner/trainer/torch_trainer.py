@@ -358,7 +358,7 @@ class TorchTrainer:
         return export_weights(
             layout,
             self.unquantized_weights(),
-            lambda name, piece: self.quantizer.piece_scales(name, piece) if name in same else None,
+            lambda name, rows: self.quantizer.scales.get((name, rows)) if name in same else None,
         )
 
     def save(self, folder: Path) -> None:
