@@ -20,7 +20,7 @@ LENGTH_BUCKET = 16  # cache positions are read in multiples of this
 
 
 class KVCache:
-    """Keys and values per layer, [slots, length, n, d] each; made when a layer first writes, so any head size fits.
+    """Keys and values per layer, [slots, n, length, d] each; made when a layer first writes, so any head size fits.
 
     `dtype` may be float8_e4m3fn (scale 1): values are cast when they are written and when they are read.
     """
@@ -30,33 +30,36 @@ class KVCache:
         self.layers: dict[tuple[int, str], torch.Tensor] = {}
 
     def write(self, layer: int, kind: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """values [N, n, 1, d] to flat places slot * length + position; returns the layer's tensor."""
+        """values [N, n, 1, d] of the tokens at (slot, position) = index [2, N]; returns the layer's tensor."""
         key = (layer, kind)
         rows, heads, _, size = values.shape
         if key not in self.layers:
-            self.layers[key] = torch.zeros(self.slots, self.length, heads, size, dtype=self.dtype, device=self.device)
+            self.layers[key] = torch.zeros(self.slots, heads, self.length, size, dtype=self.dtype, device=self.device)
         cache = self.layers[key]
-        fresh = values.reshape(rows, heads * size)
+        place = (index[0] * heads).unsqueeze(-1) + torch.arange(heads, device=self.device)
+        places = (place * self.length + index[1].unsqueeze(-1)).view(-1)
+        fresh = values.reshape(rows * heads, size)
         if self.dtype == torch.float8_e4m3fn:
             fresh = fresh.clamp(-448, 448).to(self.dtype).view(torch.uint8)
-            cache.view(torch.uint8).view(-1, heads * size).index_copy_(0, index, fresh)
+            cache.view(torch.uint8).view(-1, size).index_copy_(0, places, fresh)
         else:
-            cache.view(-1, heads * size).index_copy_(0, index, fresh)
+            cache.view(-1, size).index_copy_(0, places, fresh)
         return cache
 
     def copy(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Slots `source` to slots `target` ([n] each), positions 0 .. length-1."""
         for cache in self.layers.values():
             raw = cache.view(torch.uint8) if self.dtype == torch.float8_e4m3fn else cache
-            raw[target, :length] = raw[source, :length]
+            raw[target, :, :length] = raw[source, :, :length]
 
     def grow(self, length: int) -> None:
         """More positions per slot; contents stay."""
         if length <= self.length:
             return
         for key, cache in self.layers.items():
-            grown = torch.zeros(self.slots, length, *cache.shape[2:], dtype=self.dtype, device=self.device)
-            grown[:, : self.length] = cache
+            heads, size = cache.shape[1], cache.shape[3]
+            grown = torch.zeros(self.slots, heads, length, size, dtype=self.dtype, device=self.device)
+            grown[:, :, : self.length] = cache
             self.layers[key] = grown
         self.length = length
 
@@ -73,7 +76,7 @@ class Step:
     """One forward's places; tokens are sorted by row.
 
     slots         the rows' slots: a slice when they are neighbours (decoding), else an index [B] (prefill)
-    write_index   [N] flat cache places of the new tokens
+    write_index   [2, N] slots and positions of the new tokens
     pad_index     [N] places row * S + column in the padded [B, S] query, or None when every row has S tokens
     limit         [B, S] last cache position that a query sees (its own)
     reads         C
@@ -90,10 +93,10 @@ class Step:
     _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
     def read(self, cache: torch.Tensor) -> torch.Tensor:
-        """[B, C, n, d] of these rows: a view for neighbours, a copy otherwise."""
+        """[B, n, C, d] of these rows: a view for neighbours, a copy otherwise."""
         if isinstance(self.slots, slice):
-            return cache[self.slots, : self.reads]
-        return cache[:, : self.reads].index_select(0, self.slots)
+            return cache[self.slots, :, : self.reads]
+        return cache[:, :, : self.reads].index_select(0, self.slots)
 
     def mask(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [B, 1, g * S, C], the same for all layers."""
@@ -121,8 +124,8 @@ def slot_attention(
     values = step.cache.write(layer, "value", step.write_index, value)
     tokens, heads, _, size = query.shape
     groups = heads // key.shape[1]
-    keys_BnCd = step.read(keys).transpose(1, 2)
-    values_BnCd = step.read(values).transpose(1, 2)
+    keys_BnCd = step.read(keys)
+    values_BnCd = step.read(values)
     if step.cache.dtype != query.dtype:
         keys_BnCd, values_BnCd = keys_BnCd.to(query.dtype), values_BnCd.to(query.dtype)
     flat = query.reshape(tokens, heads, size)

@@ -83,12 +83,11 @@ class Engine:
                 self._decode(slots)
             done = slots.finished()
             if len(done):
-                finished = [slots.sample(slot) for slot in done.tolist()]
+                with torch.inference_mode(False):  # the trainer computes gradients with these tensors
+                    finished = [slots.sample(slot) for slot in done.tolist()]
                 slots.release(done, self._move)
                 self.counters["samples"] += len(finished)
-                # inference mode is left while the consumer runs: its tensors must be ordinary ones
-                with torch.inference_mode(False):
-                    yield from finished
+                yield from finished
 
     # -- admission and prefill ---------------------------------------------------------------------------------------
 

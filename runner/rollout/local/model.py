@@ -125,7 +125,7 @@ class EngineModel:
             slots=slice(int(slots[0]), int(slots[-1]) + 1) if neighbours else to(slots),
             rows=rows,
             width=width,
-            write_index=to(slots[row] * cache.length + positions_np),
+            write_index=to(np.stack([slots[row], positions_np])),
             pad_index=None if uniform else to(row * width + column),
             limit=to(limit),
             reads=reads,

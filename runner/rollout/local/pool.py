@@ -12,7 +12,6 @@ import torch
 
 from runner.errors import UserError
 from runner.precision.plan import PrecisionPlan
-from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.engine import Engine
 from runner.rollout.local.model import EngineModel
@@ -21,7 +20,7 @@ from runner.rollout.local.store import WeightStore
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, LocalRolloutConfig, SpeculativeConfig
-from runner.weights.stream import SealedTensor, seal, wire_bytes
+from runner.weights.stream import SealedTensor, seal
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
@@ -107,7 +106,7 @@ class LocalPool:
         with torch.inference_mode(False):
             return torch.empty(len(scored), dtype=torch.float32).copy_(scored)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def effective_weight(self, name: str) -> torch.Tensor:
         """The weight [out, in] that the kernel computes with, from one-hot inputs, as it comes out in the activations' dtype.
 
@@ -189,5 +188,3 @@ def _draft_model(cfg: Config, dtype: torch.dtype, device: torch.device) -> Engin
 
     return load_draft(cfg, dtype, device)
 
-
-__all__ = ["LocalPool", "TensorFormat"]

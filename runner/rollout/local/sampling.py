@@ -78,7 +78,7 @@ def distribution(logits: torch.Tensor, temperature: np.ndarray, top_p: np.ndarra
 
 def _filtered(weights: torch.Tensor, top_p: np.ndarray, top_k: np.ndarray) -> torch.Tensor:
     """Zero all but the top k, then all but the smallest set of tokens whose mass reaches top_p (evaluation only)."""
-    ordered, order = weights.sort(-1, descending=True, stable=True)
+    ordered, order = torch.sort(weights, dim=-1, descending=True, stable=True)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     limit = torch.from_numpy(np.where(top_k > 0, top_k, weights.shape[-1])).to(weights.device)
     ordered = torch.where(rank < limit.unsqueeze(-1), ordered, 0.0)

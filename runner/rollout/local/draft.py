@@ -1,0 +1,59 @@
+"""The draft model of speculative=draft: a folder in HF format with the policy's vocabulary."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from runner.errors import UserError
+from runner.models import FAMILIES
+from runner.models.build import build_model
+from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.attention import ATTENTION
+from runner.rollout.local.model import EngineModel
+from runner.schema import Config, ModelConfig
+
+
+def load_draft(cfg: Config, dtype: torch.dtype, device: torch.device) -> EngineModel:
+    """Raises UserError when the folder is not named, cannot be read, or holds another vocabulary."""
+    key, folder = "speculative.draft_model", cfg.speculative.draft_model
+    if not folder:
+        raise UserError("speculative=draft needs a draft model", key=key, fix=f"{key}=<folder in HF format>")
+    model = _model_config(cfg.model, folder, key)
+    if model.vocab_size != cfg.model.vocab_size:
+        raise UserError(
+            f"'{folder}' has {model.vocab_size} tokens, model {cfg.model.name} has {cfg.model.vocab_size}",
+            key=key,
+            fix="use a draft model of the same vocabulary, or speculative=ngram",
+        )
+    return draft_from_module(model, build_model(model, dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager"))
+
+
+def draft_from_module(model: ModelConfig, module: torch.nn.Module) -> EngineModel:
+    """A draft engine over a model that already has its weights; `module` was built with attention=ATTENTION."""
+    parameter = next(module.parameters())
+    return EngineModel(model, PrecisionPlan.with_format(model, TensorFormat.bf16(), ()), parameter.dtype, parameter.device, module)
+
+
+def _model_config(policy: ModelConfig, folder: str, key: str) -> ModelConfig:
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read '{folder}/config.json': {error}", key=key, fix="give a folder in HF format") from error
+    architectures = set(config["architectures"]) if "architectures" in config else set()
+    for family in FAMILIES.values():
+        if architectures & set(family.architectures):
+            try:
+                fields = family.from_hf_config(config, folder)
+            except ValueError as error:
+                raise UserError(str(error), key=key, fix="use a draft model of a family that runner reads") from error
+            return replace(policy, **fields, hf_checkpoint=folder)
+    raise UserError(
+        f"'{folder}' holds {', '.join(architectures) or 'no named architecture'}, which no family reads",
+        key=key,
+        fix=f"families: {', '.join(FAMILIES)}",
+    )
