@@ -132,16 +132,20 @@ class ThroughputBar:
                 self.console.print(f"converting {shard}")
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def print_summary(report: Report, console: Console) -> None:
     """Weights by role and format, the size before and after, and the speed."""
-    table = Table("weights", "count", "GB before", "GB after", title=f"{report.target}")
+    table = Table("weights", "count", "before", "after", title=f"{report.target}")
     for key, (count, before, after) in sorted(report.layers.items()):
-        table.add_row(key, str(count), f"{before / 1e9:.3f}", f"{after / 1e9:.3f}")
+        table.add_row(key, str(count), _size(before), _size(after))
     counts = [sum(column) for column in zip(*report.layers.values(), strict=True)]
-    table.add_row("total", str(counts[0]), f"{counts[1] / 1e9:.3f}", f"{counts[2] / 1e9:.3f}", style="bold")
+    table.add_row("total", str(counts[0]), _size(counts[1]), _size(counts[2]), style="bold")
     console.print(table)
     for note in report.notes:
         console.print(f"note: {note}")
     if report.resumed:
         console.print(f"{report.resumed} shards were converted before and kept")
-    console.print(f"{report.read_bytes / 1e9:.3f} GB in {report.seconds:.1f} s: {report.gigabytes_per_second:.2f} GB/s")
+    console.print(f"{_size(report.read_bytes)} in {report.seconds:.1f} s: {report.gigabytes_per_second:.2f} GB/s")

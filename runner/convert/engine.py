@@ -95,6 +95,8 @@ def convert(
             for shard, work in jobs.shards.items():
                 size = sum(job.input_bytes for job in work)
                 if shard in partial.done:
+                    if progress:
+                        progress(shard, size)
                     continue
                 if work:
                     written = _convert_shard(opened, partial.folder / shard, work, pool, workers, progress)
@@ -193,13 +195,7 @@ def _convert_job(job: Job, tensors: list[torch.Tensor], writer: ShardWriter) -> 
         case Action.encode:
             _encode(job, tensors[0], writer)
         case Action.decode:
-            parts = {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}
-            exported = ExportedTensor(job.name, job.tensor_format.format.name, parts)
-            decoded = formats.decode(exported, job.tensor_format)
-            _check_finite(job.name, decoded)
-            if tuple(decoded.shape) != job.outputs[0].shape:
-                raise UserError(f"{job.name} decodes to shape {tuple(decoded.shape)}, config.json implies {job.outputs[0].shape}")
-            writer.write(job.name, decoded)
+            _decode(job, {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}, writer)
 
 
 def _encode(job: Job, weight: torch.Tensor, writer: ShardWriter) -> None:
@@ -220,8 +216,39 @@ def _encode(job: Job, weight: torch.Tensor, writer: ShardWriter) -> None:
 def _rows_per_block(tensor_format: TensorFormat, weight: torch.Tensor) -> int:
     if tensor_format.format is Format.nvfp4 or tensor_format.strategy == "tensor":
         return max(weight.shape[0], 1)  # one scale for the whole weight
-    row_bytes = max(weight.shape[1] * weight.element_size(), 1)
-    return max(BLOCK_BYTES // row_bytes // FP8_BLOCK * FP8_BLOCK, FP8_BLOCK)
+    return _rows_of(BLOCK_BYTES, weight.shape[1] * weight.element_size())
+
+
+def _rows_of(num_bytes: int, row_bytes: int) -> int:
+    """Rows that fit, as whole fp8 blocks."""
+    return max(num_bytes // max(row_bytes, 1) // FP8_BLOCK * FP8_BLOCK, FP8_BLOCK)
+
+
+def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> None:
+    """Row block by row block, except where zero points are packed along the rows."""
+    rows, columns = job.outputs[0].shape
+    step = _rows_of(BLOCK_BYTES, columns * 2) if job.tensor_format.symmetric else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        block = parts if step >= rows else {name: _rows(name, part, start, stop, columns) for name, part in parts.items()}
+        decoded = formats.decode(ExportedTensor(job.name, job.tensor_format.format.name, block), job.tensor_format)
+        if tuple(decoded.shape) != (stop - start, columns):
+            raise UserError(
+                f"{job.name} holds {tuple(decoded.shape)} weights where config.json implies {(stop - start, columns)}"
+            )
+        _check_finite(job.name, decoded)
+        writer.write(job.name, decoded, start if step < rows else None)
+
+
+def _rows(name: str, part: torch.Tensor, start: int, stop: int, columns: int) -> torch.Tensor:
+    """What rows [start, stop) of a weight need of one of its parts."""
+    if name.endswith(".weight_shape"):
+        return torch.tensor([stop - start, columns])
+    if part.numel() <= 1:  # a scale of the whole tensor
+        return part
+    if name.endswith(".weight_scale_inv"):
+        return part[start // FP8_BLOCK : -(-stop // FP8_BLOCK)]
+    return part[start:stop]
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

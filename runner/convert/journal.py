@@ -71,6 +71,11 @@ class Partial:
         if not entries:
             self._append({"identity": self.identity})
             return
+        if entries[0].get("identity") != self.identity and len(entries) == 1:  # no shard was finished: nothing is lost
+            assert self._journal is not None
+            os.ftruncate(self._journal, 0)
+            self._append({"identity": self.identity})
+            return
         if entries[0].get("identity") != self.identity:
             raise UserError(
                 f"{self.folder} is the rest of another conversion (other source files, format or roles)",
@@ -97,14 +102,18 @@ class Partial:
 
     def publish(self) -> None:
         """Make the folder the target, in one rename; the journal goes last, so a kill before it loses nothing."""
-        _sync_folder(self.folder)
+        for path in self.folder.rglob("*"):
+            if path.suffix != ".safetensors":  # shards are on the disk since they were finished
+                _sync(path)
+        _sync(self.folder)
         self.folder.rename(self.target)
-        _sync_folder(self.target.parent)
+        _sync(self.target.parent)
         (self.target / JOURNAL).unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
