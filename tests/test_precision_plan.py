@@ -1,5 +1,6 @@
 """The plan by role, quantization_config written and read, and the audit against every planted defect."""
 
+# ruff: noqa: C408 (keyword tables read better)
 from __future__ import annotations
 
 import json
@@ -152,7 +153,9 @@ def test_the_published_kimi_config() -> None:
     """quantization_config of Kimi-K2-Thinking: only routed experts are INT4, by regular expressions."""
     config = {
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*mlp.gate$"],
+        "ignore": [
+            "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*mlp.gate$",
+        ],
         "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": None, "output_activations": None, "weights": {
             "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True, "dynamic": False,
             "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {}}}},

@@ -26,7 +26,7 @@ runs_here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), r
 def test_the_tests_below_pass_in_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported, so a process of its own; it must have run every test."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "kernel"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "kernel"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert "skipped" not in result.stdout and "passed" in result.stdout
@@ -50,7 +50,7 @@ def weight_of(kind: str) -> torch.Tensor:
 @needs_triton
 @runs_here
 @pytest.mark.parametrize("kind", ["stacked", "near_ties", "subnormal", "any_bits"])
-@pytest.mark.parametrize("group_size", [16, 32, 128, -1])
+@pytest.mark.parametrize("group_size", [16, 128, -1])
 @pytest.mark.parametrize("convention", list(Convention))
 def test_kernel_bits(kind: str, group_size: int, convention: Convention) -> None:
     from runner.precision.kernels import gpu, limit_of

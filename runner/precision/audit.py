@@ -133,7 +133,7 @@ def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json")
     config = json.loads(path.read_text())
-    for holder in (config, config["text_config"] if "text_config" in config else {}):
+    for holder in (config, config.get("text_config") or {}):
         if "quantization_config" in holder:
             return holder["quantization_config"]
     return None

@@ -185,9 +185,7 @@ def quantize_dequantize(
     return _named(name, _quantize_dequantize, name, weight, tensor_format, scales)
 
 
-def _quantize_dequantize(
-    name: str, weight: torch.Tensor, tf: TensorFormat, scales: Scales | None
-) -> tuple[torch.Tensor, Scales]:
+def _quantize_dequantize(name: str, weight: torch.Tensor, tf: TensorFormat, scales: Scales | None) -> tuple[torch.Tensor, Scales]:
     kept = scales.scale if scales else None
     match tf.format:
         case Format.int4 | Format.int8:

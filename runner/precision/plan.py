@@ -234,7 +234,7 @@ def _ct_weights(grid: TensorFormat) -> dict[str, Any]:
         "block_structure": None,
         "dynamic": False,
         "actorder": None,
-        "scale_dtype": _CT_SCALE_DTYPES[grid.format] if grid.format in _CT_SCALE_DTYPES else None,
+        "scale_dtype": _CT_SCALE_DTYPES.get(grid.format),
         "observer": "minmax",
         "observer_kwargs": {"convention": grid.convention.name} if grid.convention else {},
     }
@@ -249,7 +249,7 @@ def _reader(config: Mapping[str, Any] | None) -> Callable[[str], TensorFormat]:
     """Module name -> format, as the program that wrote this quantization_config means it."""
     if config is None:
         return lambda module: TensorFormat.bf16()
-    method = config["quant_method"] if "quant_method" in config else None
+    method = config.get("quant_method")
     if method == "compressed-tensors":
         return _compressed_tensors_reader(config)
     if method == "fp8":
@@ -261,14 +261,13 @@ def _reader(config: Mapping[str, Any] | None) -> Callable[[str], TensorFormat]:
 
 
 def _fp8_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
-    block = config["weight_block_size"] if "weight_block_size" in config else None
+    block = config.get("weight_block_size")
     if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
         raise UserError(f"quantization_config.weight_block_size is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
     if "fmt" in config and config["fmt"] != "e4m3":
         raise UserError(f"quantization_config.fmt is {config['fmt']!r}; readable is 'e4m3'")
     grid = TensorFormat.fp8("block" if block else "tensor")
-    kept = config["modules_to_not_convert"] if "modules_to_not_convert" in config else None
-    entries = [f".{entry.strip('.')}." for entry in kept or []]
+    entries = [f".{entry.strip('.')}." for entry in config.get("modules_to_not_convert") or []]
 
     def format_of(module: str) -> TensorFormat:
         # whole dotted components: `mlp.gate` must not swallow `mlp.gate_up_proj`
@@ -279,9 +278,9 @@ def _fp8_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
 
 
 def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
-    ignored = list(config["ignore"] or []) if "ignore" in config else []
+    ignored = list(config.get("ignore") or [])
     schemes = [
-        (list(scheme["targets"]), _ct_grid(scheme["weights"], config["format"] if "format" in config else None))
+        (list(scheme["targets"]), _ct_grid(scheme["weights"], config.get("format")))
         for scheme in config["config_groups"].values()
     ]
 
@@ -306,7 +305,7 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
         return TensorFormat.bf16()
 
     def value(key: str) -> Any:
-        return weights[key] if key in weights else None
+        return weights.get(key)  # someone else's JSON: a key that is absent reads as null
 
     strategy, bits, group = value("strategy"), value("num_bits"), value("group_size")
     if value("actorder") not in (None, "static", "weight"):

@@ -137,9 +137,7 @@ def quantize_dequantize_(
     limit = limit_of(convention, scale if kept_scale else None)
 
     def part(start: int, stop: int) -> int:
-        return cpu.quantize_dequantize_rows(
-            target[start:stop], cpu.MIDPOINTS, code, kept_scale, limit, scale_bits[start:stop]
-        )
+        return cpu.quantize_dequantize_rows(target[start:stop], cpu.MIDPOINTS, code, kept_scale, limit, scale_bits[start:stop])
 
     if over_rows(part, rows.shape[0], columns) >= limit:
         int4.quantize(weight, group_size, convention)  # the bad row is as it came in: raises, with what is wrong

@@ -69,7 +69,7 @@ def _row_amax(row, amax):
     for g in range(row.shape[0]):
         top = np.uint16(0)
         for b in range(blocks):
-            top = max(top, _block_amax(row, (g * blocks + b) * LANES))
+            top = max(top, _block_amax(row, (g * blocks + b) * LANES))  # type: ignore[call-arg]
         amax[g] = top
         largest = max(largest, top)
     return largest
