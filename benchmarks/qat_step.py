@@ -1,6 +1,6 @@
 """QAT step time over BF16 step time, and over fake quantization in the forward, in one process.
 
-    python benchmarks/qat_step.py [--tokens 4096] [--rounds 7] [--recompute none|full] [--micro-batch-tokens 2048]
+    python -m benchmarks.qat_step [--tokens 4096] [--rounds 7] [--recompute none|full] [--micro-batch-tokens 2048]
 
 The three kinds take turns step by step, so that a busy machine slows all of them alike; the figure is the ratio of the
 medians, and the smallest times stand beside. Aim: in place over BF16 at most 1.02 at 4,096 tokens or more per step.
@@ -136,7 +136,7 @@ def main() -> int:
         f"{batch.num_tokens} tokens per step, micro-batches of {args.micro_batch_tokens}, recompute {args.recompute}, {args.rounds} rounds"
     )
     for kind, rows in times.items():
-        command = [sys.executable, __file__, *sys.argv[1:], "--peak", kind]
+        command = [sys.executable, "-m", "benchmarks.qat_step", *sys.argv[1:], "--peak", kind]
         peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{kind:20s} median {statistics.median(rows):.4f} s  min {min(rows):.4f} s  peak {peak:.0f} MiB")
     base, ours, forward = (times[kind] for kind in KINDS)
