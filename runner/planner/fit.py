@@ -92,17 +92,29 @@ def more_gpus(cfg: Config) -> Iterator[Change]:
         yield _chain(*changes)
 
 
-def try_changes(cfg: Config, inventory: Inventory, changes: tuple[Change, ...]) -> MemoryPlan | None:
-    """The memory plan with the changes, or None where they cannot be placed."""
+Inventories = dict[str, Inventory]  # by the formats they were taken for: reading the table of a large model takes a second
+
+
+def _formats(cfg: Config) -> str:
+    return repr((cfg.precision.train, cfg.precision.rollout, cfg.precision.roles))
+
+
+def try_changes(
+    cfg: Config, inventory: Inventory, changes: tuple[Change, ...], known: Inventories | None = None
+) -> MemoryPlan | None:
+    """The memory plan with the changes, or None where they cannot be placed. `known` keeps inventories between calls."""
+    known = {} if known is None else known
+    known[_formats(cfg)] = inventory
     changed = copy.deepcopy(cfg)
     for _, apply in changes:
         apply(changed)
     if placement_problems(changed):
         return None
     try:
-        if changed.precision != cfg.precision:
-            inventory = take_inventory(changed)
-        return plan_memory(changed, inventory)
+        formats = _formats(changed)
+        if formats not in known:
+            known[formats] = take_inventory(changed)
+        return plan_memory(changed, known[formats])
     except UserError:  # a grid or a split that this model does not have
         return None
 
@@ -111,12 +123,13 @@ def what_would_fit(cfg: Config, inventory: Inventory, limit: int = 6) -> list[st
     """Overrides that make the plan fit: single changes, or pairs where no single one is enough; triples after that."""
     changes = list(single_changes(cfg))
     found: list[str] = []
+    known: Inventories = {}
     for size in (1, 2, 3):
         for chosen in combinations(changes, size):
             keys = [part.split("=")[0] for text, _ in chosen for part in text.split()]
             if len(set(keys)) < len(keys):
                 continue
-            plan = try_changes(cfg, inventory, chosen)
+            plan = try_changes(cfg, inventory, chosen, known)
             if plan is not None and plan.fits:
                 found.append(" ".join(text for text, _ in chosen))
                 if len(found) == limit:

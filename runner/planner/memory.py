@@ -11,10 +11,11 @@ Every number here is in bytes unless a name says otherwise.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from math import ceil
 
-from runner.planner.parameters import Inventory, on_stage, shard, stage_layers, stored_bytes
+from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers, stored_bytes
 from runner.planner.workload import (
     GIB,
     base_bytes,
@@ -120,22 +121,31 @@ class StateShares:
         return self.dense / self.dense_dp + self.expert / self.expert_dp
 
 
-def state_shares(cfg: Config, inventory: Inventory, stage: int) -> StateShares:
-    par, model = cfg.parallelism, cfg.model
-    megatron = isinstance(cfg.trainer, MegatronTrainerConfig)
-    stages = stage_layers(model.num_layers, par.pp, par.last_stage_layers)
+@functools.lru_cache(maxsize=256)  # proposals plan the same shards many times
+def _stage_elements(
+    inventory: Inventory, stage: int, tp: int, pp: int, ep: int, etp: int, last_stage_layers: int | None, pad_vocab: bool
+) -> tuple[float, float, float]:
+    """(dense, expert, quantized) parameters of one rank of a pipeline stage."""
+    model = inventory.model
+    stages = stage_layers(model.num_layers, pp, last_stage_layers)
     dense = expert = quantized = 0.0
     for group in inventory.groups:
         if not on_stage(group, stage, stages, model.tied_embeddings):
             continue
-        share = shard(group, tp=par.tp, ep=par.ep, etp=par.etp, num_kv_heads=model.num_kv_heads, pad_vocab=megatron)
+        share = shard(group, tp=tp, ep=ep, etp=etp, num_kv_heads=model.num_kv_heads, pad_vocab=pad_vocab)
         elements = group.elements * share
-        if group.split.name == "expert":
+        if group.split is Split.expert:
             expert += elements
         else:
             dense += elements
         if group.train.format is not Format.bf16:
             quantized += elements
+    return dense, expert, quantized
+
+
+def state_shares(cfg: Config, inventory: Inventory, stage: int) -> StateShares:
+    par, megatron = cfg.parallelism, is_megatron(cfg)
+    dense, expert, quantized = _stage_elements(inventory, stage, par.tp, par.pp, par.ep, par.etp, par.last_stage_layers, megatron)
     sharded = isinstance(cfg.trainer, MegatronTrainerConfig) and cfg.trainer.distributed_optimizer
     dense_dp = max(par.ranks // (par.tp * par.pp), 1) if sharded else 1
     expert_dp = max(par.ranks // (par.ep * par.etp * par.pp), 1) if sharded else 1
@@ -252,12 +262,17 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
 
 def engine_weight_bytes(cfg: Config, inventory: Inventory) -> int:
     """Weights of one engine GPU in rollout format: attention and dense parts over its GPUs, experts over engine_ep."""
-    gpus = max(cfg.parallelism.gpus_per_engine, 1)
-    ep = max(cfg.parallelism.engine_ep, 1)
+    par = cfg.parallelism
+    return _engine_bytes(inventory, max(par.gpus_per_engine, 1), max(par.engine_ep, 1), base_bytes(cfg))
+
+
+@functools.lru_cache(maxsize=64)
+def _engine_bytes(inventory: Inventory, gpus: int, ep: int, base: int) -> int:
     total = 0.0
     for group in inventory.groups:
-        share = shard(group, tp=gpus, ep=ep, etp=max(gpus // ep, 1), num_kv_heads=cfg.model.num_kv_heads, pad_vocab=False)
-        total += stored_bytes(group.shape, group.rollout, base_bytes(cfg)) * group.count * share
+        kv_heads = inventory.model.num_kv_heads
+        share = shard(group, tp=gpus, ep=ep, etp=max(gpus // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
+        total += stored_bytes(group.shape, group.rollout, base) * group.count * share
     return int(total)
 
 

@@ -57,9 +57,9 @@ class ParameterGroup:
         return self.count * prod(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inventory:
-    """All parameters of a model, grouped, with their formats on both sides of the loop."""
+    """All parameters of a model, grouped, with their formats on both sides of the loop. Hashed by identity."""
 
     model: ModelConfig
     groups: tuple[ParameterGroup, ...]
