@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 440, 220
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 26
 NUM_COLORS = 8
 DOT_BELOW = 3  # a line of fewer points is drawn as dots, or nobody would see it
 SMOOTH_FROM = 12  # points from which a running mean is drawn over a pale line
@@ -57,6 +57,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def value_range(values: list[float]) -> tuple[float, float]:
     """The range to show: it starts at 0 unless that would squeeze the curve into a corner."""
     low, high = min(values), max(values)
+    if low == high:  # a flat line: show how far from 0 it is
+        return (min(low, 0.0), max(high, 0.0)) if low != 0 else (0.0, 1.0)
     if 0 < low < 0.6 * high:
         low = 0.0
     return low, high

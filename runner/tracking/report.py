@@ -38,6 +38,7 @@ class Chart:
     metrics: tuple[str, ...]
     hint: str = ""
     stacked: bool = False
+    min_series: int = 1  # fewer say nothing that another card does not
     unless_zero: bool = False  # a card that is only worth its place when something happened
     smoothed: bool = False
 
@@ -64,7 +65,10 @@ CHARTS = (
         "mean |difference| per token",
     ),
     Chart(
-        "Mismatch by staleness", ("train/train_rollout_logprob_abs_diff/lag_*",), "by optimizer steps since the token's weights"
+        "Mismatch by staleness",
+        ("train/train_rollout_logprob_abs_diff/lag_*",),
+        "by optimizer steps since the token's weights",
+        min_series=2,
     ),
     Chart(
         "Response length",
@@ -73,7 +77,12 @@ CHARTS = (
         smoothed=True,
     ),
     Chart("Truncated and zero-variance", ("rollout/truncated_ratio", "rollout/zero_std"), "share"),
-    Chart("Time per step", ("perf/rollout_time", "perf/train_time", "perf/update_weights_time"), "seconds", stacked=True),
+    Chart(
+        "Time per step",
+        ("perf/rollout_time", "perf/train_time", "perf/update_weights_time", "perf/decompose_time", "perf/eval_time"),
+        "seconds",
+        stacked=True,
+    ),
     Chart("Throughput", ("perf/tokens_per_gpu_per_sec", "perf/tokens_per_sec"), "tokens/s"),
     Chart("Speculation", ("rollout/spec_accept_length", "rollout/spec_accept_rate"), "tokens per engine step; accepted share"),
     Chart("Entropy", ("train/entropy_loss",), "nats per token", smoothed=True),
@@ -233,6 +242,11 @@ def draw_chart(run: RunData, chart: Chart, metrics: list[str]) -> str:
         Series(label, run.points(name), i % NUM_COLORS) for i, (label, name) in enumerate(zip(labels, metrics, strict=True))
     ]
     if chart.stacked:
+        rows = [row for row in run.metrics if any(name in row for name in metrics)]
+        series = [  # every part at every step, or thinning would tear the bars apart
+            Series(s.label, [(row["step"] + 1, row.get(name, 0.0)) for row in rows], s.color)
+            for s, name in zip(series, metrics, strict=True)
+        ]
         if chart.title == "Time per step" and run.points("perf/step_time"):
             series.append(Series("rest", unaccounted_time(run, metrics), NUM_COLORS - 1))
         return stacked_bars(chart.title, series, hint=chart.hint)
@@ -254,7 +268,7 @@ def write_report(run_dir: Path) -> Path:
         metrics = matching(names, chart.metrics)
         used.update(metrics)
         happened = any(y != 0 for name in metrics for _, y in run.points(name))
-        if metrics and (happened or not chart.unless_zero):
+        if len(metrics) >= chart.min_series and (happened or not chart.unless_zero):
             cards.append(draw_chart(run, chart, metrics))
     rest = [line_chart(name, [Series(short_label(name), run.points(name), 0)]) for name in names if name not in used]
     path = run_dir / "report.html"

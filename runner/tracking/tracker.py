@@ -119,8 +119,10 @@ class JsonlTracker(BaseTracker):
         atomic_write(self.run_dir / "rollouts" / f"step_{step}.jsonl", text)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        row = {"time": round(time.time(), 3), "attempt": self.attempt, "step": self.step, "kind": kind, "message": message}
-        self._append("events.jsonl", row | {"data": data or {}})
+        data = data or {}
+        step = data.get("step", self.step)  # what is said of a step after it was logged names it
+        row = {"time": round(time.time(), 3), "attempt": self.attempt, "step": step, "kind": kind, "message": message}
+        self._append("events.jsonl", row | {"data": data})
 
 
 class StatusTracker(BaseTracker):
