@@ -126,11 +126,16 @@ def take_inventory(cfg: Config) -> Inventory:
 
     table = list(family_of(cfg.model).parameters(cfg.model))
     train, rollout = grids(cfg, "train"), grids(cfg, "rollout")
-    counts: Counter[ParameterGroup] = Counter()
+    counts: Counter[tuple[object, ...]] = Counter()
+    groups: dict[tuple[object, ...], ParameterGroup] = {}
     for p in table:
-        key = ParameterGroup(p.role, p.layer, tuple(p.shape), split_of(p), train.get(p.name, BF16), rollout.get(p.name, BF16), 1)
+        on_trainer, on_engine, split = train.get(p.name, BF16), rollout.get(p.name, BF16), split_of(p)
+        # names and ids, because hashing enums and dataclasses takes seconds for the 70,000 experts of a large model
+        key = (p.layer, p.shape, p.role.name, split.name, id(on_trainer), id(on_engine))
+        if key not in groups:
+            groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), split, on_trainer, on_engine, 1)
         counts[key] += 1
-    return Inventory(cfg.model, tuple(replace(key, count=n) for key, n in counts.items()))
+    return Inventory(cfg.model, tuple(replace(group, count=counts[key]) for key, group in groups.items()))
 
 
 def stage_layers(num_layers: int, pp: int, last_stage_layers: int | None) -> list[range]:
