@@ -171,6 +171,9 @@ def _start(command: Command) -> int:
         raise UserError(f"{command.verb} does not sweep", fix="python -m runner -m key=a,b,c runs a sweep")
     loaded = compose.load(command.overrides)
     if command.verb == "run":
+        from runner import preflight
+
+        preflight.check(loaded.config)  # before torch is imported: a machine that cannot run it hears so at once
         return _call("run", loaded.config, loaded.overrides)
     return _call(command.verb, loaded.config, *command.words)
 

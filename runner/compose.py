@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from runner import schema
 from runner.cli.problems import Diagnosis, diagnose, override_key
@@ -56,8 +57,11 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
         raw = compose_raw(overrides)
         if OmegaConf.missing_keys(raw):
             raise OmegaConfBaseException("missing values")
+        if any(item.startswith(("+", "~")) for item in overrides):  # Hydra lets these past the schema
+            diagnosis = diagnosed(overrides)
+            raw = diagnosis.raw if diagnosis.problems else raw
         config = to_config(raw)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         diagnosis = diagnosed(overrides)
         if not diagnosis.problems:
             diagnosis.problems.append(UserError(str(error).strip()))

@@ -97,7 +97,7 @@ def test_options_of_engines_that_can_speculate() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS["parallelism"])
 def test_every_parallelism_composes_with_a_model_it_is_for(option: str) -> None:
-    model = "kimi_k2_thinking" if option == "h200x256" else "qwen3_235b" if option == "h200x64" else "qwen3_30b"
+    model = "kimi_k2_thinking" if option == "h200x256" else "qwen3_235b" if option == "h200x64" else "mimo_7b" if option == "h200x8_tp2" else "qwen3_30b"
     if option.startswith("cpu") or option == "single":
         model = "tiny_moe"
     overrides = [f"model={model}", f"parallelism={option}"]
@@ -133,7 +133,7 @@ def test_laptop_puts_the_toy_twin_in_a_models_place(model: str) -> None:
     preflight.check(cfg)  # a laptop can run it
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_235b_int4", "kimi_k2_int4", "qwen3_30b_fp8"])
+@pytest.mark.parametrize("recipe", ["qwen3_235b_int4", "kimi_k2_int4", "qwen3_30b_fp8", "qwen3_4b_fp8"])
 def test_recipes_at_laptop_scale_run_here(recipe: str) -> None:
     cfg = compose.load([f"recipe={recipe}", "scale=laptop"]).config
     assert cfg.recipe == recipe and cfg.scale == "laptop" and cfg.model.name.startswith("tiny")

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from runner.errors import UserError
 from runner.schema import Config
@@ -78,13 +78,18 @@ def diagnose(loader: Any, config_dir: Path, config_name: str, overrides: list[st
     except (HydraException, OmegaConfBaseException) as error:
         result.problems.append(UserError(str(error).strip(), where=_file_of(error, config_dir)))
         return result
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{shown_path(Path(mark.name), config_dir)}:{mark.line + 1}" if mark else None
+        result.problems.append(UserError(f"not YAML: {error.problem}", where=where, fix="mend the file"))
+        return result
     for item in chosen:
         result.sources[item.key_or_group] = COMMAND_LINE
     _replay_files(defaults, config_dir, result)
     for item in parsed:
         if item not in chosen and not item.key_or_group.startswith("hydra"):
             _replay_override(item, options, result)
-    result.problems += [_missing(key, result) for key in sorted(OmegaConf.missing_keys(result.raw))]
+    result.problems += [UserError("has no value", key=key, fix=f"{key}=<value>") for key in missing_keys(result.raw)]
     result.problems += list(_unresolvable(result))
     return result
 
@@ -121,7 +126,7 @@ def _valid_choice(item: Override, options: dict[str, list[str]], problems: list[
     if group not in options or value in options[group]:
         return True
     known = options[group]
-    if value is None or value is False:
+    if value in (None, False, "off", "no", "null"):
         fix = f"{group}=none" if "none" in known else f"{group}={known[0]}"
     else:
         close = nearest(str(value), known)
@@ -270,8 +275,15 @@ def _type_name(expected: Any) -> str:
     return names.get(expected, f"a {getattr(expected, '__name__', expected)}")
 
 
-def _missing(key: str, result: Diagnosis) -> UserError:
-    return UserError("has no value", key=key, fix=f"{key}=<value>")
+def missing_keys(raw: DictConfig) -> list[str]:
+    """Keys without a value. Unlike OmegaConf.missing_keys it does not stop at an interpolation that leads to one."""
+    missing = []
+    for key in all_keys(raw):
+        parent_key, _, name = key.rpartition(".")
+        parent = OmegaConf.select(raw, parent_key) if parent_key else raw
+        if parent is not None and parent._get_node(name)._is_missing():
+            missing.append(key)
+    return missing
 
 
 def _unresolvable(result: Diagnosis) -> Iterator[UserError]:
@@ -283,6 +295,8 @@ def _unresolvable(result: Diagnosis) -> Iterator[UserError]:
             continue
         try:
             parent[name]
+        except InterpolationToMissingValueError:  # the missing value itself is reported
+            continue
         except OmegaConfBaseException as error:
             text = parent._get_node(name)._value()
             where = result.sources.get(key)
