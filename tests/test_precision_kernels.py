@@ -136,3 +136,16 @@ def test_non_contiguous_and_odd_widths_fall_to_the_reference() -> None:
         changed = weight.clone().t().contiguous().t()
         kernels.quantize_dequantize_(changed, group, Convention.kimi)
         assert torch.equal(changed, int4.dequantize(q, expected))
+
+
+def test_few_weights_never_load_numba_and_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default run must not pay for numba's start; a job with many weights must not stay with eager torch."""
+    monkeypatch.setattr(kernels, "FIRST_ELEMENTS", 3 * 48 * 256)
+    monkeypatch.setattr(kernels, "_seen", {"elements": 0})
+    loads: list[bool] = []
+    monkeypatch.setattr(kernels, "_loaded", lambda: bool(loads))
+    monkeypatch.setattr(kernels, "load", lambda: loads.append(True))
+    weight = weights("normal", 256)
+    for already in (0, 0, 1, 1):
+        kernels.quantize_pack(weight, 32, Convention.exact)
+        assert len(loads) == already

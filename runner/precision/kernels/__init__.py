@@ -6,6 +6,7 @@ that are no multiple of 16, and weights too small to pay for a kernel's start. T
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from functools import lru_cache
@@ -18,14 +19,28 @@ from runner.precision.checks import as_bf16, check_scale
 from runner.precision.kernels.threads import over_rows
 from runner.schema import Convention
 
-# Importing numba and loading its cached kernels costs 0.4 to 0.7 s once (10 s without a cache, per machine): a weight
-# must save that much before it is the first to ask for them. Once they are there, a call costs 60 us more than nothing.
-FIRST_ELEMENTS = 1 << 24
+# Importing numba and loading its cached kernels costs 0.4 to 1.5 s once per process, compiling them 4 to 8 s once per
+# machine; eager torch handles a billion weights in that time. So the kernels are loaded after that many weights, or when
+# `load` is called by a job that knows it has more (the converter, a benchmark). Once they are there, every weight of at
+# least LOADED_ELEMENTS takes them.
+FIRST_ELEMENTS = 1 << 30
 LOADED_ELEMENTS = 1 << 14
 # From these amax bits on the largest product overflows bf16 (or the weight is infinite or NaN): the reference raises.
 _LIMITS = {Convention.exact: 0x7F80, Convention.kimi: 0x7F7F, Convention.llmcompressor: 0x7F70}
 _INFINITE = 0x7F80
 _CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}
+
+
+_seen = {"elements": 0}  # weights that eager torch has handled in this process
+
+
+def load() -> None:
+    """Load the CPU kernels now (a kernel compiles at its first call on a machine): for jobs with many weights to come."""
+    importlib.import_module("runner.precision.kernels.cpu")
+
+
+def _loaded() -> bool:
+    return "runner.precision.kernels.cpu" in sys.modules
 
 
 @lru_cache(maxsize=1)
@@ -37,8 +52,14 @@ def _suits_cpu(weight: torch.Tensor, group_size: int) -> bool:
     width = weight.shape[-1] if group_size == -1 else group_size
     if weight.device.type != "cpu" or width % 16 or weight.shape[-1] % width:
         return False
-    loaded = "runner.precision.kernels.cpu" in sys.modules
-    return weight.numel() >= (LOADED_ELEMENTS if loaded else FIRST_ELEMENTS)
+    if weight.numel() < LOADED_ELEMENTS:
+        return False
+    if not _loaded():
+        _seen["elements"] += weight.numel()
+        if _seen["elements"] < FIRST_ELEMENTS:
+            return False
+        load()
+    return True
 
 
 def _suits_gpu(weight: torch.Tensor, group_size: int) -> bool:
@@ -150,8 +171,8 @@ def unpack(packed: torch.Tensor, in_features: int) -> torch.Tensor:
         from runner.precision.kernels import gpu
 
         return gpu.unpack(packed)
-    loaded = "runner.precision.kernels.cpu" in sys.modules
-    if packed.device.type != "cpu" or in_features != packed.shape[-1] * 8 or not loaded or packed.numel() * 8 < LOADED_ELEMENTS:
+    whole = in_features == packed.shape[-1] * 8 and packed.numel() * 8 >= LOADED_ELEMENTS
+    if packed.device.type != "cpu" or not whole or not _loaded():
         return int4.unpack(packed, in_features)
     from runner.precision.kernels import cpu
 
