@@ -16,6 +16,7 @@ from runner.rollout.local.model import EngineModel
 from runner.rollout.local.sampling import DRAFT, distribution, draw, uniforms
 from runner.rollout.local.slots import Slots
 from runner.rollout.verify import Proposal
+from runner.samples import Request
 
 
 class Speculation:
@@ -166,12 +167,12 @@ class DraftSpeculation(Speculation):
         self.model, self.max_tokens = model, tokens
         self.cache: KVCache | None = None
         self.filled = np.zeros(0, dtype=np.int64)  # cached positions per slot that still are the sample's own text
-        self._owner: list[int] = []
+        self._owner: list[Request | None] = []
 
     def begin(self, slots: Slots) -> None:
         self.cache = None
         self.filled = np.zeros(slots.capacity, dtype=np.int64)
-        self._owner = [-1] * slots.capacity
+        self._owner = [None] * slots.capacity
 
     def move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         self.filled[targets] = self.filled[sources]
@@ -187,8 +188,8 @@ class DraftSpeculation(Speculation):
             self.cache = KVCache(slots.capacity, slots.max_length, self.model.dtype, self.model.device)
         self.cache.grow(slots.max_length)
         for slot in range(n):  # a slot that holds another request starts over
-            if self._owner[slot] != id(slots.requests[slot]):
-                self._owner[slot] = id(slots.requests[slot])
+            if self._owner[slot] is not slots.requests[slot]:
+                self._owner[slot] = slots.requests[slot]
                 self.filled[slot] = 0
         length = slots.length[:n]
         counts = np.minimum(k, slots.limit[:n] - length - 1)
