@@ -1,6 +1,7 @@
 """The trainer's experts function: tokens sorted by expert, one grouped matmul per projection, no atomics.
 
-Shape legend: N tokens, K experts per token, S = N * K (token, expert) pairs, H hidden, F expert ffn, E experts.
+Shape legend: N tokens, K experts per token, S = N * K (token, expert) pairs, P >= S padded rows, H hidden, F expert ffn,
+E experts.
 """
 
 from __future__ import annotations
@@ -11,41 +12,46 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "runner_sorted"
+# oneDNN compiles a bf16 matmul for every new number of rows (milliseconds each), and routing gives new numbers in every
+# step: rounded up, they repeat.
+CPU_ROWS = 64
 FP8_ATTRIBUTE = "fp8_matmuls"  # in the instance dict of an experts module whose matmuls take FP8 inputs
 
 
-class _GatherSorted(torch.autograd.Function):
-    """hidden [N, H] -> the rows of its (token, expert) pairs in expert order [S, H].
+class _ToSlots(torch.autograd.Function):
+    """hidden [N, H] -> [P, H]: row slot[n * K + k] is token n's for its k-th expert, other rows are zero.
 
-    The backward gathers with the inverse permutation and sums over K: no scatter into repeated rows, which is slow on a
-    CPU and not deterministic on a GPU.
+    The backward gathers and sums over K: no scatter into repeated rows, which is slow on a CPU and not deterministic on
+    a GPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, hidden: torch.Tensor, slot: torch.Tensor, top_k: int, total: int) -> torch.Tensor:
+        ctx.save_for_backward(slot)
         ctx.top_k = top_k
-        return hidden.index_select(0, torch.div(order, top_k, rounding_mode="floor"))
+        return hidden.new_zeros(total, hidden.shape[1]).index_copy_(0, slot, hidden.repeat_interleave(top_k, dim=0))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        grad = grads[0].index_select(0, inverse)
+        (slot,) = ctx.saved_tensors
+        grad = grads[0].index_select(0, slot)
         return grad.view(-1, ctx.top_k, grad.shape[-1]).sum(1), None, None, None
 
 
-class _Unsort(torch.autograd.Function):
-    """rows [S, H] in expert order -> pair order; the backward is the opposite gather."""
+class _FromSlots(torch.autograd.Function):
+    """rows [P, H] -> [S, H] in pair order; the backward puts the gradient back, zero elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        return rows.index_select(0, inverse)
+    def forward(ctx: Any, rows: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(slot)
+        ctx.total = len(rows)
+        return rows.index_select(0, slot)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        return grads[0].index_select(0, order), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (slot,) = ctx.saved_tensors
+        grad = grads[0]
+        return grad.new_zeros(ctx.total, grad.shape[1]).index_copy_(0, slot, grad), None
 
 
 def sorted_experts_forward(
@@ -57,17 +63,28 @@ def sorted_experts_forward(
     """
     num_tokens, top_k = top_k_index.shape
     fp8 = self.__dict__.get(FP8_ATTRIBUTE)
-    pairs = top_k_index.reshape(-1)
-    order = torch.argsort(pairs, stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    ends = torch.bincount(pairs, minlength=self.num_experts).cumsum(0).to(torch.int32)
-    rows = _GatherSorted.apply(hidden_states, order, inverse, top_k)
-    gate_up = _matmul(rows, self.gate_up_proj, ends, fp8)
-    gate, up = gate_up.chunk(2, dim=-1)
+    slot, ends, total = _slots(top_k_index.reshape(-1), self.num_experts, CPU_ROWS if hidden_states.device.type == "cpu" else 1)
+    rows = _ToSlots.apply(hidden_states, slot, top_k, total)
+    gate, up = _matmul(rows, self.gate_up_proj, ends, fp8).chunk(2, dim=-1)
     down = _matmul(self.act_fn(gate) * up, self.down_proj, ends, fp8)
-    output = _Unsort.apply(down, order, inverse).view(num_tokens, top_k, -1)
+    output = _FromSlots.apply(down, slot).view(num_tokens, top_k, -1)
     return (output * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
+def _slots(pairs: torch.Tensor, num_experts: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Expert of each pair [S] -> (row of each pair, end row of each expert int32 [E], rows in all).
+
+    Rows lie in expert order, each expert's padded to a `multiple`; 1 pads nothing and needs no synchronization.
+    """
+    order = torch.argsort(pairs, stable=True)
+    counts = torch.bincount(pairs, minlength=num_experts)
+    padded = (counts + multiple - 1) // multiple * multiple
+    ends = padded.cumsum(0)
+    shift = (ends - padded) - (counts.cumsum(0) - counts)  # what padding of earlier experts adds to a sorted position
+    slot = torch.empty_like(order)
+    slot[order] = torch.arange(len(order), device=order.device)
+    slot = slot + shift[pairs]
+    return slot, ends.to(torch.int32), len(pairs) if multiple == 1 else int(ends[-1])
 
 
 def _matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, fp8: Any) -> torch.Tensor:
