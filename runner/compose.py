@@ -1,8 +1,8 @@
 """From overrides to a checked config: Hydra composes, every problem is reported at once. Imports neither torch nor ray.
 
-    loaded = load(["model=qwen3_30b", "precision.group_size=64"])
-    loaded.config    the typed runner.schema.Config
-    loaded.raw       the same as a DictConfig, interpolations kept
+loaded = load(["model=qwen3_30b", "precision.group_size=64"])
+loaded.config    the typed runner.schema.Config
+loaded.raw       the same as a DictConfig, interpolations kept
 """
 
 from __future__ import annotations

@@ -50,7 +50,10 @@ def _gpus(cfg: Config) -> list[UserError]:
         if needed > visible_gpus():
             has = f"{visible_gpus()} GPUs" if visible_gpus() else "no GPU"
             errors.append(UserError(f"the run needs {needed} GPU{'s' * (needed > 1)}, this machine has {has}", key="parallelism"))
-    for key, device in (("trainer.device", getattr(cfg.trainer, "device", "auto")), ("rollout.device", getattr(cfg.rollout, "device", "auto"))):
+    for key, device in (
+        ("trainer.device", getattr(cfg.trainer, "device", "auto")),
+        ("rollout.device", getattr(cfg.rollout, "device", "auto")),
+    ):
         if device == "cuda" and not visible_gpus():
             errors.append(UserError("this machine has no GPU", key=key, fix=f"{key}=cpu"))
     return errors
@@ -89,7 +92,9 @@ def _files(cfg: Config) -> list[UserError]:
 
 def _is_local(path: str) -> bool:
     """A path of this machine, as against a hub id `owner/name`."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".parquet")
+    return (
+        path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".parquet")
+    )
 
 
 def _instead(cfg: Config) -> list[str]:
@@ -102,5 +107,7 @@ def _instead(cfg: Config) -> list[str]:
     if cfg.scale != "laptop" and not cfg.model.name.startswith("tiny"):
         lines.append(f"python -m runner {shown} scale=laptop    # the same run at toy size, on this machine")
     elif cfg.trainer.name != "torch" or cfg.rollout.name != "local" or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
-        lines.append(f"python -m runner {shown} trainer=torch rollout=local parallelism=single cluster=local    # on this machine")
+        lines.append(
+            f"python -m runner {shown} trainer=torch rollout=local parallelism=single cluster=local    # on this machine"
+        )
     return lines

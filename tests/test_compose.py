@@ -22,7 +22,10 @@ OPTIONS = groups(compose.CONFIG_DIR)
 RECIPES = [name for name in OPTIONS["recipe"] if name != "none"]
 BIG = [name for name in OPTIONS["model"] if not name.startswith("tiny")]
 # The published engine of 4 GPUs would cut blocks of 128 of Moonlight's shared experts, and the rule says so.
-EXTRA = {("moonlight_16b", precision): ["parallelism.gpus_per_engine=2", "parallelism.engine_ep=2"] for precision in ("fp8", "fp8_rollout")}
+EXTRA = {
+    ("moonlight_16b", precision): ["parallelism.gpus_per_engine=2", "parallelism.engine_ep=2"]
+    for precision in ("fp8", "fp8_rollout")
+}
 
 
 def test_default_run_is_the_one_the_readme_promises() -> None:
@@ -51,7 +54,9 @@ def test_a_model_alone_means_its_published_run() -> None:
 
 
 def test_command_line_beats_model_recipe_and_scale() -> None:
-    cfg = compose.load(["recipe=qwen3_30b_int4", "scale=laptop", "precision.group_size=64", "rollout.sampling.temperature=0.7"]).config
+    cfg = compose.load(
+        ["recipe=qwen3_30b_int4", "scale=laptop", "precision.group_size=64", "rollout.sampling.temperature=0.7"]
+    ).config
     assert cfg.precision.rollout.group_size == 64 and cfg.rollout.sampling.temperature == 0.7
     assert compose.load(["model=qwen3_30b", "speculative=ngram"]).config.speculative.method == "ngram"
 
@@ -92,12 +97,23 @@ def test_word_problems_compose_with_a_model_that_can_read(task: str) -> None:
 def test_options_of_engines_that_can_speculate() -> None:
     cfg = compose.load(["model=mimo_7b", "speculative=mtp"]).config
     assert cfg.speculative.online_training and cfg.model.num_mtp_layers == 1
-    assert compose.load(["model=qwen3_30b", "speculative=eagle", "speculative.draft_model=/models/e"]).config.speculative.name == "eagle"
+    assert (
+        compose.load(["model=qwen3_30b", "speculative=eagle", "speculative.draft_model=/models/e"]).config.speculative.name
+        == "eagle"
+    )
 
 
 @pytest.mark.parametrize("option", OPTIONS["parallelism"])
 def test_every_parallelism_composes_with_a_model_it_is_for(option: str) -> None:
-    model = "kimi_k2_thinking" if option == "h200x256" else "qwen3_235b" if option == "h200x64" else "mimo_7b" if option == "h200x8_tp2" else "qwen3_30b"
+    model = (
+        "kimi_k2_thinking"
+        if option == "h200x256"
+        else "qwen3_235b"
+        if option == "h200x64"
+        else "mimo_7b"
+        if option == "h200x8_tp2"
+        else "qwen3_30b"
+    )
     if option.startswith("cpu") or option == "single":
         model = "tiny_moe"
     overrides = [f"model={model}", f"parallelism={option}"]

@@ -56,7 +56,12 @@ BAD: list[tuple[str, str, str, str]] = [
     ("precision=mxfp4_qat precision.group_size=64", "precision.group_size", "groups of 32 by definition", "leave"),
     ("precision.base_dtype=float32", "precision.qat_placement", "masters", "qat_placement=forward"),
     ("trainer.master_weights=false", "precision.qat_placement", "masters", "qat_placement=forward"),
-    ("precision=fp8 precision.fp8_param_gather=true model=qwen3_30b", "precision.fp8_param_gather", "CPU-offloaded", "cpu_offload=false"),
+    (
+        "precision=fp8 precision.fp8_param_gather=true model=qwen3_30b",
+        "precision.fp8_param_gather",
+        "CPU-offloaded",
+        "cpu_offload=false",
+    ),
     ("precision.fp8_backward=true", "precision.fp8_backward", "needs FP8 training", "precision=fp8"),
     ("precision.kv_cache=fp8_e4m3", "precision.kv_cache", "bf16", "precision.kv_cache=bf16"),
     ("model=moonlight_16b parallelism.engine_ep=1", "parallelism.engine_ep", "cuts a group of 128", "parallelism.engine_ep=4"),
@@ -66,10 +71,20 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b parallelism.ranks=4", "parallelism.ranks", "one for each", "parallelism.ranks=8"),
     ("model=qwen3_30b parallelism.ep=3", "parallelism.ep", "128 experts do not divide", "parallelism.ep=2"),
     ("model=qwen3_30b parallelism.ep=16", "parallelism.ep", "does not divide 8", "parallelism.ep=8"),
-    ("model=qwen3_30b parallelism.sequence_parallel=false", "parallelism.sequence_parallel", "experts need", "sequence_parallel=true"),
+    (
+        "model=qwen3_30b parallelism.sequence_parallel=false",
+        "parallelism.sequence_parallel",
+        "experts need",
+        "sequence_parallel=true",
+    ),
     ("parallelism.sequence_parallel=true", "parallelism.sequence_parallel", "tp is 1", "sequence_parallel=false"),
     ("model=mimo_7b parallelism.ep=8", "parallelism.ep", "dense", "parallelism.ep=1"),
-    ("model=qwen3_30b parallelism.pp=2 parallelism.last_stage_layers=48", "parallelism.last_stage_layers", "leave 0", "last_stage_layers=24"),
+    (
+        "model=qwen3_30b parallelism.pp=2 parallelism.last_stage_layers=48",
+        "parallelism.last_stage_layers",
+        "leave 0",
+        "last_stage_layers=24",
+    ),
     ("model=qwen3_235b parallelism.last_stage_layers=null", "parallelism.pp", "94 layers do not divide", "last_stage_layers=22"),
     ("model=qwen3_30b parallelism.last_stage_layers=4", "parallelism.last_stage_layers", "one pipeline stage", "null"),
     ("model=qwen3_30b parallelism.gpus_per_engine=3", "parallelism.gpus_per_engine", "engines of 3", "gpus_per_engine=2"),
@@ -84,11 +99,26 @@ BAD: list[tuple[str, str, str, str]] = [
     ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p", "whole distribution", "top_p=1.0"),
     ("rollout.sampling.top_k=50", "rollout.sampling.top_k", "whole distribution", "top_k=-1"),
     ("rollout.sampling.temperature=0", "rollout.sampling.temperature", "above 0", "above 0"),
-    ("rollout.sampling.max_response_tokens=4096", "rollout.sampling.max_response_tokens", "longer than the context", "max_response_tokens="),
+    (
+        "rollout.sampling.max_response_tokens=4096",
+        "rollout.sampling.max_response_tokens",
+        "longer than the context",
+        "max_response_tokens=",
+    ),
     ("algorithm.updates_per_rollout=7", "algorithm.updates_per_rollout", "does not divide into 7", "divides"),
-    ("model=qwen3_30b algorithm.prompts_per_step=3 algorithm.samples_per_prompt=5", "algorithm.prompts_per_step", "2 data-parallel", "prompts_per_step=4"),
+    (
+        "model=qwen3_30b algorithm.prompts_per_step=3 algorithm.samples_per_prompt=5",
+        "algorithm.prompts_per_step",
+        "2 data-parallel",
+        "prompts_per_step=4",
+    ),
     ("algorithm.samples_per_prompt=1", "algorithm.samples_per_prompt", "compares the samples", "reinforce_pp"),
-    ("algorithm=reinforce_pp algorithm.samples_per_prompt=1 algorithm.dynamic_sampling=true", "algorithm.dynamic_sampling", "equal rewards", "false"),
+    (
+        "algorithm=reinforce_pp algorithm.samples_per_prompt=1 algorithm.dynamic_sampling=true",
+        "algorithm.dynamic_sampling",
+        "equal rewards",
+        "false",
+    ),
     ("algorithm.oversample_prompts=64", "algorithm.oversample_prompts", "nothing is dropped", "dynamic_sampling=true"),
     ("algorithm.correction=tis algorithm.correction_high=0.5", "algorithm.correction_high", "outside", "correction_high=2.0"),
     ("model=tiny_dense router_replay=r3", "router_replay", "dense", "router_replay=none"),
@@ -98,7 +128,12 @@ BAD: list[tuple[str, str, str, str]] = [
     ("speculative=draft", "speculative.draft_model", "needs a draft model", "draft_model=<folder>"),
     ("speculative.ngram_min=9", "speculative.ngram_min", "longer than the longest", "ngram_min=4"),
     ("model=qwen3_30b speculative=mtp", "speculative.method", "no multi-token-prediction", "speculative=ngram"),
-    ("speculative=eagle speculative.draft_model=x", "speculative.method", "in-process engine drafts by ngram, draft", "rollout=sglang"),
+    (
+        "speculative=eagle speculative.draft_model=x",
+        "speculative.method",
+        "in-process engine drafts by ngram, draft",
+        "rollout=sglang",
+    ),
     ("speculative.online_training=true", "speculative.online_training", "only MTP", "false"),
     ("task=gsm8k task.train_path=null model=qwen3_4b", "task.train_path", "from a file", "task.train_path=<file.jsonl>"),
     ("task=gsm8k task.prompt_template=hello model=qwen3_4b", "task.prompt_template", "{question}", "{question}"),
@@ -127,7 +162,14 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
 
 def test_everything_wrong_is_listed_at_once_with_its_source() -> None:
     found = problems_of(
-        ["model=qwen3_30b", "precision=int5", "trainer.optimizer.lrr=1", "steps=x", "rollout.sampling.top_p=0.5", "parallelism.pp=7"]
+        [
+            "model=qwen3_30b",
+            "precision=int5",
+            "trainer.optimizer.lrr=1",
+            "steps=x",
+            "rollout.sampling.top_p=0.5",
+            "parallelism.pp=7",
+        ]
     )
     where = {error.key: error.where for error in found}
     assert {"precision", "trainer.optimizer.lrr", "steps", "rollout.sampling.top_p", "parallelism.tp"} <= set(where)

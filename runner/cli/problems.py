@@ -132,9 +132,7 @@ def _valid_choice(item: Override, options: dict[str, list[str]], problems: list[
         close = nearest(str(value), known)
         fix = f"{group}={close}" if close else f"one of: {', '.join(known)}"
     listed = "" if fix.startswith("one of") else f"; its options are {', '.join(known)}"
-    problems.append(
-        UserError(f"group {group} has no option {_shown(value)}{listed}", key=group, where=COMMAND_LINE, fix=fix)
-    )
+    problems.append(UserError(f"group {group} has no option {_shown(value)}{listed}", key=group, where=COMMAND_LINE, fix=fix))
     return False
 
 
@@ -217,9 +215,7 @@ def _set(
     return False
 
 
-def _unknown(
-    key: str, value: Any, where: str, result: Diagnosis, add: bool, choices: dict[str, list[str]]
-) -> UserError | None:
+def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, choices: dict[str, list[str]]) -> UserError | None:
     """None for a key that the schema has (an entry of a free dictionary is made), else the problem with the nearest key."""
     node: Any = result.raw
     parts = key.split(".")
@@ -266,7 +262,9 @@ def _wrong_type(key: str, value: Any, where: str, raw: DictConfig, error: Except
     if value is None:
         return UserError("may not be null", key=key, where=where, fix=f"give it {_type_name(expected)}")
     if isinstance(expected, type):
-        return UserError(f"{_shown(value)} is not {_type_name(expected)}", key=key, where=where, fix=f"give it {_type_name(expected)}")
+        return UserError(
+            f"{_shown(value)} is not {_type_name(expected)}", key=key, where=where, fix=f"give it {_type_name(expected)}"
+        )
     return UserError(f"{_shown(value)} does not fit: {str(error).splitlines()[0]}", key=key, where=where)
 
 

@@ -35,7 +35,9 @@ def sampling(cfg: Config) -> Iterator[UserError]:
             fix="rollout.sampling.top_k=-1 (evaluation.sampling.top_k is free)",
         )
     if cfg.evaluation.sampling.top_k == 0 or cfg.evaluation.sampling.top_k < -1:
-        yield UserError(f"top_k {cfg.evaluation.sampling.top_k}", key="evaluation.sampling.top_k", fix="evaluation.sampling.top_k=-1")
+        yield UserError(
+            f"top_k {cfg.evaluation.sampling.top_k}", key="evaluation.sampling.top_k", fix="evaluation.sampling.top_k=-1"
+        )
 
 
 def batch_divides(cfg: Config) -> Iterator[UserError]:
@@ -104,7 +106,9 @@ def context_holds(cfg: Config) -> Iterator[UserError]:
             yield UserError(
                 f"prompts of {prompt} and responses of {tokens} tokens are longer than the context of {cfg.model.name}, {limit}",
                 key=f"{name}.sampling.max_response_tokens",
-                fix=f"{name}.sampling.max_response_tokens={limit - prompt}" if limit > prompt else f"task.max_prompt_tokens={limit // 2}",
+                fix=f"{name}.sampling.max_response_tokens={limit - prompt}"
+                if limit > prompt
+                else f"task.max_prompt_tokens={limit // 2}",
             )
 
 
@@ -124,7 +128,9 @@ def model_numbers(cfg: Config) -> Iterator[UserError]:
         )
     if model.num_dense_layers > model.num_layers:
         yield UserError(
-            f"{model.num_dense_layers} dense layers of {model.num_layers}", key="model.num_dense_layers", fix="model.num_dense_layers=0"
+            f"{model.num_dense_layers} dense layers of {model.num_layers}",
+            key="model.num_dense_layers",
+            fix="model.num_dense_layers=0",
         )
     if model.hf_checkpoint is None and not cfg.warm_start.enabled and cfg.model.num_layers > 8:
         yield UserError(
@@ -155,14 +161,18 @@ def router_replay(cfg: Config) -> Iterator[UserError]:
         )
     if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.rollout.pause_mode == "retract":
         yield UserError(
-            "a retracted request loses its routes", key="rollout.pause_mode", fix="rollout.pause_mode=abort, or router_replay=none"
+            "a retracted request loses its routes",
+            key="rollout.pause_mode",
+            fix="rollout.pause_mode=abort, or router_replay=none",
         )
 
 
 def speculation(cfg: Config) -> Iterator[UserError]:
     spec, rollout = cfg.speculative, cfg.rollout.name
     if spec.method != "none" and spec.num_draft_tokens == 0:
-        yield UserError(f"{spec.method} proposes 0 tokens", key="speculative.num_draft_tokens", fix="speculative.num_draft_tokens=4")
+        yield UserError(
+            f"{spec.method} proposes 0 tokens", key="speculative.num_draft_tokens", fix="speculative.num_draft_tokens=4"
+        )
     if spec.method == "ngram" and spec.ngram_min > spec.ngram_max:
         yield UserError(
             f"the shortest suffix, {spec.ngram_min}, is longer than the longest, {spec.ngram_max}",
@@ -170,10 +180,14 @@ def speculation(cfg: Config) -> Iterator[UserError]:
             fix=f"speculative.ngram_min={spec.ngram_max}",
         )
     if spec.method in ("draft", "eagle") and not spec.draft_model:
-        yield UserError(f"{spec.method} needs a draft model", key="speculative.draft_model", fix="speculative.draft_model=<folder>")
+        yield UserError(
+            f"{spec.method} needs a draft model", key="speculative.draft_model", fix="speculative.draft_model=<folder>"
+        )
     if spec.method == "mtp" and cfg.model.num_mtp_layers == 0:
         yield UserError(
-            f"{cfg.model.name} has no multi-token-prediction layers", key="speculative.method", fix="speculative=ngram, or model=mimo_7b"
+            f"{cfg.model.name} has no multi-token-prediction layers",
+            key="speculative.method",
+            fix="speculative=ngram, or model=mimo_7b",
         )
     if spec.online_training and (spec.method != "mtp" or cfg.model.num_mtp_layers == 0):
         yield UserError(
@@ -203,10 +217,14 @@ def task(cfg: Config) -> Iterator[UserError]:
     if isinstance(settings, JsonlTaskConfig):
         for key in ("train_path", "eval_path"):
             if not getattr(settings, key):
-                yield UserError(f"task={settings.name} reads its problems from a file", key=f"task.{key}", fix=f"task.{key}=<file.jsonl>")
+                yield UserError(
+                    f"task={settings.name} reads its problems from a file", key=f"task.{key}", fix=f"task.{key}=<file.jsonl>"
+                )
         if "{question}" not in settings.prompt_template:
             yield UserError(
-                "the template has no {question}: every prompt would be the same", key="task.prompt_template", fix="put {question} into it"
+                "the template has no {question}: every prompt would be the same",
+                key="task.prompt_template",
+                fix="put {question} into it",
             )
 
 
@@ -237,7 +255,11 @@ def watch(cfg: Config) -> Iterator[UserError]:
                 fix=f"watch.rules.{name}.above=<number>, below, jump_ratio or drop_against_baseline",
             )
         if rule.patience_steps < 1:
-            yield UserError(f"{rule.patience_steps} steps", key=f"watch.rules.{name}.patience_steps", fix=f"watch.rules.{name}.patience_steps=1")
+            yield UserError(
+                f"{rule.patience_steps} steps",
+                key=f"watch.rules.{name}.patience_steps",
+                fix=f"watch.rules.{name}.patience_steps=1",
+            )
     if cfg.mismatch.decompose_interval_steps and not cfg.mismatch.decompose_samples:
         yield UserError("0 samples to decompose", key="mismatch.decompose_samples", fix="mismatch.decompose_interval_steps=0")
 

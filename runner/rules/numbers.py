@@ -10,36 +10,10 @@ from runner.errors import UserError
 from runner.models import FAMILIES
 from runner.schema import Config
 
-AT_LEAST_ONE = """
-    steps model.num_layers model.hidden_size model.num_heads model.num_kv_heads model.vocab_size model.max_context_tokens
-    parallelism.ranks parallelism.tp parallelism.pp parallelism.cp parallelism.ep parallelism.etp parallelism.engine_ep
-    trainer.max_tokens_per_gpu trainer.max_nan_steps trainer.logprob_chunk_tokens rollout.sampling.max_response_tokens
-    rollout.max_concurrency rollout.prefill_chunk_tokens rollout.cuda_graph_max_batch rollout.chunked_prefill_tokens
-    speculative.auto_disable_after_steps speculative.ngram_min speculative.ngram_max task.max_prompt_tokens task.max_turns
-    task.digits task.eval_problems algorithm.samples_per_prompt algorithm.prompts_per_step algorithm.updates_per_rollout
-    cluster.nodes warm_start.max_steps warm_start.batch_size warm_start.check_interval_steps evaluation.num_prompts
-    evaluation.samples_per_prompt evaluation.sampling.max_response_tokens checkpoint.keep watch.window_steps convert.workers
-    convert.calibration_samples convert.calibration_tokens
-""".split()
-NOT_NEGATIVE = """
-    parallelism.gpus parallelism.gpus_per_engine parallelism.rollout_gpus model.num_experts model.num_dense_layers
-    model.num_shared_experts model.num_mtp_layers trainer.optimizer.lr_warmup_steps trainer.optimizer.weight_decay
-    trainer.threads rollout.kv_cache_tokens rollout.max_retries speculative.num_draft_tokens speculative.mtp_loss_coef
-    algorithm.clip_low algorithm.clip_high algorithm.kl_coef algorithm.entropy_coef algorithm.max_resample_rounds
-    algorithm.oversample_prompts algorithm.correction_low cluster.gpus_per_node evaluation.interval_steps
-    checkpoint.interval_steps mismatch.decompose_interval_steps mismatch.decompose_samples mismatch.probe_sequences
-    mismatch.residency_tensors task.max_train_problems task.max_eval_problems evaluation.sampling.temperature seed
-""".split()
-ABOVE_ZERO = """
-    trainer.optimizer.lr trainer.optimizer.eps trainer.optimizer.clip_grad_norm rollout.sampling.temperature
-    rollout.request_timeout_seconds rollout.startup_timeout_seconds rollout.memory_fraction task.reward_timeout_seconds
-    algorithm.correction_high cluster.gpu_memory_gib cluster.host_memory_gib warm_start.lr model.rope_theta model.norm_eps
-    convert.damping evaluation.sampling.top_p
-""".split()
-AT_MOST_ONE = """
-    trainer.optimizer.beta1 trainer.optimizer.beta2 trainer.optimizer.lr_min_ratio rollout.memory_fraction
-    warm_start.stop_at_reward evaluation.sampling.top_p
-""".split()
+AT_LEAST_ONE = ["steps", "model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.vocab_size", "model.max_context_tokens", "parallelism.ranks", "parallelism.tp", "parallelism.pp", "parallelism.cp", "parallelism.ep", "parallelism.etp", "parallelism.engine_ep", "trainer.max_tokens_per_gpu", "trainer.max_nan_steps", "trainer.logprob_chunk_tokens", "rollout.sampling.max_response_tokens", "rollout.max_concurrency", "rollout.prefill_chunk_tokens", "rollout.cuda_graph_max_batch", "rollout.chunked_prefill_tokens", "speculative.auto_disable_after_steps", "speculative.ngram_min", "speculative.ngram_max", "task.max_prompt_tokens", "task.max_turns", "task.digits", "task.eval_problems", "algorithm.samples_per_prompt", "algorithm.prompts_per_step", "algorithm.updates_per_rollout", "cluster.nodes", "warm_start.max_steps", "warm_start.batch_size", "warm_start.check_interval_steps", "evaluation.num_prompts", "evaluation.samples_per_prompt", "evaluation.sampling.max_response_tokens", "checkpoint.keep", "watch.window_steps", "convert.workers", "convert.calibration_samples", "convert.calibration_tokens"]
+NOT_NEGATIVE = ["parallelism.gpus", "parallelism.gpus_per_engine", "parallelism.rollout_gpus", "model.num_experts", "model.num_dense_layers", "model.num_shared_experts", "model.num_mtp_layers", "trainer.optimizer.lr_warmup_steps", "trainer.optimizer.weight_decay", "trainer.threads", "rollout.kv_cache_tokens", "rollout.max_retries", "speculative.num_draft_tokens", "speculative.mtp_loss_coef", "algorithm.clip_low", "algorithm.clip_high", "algorithm.kl_coef", "algorithm.entropy_coef", "algorithm.max_resample_rounds", "algorithm.oversample_prompts", "algorithm.correction_low", "cluster.gpus_per_node", "evaluation.interval_steps", "checkpoint.interval_steps", "mismatch.decompose_interval_steps", "mismatch.decompose_samples", "mismatch.probe_sequences", "mismatch.residency_tensors", "task.max_train_problems", "task.max_eval_problems", "evaluation.sampling.temperature", "seed"]
+ABOVE_ZERO = ["trainer.optimizer.lr", "trainer.optimizer.eps", "trainer.optimizer.clip_grad_norm", "rollout.sampling.temperature", "rollout.request_timeout_seconds", "rollout.startup_timeout_seconds", "rollout.memory_fraction", "task.reward_timeout_seconds", "algorithm.correction_high", "cluster.gpu_memory_gib", "cluster.host_memory_gib", "warm_start.lr", "model.rope_theta", "model.norm_eps", "convert.damping", "evaluation.sampling.top_p"]
+AT_MOST_ONE = ["trainer.optimizer.beta1", "trainer.optimizer.beta2", "trainer.optimizer.lr_min_ratio", "rollout.memory_fraction", "warm_start.stop_at_reward", "evaluation.sampling.top_p"]
 CHOICES = {
     "model.family": tuple(FAMILIES),
     "model.router_score": ("softmax", "sigmoid"),
@@ -97,7 +71,9 @@ def targets(cfg: Config) -> Iterator[UserError]:
     for group in ("trainer", "rollout", "task"):
         target = getattr(cfg, group)._target_
         if not target.startswith("runner."):
-            yield UserError(f"{target} is not a part of runner", key=f"{group}._target_", fix=f"choose an option of {group} instead")
+            yield UserError(
+                f"{target} is not a part of runner", key=f"{group}._target_", fix=f"choose an option of {group} instead"
+            )
 
 
 RULES = (ranges, choices, targets)

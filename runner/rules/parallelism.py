@@ -107,7 +107,9 @@ def pipeline_stages(cfg: Config) -> Iterator[UserError]:
                 else f"parallelism.pp={_largest_divisor(layers, par.pp)}",
             )
     elif par.pp == 1:
-        yield UserError("there is one pipeline stage only", key="parallelism.last_stage_layers", fix="parallelism.last_stage_layers=null")
+        yield UserError(
+            "there is one pipeline stage only", key="parallelism.last_stage_layers", fix="parallelism.last_stage_layers=null"
+        )
     elif not 0 < last < layers or (layers - last) % (par.pp - 1):
         yield UserError(
             f"{layers} layers, {last} of them in the last stage, leave {layers - last} for {par.pp - 1} stages",
@@ -121,7 +123,11 @@ def engines(cfg: Config) -> Iterator[UserError]:
     if not positive(cfg):
         return
     if par.rollout_gpus and not par.gpus_per_engine:
-        yield UserError(f"0 GPUs per engine, but {par.rollout_gpus} rollout GPUs", key="parallelism.gpus_per_engine", fix="parallelism.gpus_per_engine=1")
+        yield UserError(
+            f"0 GPUs per engine, but {par.rollout_gpus} rollout GPUs",
+            key="parallelism.gpus_per_engine",
+            fix="parallelism.gpus_per_engine=1",
+        )
     elif par.gpus_per_engine and par.rollout_gpus % par.gpus_per_engine:
         yield UserError(
             f"{par.rollout_gpus} rollout GPUs do not divide into engines of {par.gpus_per_engine}",
@@ -160,7 +166,11 @@ def cluster_has_gpus(cfg: Config) -> Iterator[UserError]:
     needed = max(par.gpus, par.rollout_gpus) if par.colocate else par.gpus + par.rollout_gpus
     there = cluster.nodes * cluster.gpus_per_node
     if cluster.launcher == "local" and cluster.nodes > 1:
-        yield UserError(f"cluster=local is one machine, not {cluster.nodes}", key="cluster.nodes", fix="cluster=ray, cluster=slurm or cluster=k8s")
+        yield UserError(
+            f"cluster=local is one machine, not {cluster.nodes}",
+            key="cluster.nodes",
+            fix="cluster=ray, cluster=slurm or cluster=k8s",
+        )
     if needed > there:
         nodes = -(-needed // max(1, cluster.gpus_per_node))
         fix = f"cluster.nodes={nodes}" if cluster.gpus_per_node else f"cluster.gpus_per_node={needed}"

@@ -200,7 +200,9 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
         )
     if precision.fp8_param_gather and cfg.trainer.name != "megatron":
         yield UserError(
-            f"trainer={cfg.trainer.name} gathers no parameters", key="precision.fp8_param_gather", fix="precision.fp8_param_gather=false"
+            f"trainer={cfg.trainer.name} gathers no parameters",
+            key="precision.fp8_param_gather",
+            fix="precision.fp8_param_gather=false",
         )
     for option in ("fp8_param_gather", "fp8_backward"):
         if getattr(precision, option) and precision.train.format is not Format.fp8:
@@ -210,7 +212,9 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
                 fix=f"precision=fp8, or precision.{option}=false",
             )
     if precision.kv_cache != "bf16" and cfg.rollout.name == "local":
-        yield UserError("the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16")
+        yield UserError(
+            "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
+        )
 
 
 RULES = (
