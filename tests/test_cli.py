@@ -24,7 +24,8 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
 def test_cfg_job_prints_yaml_and_imports_neither_torch_nor_ray() -> None:
     code = (
         "import sys; from runner.__main__ import main; code = main(['--cfg', 'job', '--resolve']);"
-        "heavy = {'torch', 'ray', 'transformers', 'wandb', 'rich', 'numpy'} & set(sys.modules); sys.exit(str(heavy) if heavy else code)"
+        "heavy = {'torch', 'ray', 'transformers', 'wandb', 'rich', 'numpy'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=tiny_dense precision.roles=[routed_expert]", "precision.roles", "quantize nothing", "precision.roles=["),
     ("precision.rollout.group_size=64", "precision.rollout.group_size", "training grid", "precision.group_size"),
     ("precision.rollout.convention=kimi", "precision.rollout.convention", "training grid", "precision.convention"),
-    ("precision.rollout.format=bf16", "precision.rollout.format", "not be the same policy", "precision=int4_train"),
+    ("precision.rollout.format=bf16", "precision.rollout.format", "two different policies", "precision=int4_train"),
     ("precision=fp8 precision.group_size=64", "precision.group_size", "groups of 128 by definition", "leave"),
     ("precision=mxfp4_qat precision.group_size=64", "precision.group_size", "groups of 32 by definition", "leave"),
     ("precision.base_dtype=float32", "precision.qat_placement", "masters", "qat_placement=forward"),

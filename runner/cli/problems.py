@@ -222,7 +222,7 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
     for depth, part in enumerate(parts):
         if not OmegaConf.is_dict(node):
             break
-        if part not in node.keys():
+        if part not in list(node):
             if OmegaConf.get_type(node) is not dict:
                 break
             if not add:  # watch.rules, rollout.server_args
@@ -304,7 +304,7 @@ def _unresolvable(result: Diagnosis) -> Iterator[UserError]:
 def all_keys(raw: DictConfig, prefix: str = "") -> list[str]:
     """Every dotted key of the config, groups included."""
     keys = []
-    for name in raw.keys():
+    for name in list(raw):
         key = f"{prefix}{name}"
         keys.append(key)
         node = raw._get_node(name)

@@ -29,7 +29,7 @@ def sizes_multiply(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"tp {par.tp} x pp {par.pp} x cp {par.cp} = {dense} does not divide {par.ranks} trainer processes",
             key="parallelism.tp",
-            fix=f"sizes whose product divides {par.ranks}, or parallelism.gpus=parallelism.ranks={dense * max(1, par.ranks // dense)}",
+            fix=f"sizes whose product divides {par.ranks}, or other parallelism.gpus and ranks",
         )
     if par.ranks % expert:
         yield UserError(
@@ -142,7 +142,7 @@ def engines(cfg: Config) -> Iterator[UserError]:
         )
     if cfg.rollout.name == "local" and max(par.gpus_per_engine, par.rollout_gpus) > 1:
         yield UserError(
-            f"rollout=local is one engine on one device, parallelism={par.name} gives it {max(par.gpus_per_engine, par.rollout_gpus)} GPUs",
+            f"rollout=local is one engine on one device, not {max(par.gpus_per_engine, par.rollout_gpus)} GPUs",
             key="rollout",
             fix="rollout=sglang, or parallelism=h200x1",
         )

@@ -57,7 +57,7 @@ def grids_agree(cfg: Config) -> Iterator[UserError]:
         return
     if train.format is not rollout.format:
         yield UserError(
-            f"the trainer quantizes to {train.format.name}, the engine to {rollout.format.name}: they would not be the same policy",
+            f"the trainer quantizes to {train.format.name}, the engine to {rollout.format.name}: two different policies",
             key="precision.rollout.format",
             fix=f"precision.rollout.format={train.format.name}, or as a control experiment precision={TRAIN_ONLY}",
         )
@@ -122,7 +122,7 @@ def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards
     for (role, size, shards, unit, row), projections in cut.items():
         key, fix = _sharding_fix(cfg, side, role == Role.routed_expert.name, size, shards, unit)
         yield UserError(
-            f"{role} weights {', '.join(projections)} have {size} {'inputs' if row else 'outputs'}; over {shards} shards of the {side} "
+            f"{role} weights {', '.join(projections)} have {size} {'inputs' if row else 'outputs'}; over {shards} {side} shards "
             f"that is {size / shards:g} each, which cuts a group of {unit}",
             key=key,
             fix=fix,
