@@ -1,14 +1,14 @@
 """How often a sample's tokens differ when only its batch's make-up changes.
 
-    python benchmarks/batch_variance.py
+    python -m benchmarks.batch_variance
 The random streams belong to the sample, so every difference is the kernels' batch variance (another order of additions).
 """
 
 from __future__ import annotations
 
 import torch
-from engine import build_pool
 
+from benchmarks.engine import build_pool
 from runner.samples import Request, SamplingParams
 
 

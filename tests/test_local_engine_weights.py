@@ -106,7 +106,7 @@ def test_a_bit_flipped_in_the_resident_weight_is_named(precision: str, name: str
         with torch.inference_mode():
             tensor.view(-1).view(torch.uint8)[7] ^= 1
 
-    def load_then_flip(target, *rest):  # noqa: ANN001, ANN002, ANN202
+    def load_then_flip(target, *rest):
         load(target, *rest)
         if target is weight:
             flip()

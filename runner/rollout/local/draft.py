@@ -36,7 +36,9 @@ def load_draft(cfg: Config, dtype: torch.dtype, device: torch.device) -> EngineM
 def draft_from_module(model: ModelConfig, module: torch.nn.Module) -> EngineModel:
     """A draft engine over a model that already has its weights; `module` was built with attention=ATTENTION."""
     parameter = next(module.parameters())
-    return EngineModel(model, PrecisionPlan.with_format(model, TensorFormat.bf16(), ()), parameter.dtype, parameter.device, module)
+    return EngineModel(
+        model, PrecisionPlan.with_format(model, TensorFormat.bf16(), ()), parameter.dtype, parameter.device, module
+    )
 
 
 def _model_config(policy: ModelConfig, folder: str, key: str) -> ModelConfig:

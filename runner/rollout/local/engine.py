@@ -112,7 +112,7 @@ class Engine:
             length = -(-max(limit + extra, slots.max_length) // LENGTH_BUCKET) * LENGTH_BUCKET
             if self.kv_cache_tokens and length > self.kv_cache_tokens:
                 raise UserError(
-                    f"prompt {request.prompt_id} may need {length} cache positions, rollout.kv_cache_tokens is {self.kv_cache_tokens}",
+                    f"prompt {request.prompt_id} may need {length} cache positions, more than {self.kv_cache_tokens}",
                     key="rollout.kv_cache_tokens",
                     fix="raise rollout.kv_cache_tokens, or 0 to size it from max_concurrency",
                 )
@@ -258,9 +258,7 @@ class Engine:
         self.speculation.move(sources, targets)
 
 
-def _decode_tokens(
-    slots: Slots, proposal: Proposal | None, counts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _decode_tokens(slots: Slots, proposal: Proposal | None, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(tokens, row, column) of a decode step: each row's last token, then its proposals."""
     n = slots.running
     last = slots.tokens[np.arange(n), slots.length[:n] - 1]

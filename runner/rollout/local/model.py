@@ -28,7 +28,12 @@ class EngineModel:
     """
 
     def __init__(
-        self, model: ModelConfig, plan: PrecisionPlan, dtype: torch.dtype, device: torch.device, weights_from: nn.Module | None = None
+        self,
+        model: ModelConfig,
+        plan: PrecisionPlan,
+        dtype: torch.dtype,
+        device: torch.device,
+        weights_from: nn.Module | None = None,
     ) -> None:
         self.config, self.plan, self.dtype, self.device = model, plan, dtype, device
         family = family_of(model)

@@ -187,4 +187,3 @@ def _draft_model(cfg: Config, dtype: torch.dtype, device: torch.device) -> Engin
     from runner.rollout.local.draft import load_draft
 
     return load_draft(cfg, dtype, device)
-

@@ -1,7 +1,8 @@
 """Sampling with random streams that belong to a sample and not to its batch.
 
 The uniform number for one purpose at one position is a hash of (request seed, position, purpose): splitmix64 (Steele et
-al. 2014) over a Weyl sequence, in the manner of counter-based generators (Salmon et al. 2011). Tokens are drawn by inverse CDF in fp64.
+al. 2014) over a Weyl sequence, in the manner of counter-based generators (Salmon et al. 2011). Tokens are drawn by
+inverse CDF in fp64.
 
 Shape legend: M rows, V vocabulary.
 """
