@@ -1,6 +1,6 @@
 """Tokens/s of the in-process engine against transformers' generate: same model, same prompts, same lengths, one process.
 
-    python -m benchmarks.engine [batch] [new tokens]     default 128 and 48; best of three rounds, the order alternates
+python -m benchmarks.engine [batch] [new tokens]     default 128 and 48; best of three rounds, the order alternates
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ def main() -> int:
             if round_index:  # the first round compiles and allocates
                 times[kind].append(seconds)
     print(
-        f"{batch.num_tokens} tokens per step, micro-batches of {args.micro_batch_tokens}, recompute {args.recompute}, {args.rounds} rounds"
+        f"{batch.num_tokens} tokens per step, micro-batches of {args.micro_batch_tokens}, "
+        f"recompute {args.recompute}, {args.rounds} rounds"
     )
     for kind, rows in times.items():
         command = [sys.executable, "-m", "benchmarks.qat_step", *sys.argv[1:], "--peak", kind]

@@ -89,7 +89,10 @@ def _run(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> 
     trainer = get_class(cfg.trainer._target_)(cfg)
     pool = get_class(cfg.rollout._target_)(cfg)
     try:
-        decode = partial(tokenizer.decode, skip_special_tokens=True)
+
+        def decode(ids: list[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
         collector = Collector(cfg, task, pool, decode, stop_ids, stop, warn=partial(tracker.event, "warning"))
         sync = WeightSync(trainer, pool, _probe(cfg, task), tracker)
         watcher = Watcher(cfg)

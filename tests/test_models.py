@@ -170,7 +170,12 @@ def test_config_json_round_trip(tiny: ModelConfig, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     fields = family_of(tiny).from_hf_config(config, tiny.name)
     assert {key: getattr(tiny, key) for key in fields} == fields
-    assert fields.keys() == ModelConfig.__dataclass_fields__.keys() - {"hf_checkpoint", "trust_remote_code", "toy_twin", "int4_group_size"}
+    assert fields.keys() == ModelConfig.__dataclass_fields__.keys() - {
+        "hf_checkpoint",
+        "trust_remote_code",
+        "toy_twin",
+        "int4_group_size",
+    }
 
 
 def test_config_json_that_is_not_understood_is_named() -> None:

@@ -80,9 +80,17 @@ def batch(cfg: Config, size: int = 8, seed: int = 0, *, routes: bool = False) ->
             recorded = scores.topk(model.experts_top_k, dim=-1).indices.to(torch.uint8)
         samples.append(
             Sample(
-                prompt_id=f"p{index // 4}", sample_index=index % 4, tokens=tokens, response_length=response, loss_mask=mask,
-                rollout_logprobs=-torch.rand(response, generator=generator) * 4 - 3, status=Status.completed,
-                finish_reason="stop", routes=recorded, weight_spans=[WeightSpan(0, 0, response)], reward=float(index % 3),
+                prompt_id=f"p{index // 4}",
+                sample_index=index % 4,
+                tokens=tokens,
+                response_length=response,
+                loss_mask=mask,
+                rollout_logprobs=-torch.rand(response, generator=generator) * 4 - 3,
+                status=Status.completed,
+                finish_reason="stop",
+                routes=recorded,
+                weight_spans=[WeightSpan(0, 0, response)],
+                reward=float(index % 3),
             )  # fmt: skip
         )
         advantages.append(torch.full((response,), (-1.0) ** index * (1 + index / size)))

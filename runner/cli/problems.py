@@ -251,8 +251,8 @@ def _wrong_type(key: str, value: Any, where: str, raw: DictConfig, error: Except
     parent = OmegaConf.select(raw, parent_key) if parent_key else raw
     expected, choices = None, None
     if parent is not None:
-        node = parent._get_node(name)
-        expected = getattr(node, "_metadata", None) and node._metadata.ref_type
+        metadata = getattr(parent._get_node(name), "_metadata", None)
+        expected = metadata.ref_type if metadata is not None else None
         if isinstance(expected, type) and issubclass(expected, Enum):
             choices = [member.name for member in expected]
     if choices:
@@ -279,7 +279,7 @@ def missing_keys(raw: DictConfig) -> list[str]:
     for key in all_keys(raw):
         parent_key, _, name = key.rpartition(".")
         parent = OmegaConf.select(raw, parent_key) if parent_key else raw
-        if parent is not None and parent._get_node(name)._is_missing():
+        if parent is not None and OmegaConf.is_missing(parent, name):
             missing.append(key)
     return missing
 
@@ -296,7 +296,7 @@ def _unresolvable(result: Diagnosis) -> Iterator[UserError]:
         except InterpolationToMissingValueError:  # the missing value itself is reported
             continue
         except OmegaConfBaseException as error:
-            text = parent._get_node(name)._value()
+            text = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[call-overload,index]
             where = result.sources.get(key)
             yield UserError(f"{text} cannot be resolved: {str(error).splitlines()[0]}", key=key, where=where)
 

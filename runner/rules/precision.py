@@ -37,7 +37,7 @@ def weights_have_formats(cfg: Config) -> Iterator[UserError]:
     seen = set()
     for side in ("train", "rollout"):
         try:
-            PrecisionPlan.build(one_of_each(cfg.model), cfg.precision, side)  # type: ignore[arg-type]
+            PrecisionPlan.build(one_of_each(cfg.model), cfg.precision, side)
         except UserErrors as errors:
             problems = errors.errors
         except UserError as error:
@@ -162,7 +162,7 @@ def local_int4_matmul(cfg: Config) -> Iterator[UserError]:
             key="precision.group_size",
             fix="precision.group_size=32, or rollout=sglang",
         )
-    shapes = {}
+    shapes: dict[tuple[int, ...], Parameter] = {}
     for parameter in sharded_weights(cfg):
         if parameter.shape[0] % LOCAL_INT4_ROWS:
             shapes.setdefault(parameter.shape, parameter)

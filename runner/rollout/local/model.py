@@ -111,8 +111,8 @@ class EngineModel:
     ) -> torch.Tensor:
         """Hidden states [N, H] after the last norm of new tokens; writes their keys and values.
 
-        tokens [N] int64, sorted by row; row r (in slot slots[r], ascending; None: slot r) has counts[r] new tokens (at least 1), the
-        first of them at position starts[r].
+        tokens [N] int64, sorted by row; row r (in slot slots[r], ascending; None: slot r) has counts[r] new tokens (at
+        least 1), the first of them at position starts[r].
         """
         rows, width = len(counts), int(counts.max())
         row = np.repeat(np.arange(rows), counts)
