@@ -39,7 +39,7 @@ format: setup ## Format the tree
 	$(BIN)/ruff format .
 
 bench: setup ## Every benchmark that runs on this machine; prints ratios
-	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean: ## Remove caches (outputs/ and .venv stay)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build

@@ -71,6 +71,7 @@ def train(c: Components, first_step: int) -> str:
 
 def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
+    c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
     with _clock(metrics, "perf/rollout_time"):
         rollout = c.collector.collect(step)
     metrics |= rollout.metrics | c.pool.metrics()

@@ -27,7 +27,7 @@ from runner.samples import ExportedTensor, Request, SamplingParams
 from runner.schema import Config
 
 VOCAB, LENGTH = 12, 3
-PROMPTS = ((3, 5, 3, 5, 3), (7, 2, 9, 7, 2))  # both invite proposals from their own text
+PROMPTS = ((5, 11, 5, 11, 5), (11, 5, 11, 5, 11))  # both invite proposals from their own text, and some are right
 SAMPLES = 17_500  # per prompt: 2 x 17,500 x 3 = 105,000 tokens
 
 
@@ -41,7 +41,7 @@ def small_config() -> Config:
 def pool_with(method: str) -> tuple[LocalPool, torch.nn.Module]:
     cfg = small_config()
     pool = LocalPool(cfg)
-    built, items = exported(cfg, spread=5.0)
+    built, items = exported(cfg, spread=3.0)
     assert pool.update_weights(0, iter(items)).problems == []
     if method == "ngram":
         pool.engine.speculation = NgramSpeculation(2, 1, 3, False, 0)
