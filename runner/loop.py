@@ -72,8 +72,11 @@ def train(c: Components, first_step: int) -> str:
 def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
+    decided = c.pool.state()
     with _clock(metrics, "perf/rollout_time"):
         rollout = c.collector.collect(step)
+    if (state := c.pool.state()) != decided:
+        c.tracker.event("pool_decision", f"step {step + 1}: the rollout pool decided {state}", {"step": step, "state": state})
     metrics |= rollout.metrics | c.pool.metrics()
     batch = _make_batch(c.cfg, rollout)
     if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
