@@ -1,6 +1,6 @@
 """Does every precision learn? Runs the default experiment per precision and seed, each in a fresh process.
 
-    python benchmarks/learning.py [--precisions int4_qat bf16 fp8_rollout] [--seeds 0 1 2] [key=value ...]
+    python -m benchmarks.learning [--precisions int4_qat bf16 fp8_rollout] [--seeds 0 1 2] [key=value ...]
 
 Prints one row per run: mean reward over the first and the last 5 steps, evaluation, mismatch, wall time and peak memory
 (of the process, resident).
