@@ -245,7 +245,7 @@ def test_grading_survives_any_text(text: str) -> None:
     assert grading.same_answer(text, "not this \x00") is False or "not" in text
 
 
-@given(st.fractions())
+@given(st.fractions(-(10**12), 10**12, max_denominator=10**12))  # longer texts than MAX_DIGITS are no numbers
 def test_numbers_read_back(value: Any) -> None:
     assert grading.number(f"{value.numerator}/{value.denominator}") == value
     sign = "-" if value < 0 else ""
