@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-ELEMENTS_PER_THREAD = 1 << 18  # below this, handing rows to another thread costs more than it saves (measured)
+ELEMENTS_PER_THREAD = 1 << 18  # below this, handing rows to another thread costs more than it saves (an estimate)
 
 
 @lru_cache(maxsize=4)
