@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The wheel of torch is chosen first: a wider range would let other packages pull a CUDA build of gigabytes.
 TORCH ?= torch==2.13.0
+# llmcompressor 0.14.0.1 wants an older transformers and a newer compressed-tensors than pyproject.toml pins.
+GPTQ_VENV ?= .venv-gptq
+GPTQ ?= llmcompressor==0.14.0.1
+GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow lint format bench clean
+.PHONY: help setup setup-gptq run test test-slow test-gptq lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +24,13 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $(STAMP)
 
+setup-gptq: $(GPTQ_STAMP) ## Make .venv-gptq, in which `convert method=gptq` runs llmcompressor
+$(GPTQ_STAMP): Makefile
+	@test -x $(GPTQ_VENV)/bin/python || $(PYTHON) -m venv $(GPTQ_VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(GPTQ_VENV)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(GPTQ_VENV)/bin/python -m pip install -q --disable-pip-version-check $(GPTQ)
+	@touch $(GPTQ_STAMP)
+
 run: setup ## The main job: the whole low-precision RL loop on this machine (about two minutes)
 	$(BIN)/python -m runner
 
@@ -28,6 +39,9 @@ test: setup ## The fast tests
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 	$(BIN)/python -m pytest -m slow
+
+test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (elsewhere they are skipped)
+	$(BIN)/python -m pytest tests/test_convert_gptq.py
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
