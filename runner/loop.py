@@ -52,6 +52,9 @@ def train(c: Components, first_step: int) -> str:
         metrics["perf/step_time"] = time.perf_counter() - started
         alerts = c.watcher.check(step, metrics)
         c.tracker.log(step, metrics)
+        if skipped := metrics["train/nan_steps"]:
+            message = f"step {step + 1}: {skipped:g} update(s) skipped, loss or gradient was not finite"
+            c.tracker.event("warning", message, {"step": step})
         for alert in alerts:
             c.tracker.event(f"watch_{alert.action}", alert.message, {"step": step, "rule": alert.rule})
         step += 1
@@ -64,6 +67,8 @@ def train(c: Components, first_step: int) -> str:
         if c.should_stop():
             outcome = "interrupted"
             break
+    if outcome == "completed" and (unseen := c.watcher.unseen()):
+        c.tracker.event("warning", f"watch rules that never saw their metric: {', '.join(unseen)}", {})
     if saved != step:
         c.save(step)
     return outcome

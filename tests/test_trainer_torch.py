@@ -244,11 +244,11 @@ def test_nan_steps_are_skipped_counted_and_end_the_run() -> None:
     bad.advantages[0][1] = float("nan")
     trainer.step(good)
     before = _masters(trainer)
-    for count in (1, 2):
-        assert trainer.step(bad)["train/nan_steps"] == count
+    for _ in range(2):
+        assert trainer.step(bad)["train/nan_steps"] == 1
     _assert_equal(before, trainer.optimizer.masters)
     assert trainer.version == 1
-    trainer.step(good)
+    assert trainer.step(good)["train/nan_steps"] == 0
     trainer.step(bad)
     trainer.step(bad)
     with pytest.raises(UserError, match="3 optimizer steps in a row.*loss"):

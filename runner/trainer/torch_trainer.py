@@ -220,7 +220,7 @@ class TorchTrainer:
             batch.old_logprobs = self._logprobs(batch, replay=replay)
         sums = policy_step.Sums()
         norms, collected = [], dict[int, torch.Tensor]()
-        lr = self._learning_rate()
+        lr, skipped_before = self._learning_rate(), self._nan.total
         for indices in policy_step.split_updates(len(batch), algorithm.updates_per_rollout):
             part = batch if len(indices) == len(batch) else batch.select(indices)
             rows = self._accumulate(part, replay, sums)
@@ -232,7 +232,7 @@ class TorchTrainer:
         metrics = sums.means() | {
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": lr,
-            "train/nan_steps": float(self._nan.total),
+            "train/nan_steps": float(self._nan.total - skipped_before),
         }
         if replay:
             assert self._replay is not None
