@@ -1,12 +1,15 @@
 """Checkpoint folders: atomic, verified, rotated, and clear about a full disk."""
 
 import errno
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner import checkpoint
 from runner.errors import UserError
+from runner.weights.files import write_tensors
 
 
 def _writer(text: str):
@@ -54,6 +57,22 @@ def test_disk_full_keeps_the_last_complete_one(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, 2, {}, full, keep=1)
     assert checkpoint.latest(tmp_path).name == "step_000001"
     assert not list((tmp_path / "checkpoints").glob(".partial*"))
+
+
+def test_a_write_that_the_system_refuses_half_way_keeps_the_last_complete_one(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {}, _writer("one"), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refused(folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            write_tensors({"weight": torch.zeros(4096)}, folder / "weights.safetensors")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.raises(UserError, match="cannot save a checkpoint.*File too large.*step_000001"):
+        checkpoint.save(tmp_path, 2, {}, refused, keep=1)
+    assert checkpoint.latest(tmp_path).name == "step_000001"
 
 
 def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:

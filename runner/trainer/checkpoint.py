@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from runner.errors import UserError
 from runner.models.build import disk_tensors, save_config
+from runner.weights.files import write_tensors
 
 if TYPE_CHECKING:
     from runner.trainer.torch_trainer import TorchTrainer
@@ -90,7 +91,7 @@ def load(trainer: TorchTrainer, folder: Path) -> None:
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     # contiguous copies: views of one buffer are refused as shared memory
-    save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path, METADATA)
+    write_tensors({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}, path, METADATA)
 
 
 @torch.no_grad()
