@@ -20,7 +20,7 @@ from runner.tracking.tracker import Tracker
 from runner.trainer.protocol import Trainer
 from runner.watch import Watcher
 
-SAMPLES_KEPT = 8  # sample texts per step in rollouts/
+SAMPLES_KEPT = 8  # sample texts per step in rollouts/, of as many prompts as there are
 
 
 @dataclass
@@ -91,7 +91,7 @@ def _step(c: Components, step: int) -> dict[str, float]:
         metrics |= c.trainer.step(batch)
     metrics |= mismatch.metrics(batch, c.trainer.version)
     metrics |= c.sync()
-    c.tracker.log_samples(step, [_row(sample) for sample in rollout.samples[:SAMPLES_KEPT]])
+    c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
@@ -102,6 +102,10 @@ def _step(c: Components, step: int) -> dict[str, float]:
 def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
     advantages = compute_advantages(cfg.algorithm, [group.samples for group in rollout.groups])
     return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
+
+
+def _spread(samples: list[Sample]) -> list[Sample]:
+    return samples[:: max(1, len(samples) // SAMPLES_KEPT)][:SAMPLES_KEPT]
 
 
 def _row(sample: Sample) -> dict[str, Any]:

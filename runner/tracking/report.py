@@ -48,8 +48,8 @@ CHARTS = (
     Chart("Reward and evaluation", ("rollout/raw_reward", *EVALS), "mean over samples", smoothed=True),
     Chart(
         "Train-rollout mismatch",
-        ("train/train_rollout_logprob_abs_diff", "probe/logprob_abs_diff"),
-        "mean |logprob difference| per token",
+        ("train/train_rollout_logprob_abs_diff",),
+        "mean |logprob difference| per sampled token",
         smoothed=True,
     ),
     Chart("Train-rollout KL", ("train/train_rollout_kl_k1", "train/train_rollout_kl_k3"), "per token"),
@@ -70,6 +70,7 @@ CHARTS = (
         "by optimizer steps since the token's weights",
         min_series=2,
     ),
+    Chart("Probe", ("probe/logprob_abs_diff",), "mean |logprob difference| on fixed prompts, own routes", smoothed=True),
     Chart(
         "Response length",
         ("rollout/response_len/mean", "rollout/response_len/max", "eval/*_response_len"),
