@@ -105,22 +105,24 @@ def padding_routes(count: int, top_k: int, num_experts: int, device: torch.devic
 def replay_layout(
     samples: Sequence[Sample], width: int, num_layers: int, top_k: int, num_experts: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routes of right-padded samples: (`[L, B * W, K]` int64 to replay, `[B * W]` bool: recorded, not padding).
+    """Routes of right-padded samples: (`[L, B * W, K]` int64 to replay, `[B * W]` bool: recorded, not padding)."""
+    starts = [row * width for row in range(len(samples))]
+    routes, recorded = packed_layout(samples, starts, len(samples) * width, num_layers, top_k, num_experts)
+    return routes.to(device), recorded.to(device)
+
+
+def packed_layout(
+    samples: Sequence[Sample], starts: Sequence[int], total: int, num_layers: int, top_k: int, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routes of samples that begin at `starts` in a row of `total` tokens: (`[L, total, K]` int64, `[total]` bool: recorded).
 
     The last token of a sample has no recorded row (nothing is predicted after it) and counts as padding.
     """
-    total = len(samples) * width
-    routes = (
-        padding_routes(total, top_k, num_experts)
-        .unsqueeze(1)
-        .repeat(1, num_layers, 1)
-        .view(len(samples), width, num_layers, top_k)
-    )
-    recorded = torch.zeros(len(samples), width, dtype=torch.bool)
-    for row, sample in enumerate(samples):
+    routes = padding_routes(total, top_k, num_experts).unsqueeze(1).repeat(1, num_layers, 1)
+    recorded = torch.zeros(total, dtype=torch.bool)
+    for start, sample in zip(starts, samples, strict=True):
         assert sample.routes is not None  # validated
         count = len(sample.routes)
-        routes[row, :count] = sample.routes.to(torch.int64)
-        recorded[row, :count] = True
-    layout = routes.view(total, num_layers, top_k).transpose(0, 1).contiguous()
-    return layout.to(device), recorded.view(total).to(device)
+        routes[start : start + count] = sample.routes.to(torch.int64)
+        recorded[start : start + count] = True
+    return routes.transpose(0, 1).contiguous(), recorded

@@ -34,13 +34,18 @@ def causal_attention(
     causal = attention_mask is None and bool(getattr(module, "is_causal", True)) and query.shape[2] == key.shape[2]
     if query.device.type != "cpu" or not causal:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    q, k, v = query.float(), key.float(), value.float()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return plain_causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+def plain_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> [B, H, T, Dv] in the dtype of `query`, computed in fp32 (CPU)."""
+    q, k, v = query.float(), key.float(), value.float()
     if query.shape[2] <= SHORT:
         output = _short(q, k, v, scale)
     else:
         output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    return output.to(query.dtype).transpose(1, 2).contiguous(), None
+    return output.to(query.dtype)
 
 
 def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

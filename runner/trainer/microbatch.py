@@ -9,7 +9,7 @@ no attention mask is needed, and fused causal kernels apply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,23 +83,35 @@ class TokenScores:
     entropy: torch.Tensor
 
 
+def whole_vocabulary(logits: torch.Tensor, targets: torch.Tensor, entropy_grad: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprobs [N] of the targets, entropies [N]) of fp32 logits [N, V]."""
+    logprobs = logits.gather(1, targets.unsqueeze(1)).squeeze(1) - torch.logsumexp(logits, dim=-1)
+    if entropy_grad:
+        return logprobs, losses.entropy(logits)
+    with torch.no_grad():
+        return logprobs, losses.entropy(logits)
+
+
 def score_tokens(
-    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, temperature: float, chunk: int, entropy_grad: bool
+    hidden: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    targets: torch.Tensor,
+    temperature: float,
+    chunk: int,
+    entropy_grad: bool,
+    softmax: Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]] = whole_vocabulary,
 ) -> TokenScores:
     """Logprobs and entropies of hidden states [N, H] through the output layer, `chunk` rows of [chunk, V] fp32 at a time.
 
-    With several chunks each is recomputed in the backward, so no more than one chunk of logits ever exists.
+    With several chunks each is recomputed in the backward, so no more than one chunk of logits ever exists. `softmax`
+    turns logits into scores; where the vocabulary is divided over ranks it also communicates.
     """
 
     def part(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(rows).float()
         if temperature != 1.0:
             logits = logits / temperature
-        logprobs = logits.gather(1, wanted.unsqueeze(1)).squeeze(1) - torch.logsumexp(logits, dim=-1)
-        if entropy_grad:
-            return logprobs, losses.entropy(logits)
-        with torch.no_grad():
-            return logprobs, losses.entropy(logits)
+        return softmax(logits, wanted, entropy_grad)
 
     if len(targets) <= chunk:
         return TokenScores(*part(hidden, targets))
