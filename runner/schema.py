@@ -398,10 +398,11 @@ class ConvertConfig:
     method: str = MISSING  # rtn or gptq
     format: Optional[str] = MISSING  # null: the precision's rollout format; else bf16, int8, fp8_channel, fp8_tensor
     workers: int = MISSING
-    calibration: Optional[str] = MISSING  # JSONL or hub id, for gptq
+    calibration: Optional[str] = MISSING  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
     calibration_samples: int = MISSING
     calibration_tokens: int = MISSING
     damping: float = MISSING
+    gptq_python: str = MISSING  # the Python of the environment with llmcompressor; relative to the repository
 
 
 @dataclass

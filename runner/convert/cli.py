@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -13,9 +13,10 @@ from rich.text import Text
 
 from runner.convert.engine import Report, convert
 from runner.convert.source import open_source
-from runner.errors import UserError
+from runner.errors import UserError, UserErrors
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
+from runner.rules.numbers import choices, ranges
 from runner.schema import Config, ModelConfig, PrecisionConfig, Role
 
 
@@ -26,16 +27,13 @@ def main(cfg: Config) -> int:
     """
     source = _required(cfg.convert.source, "source")
     target = _required(cfg.convert.target, "target")
-    if cfg.convert.workers < 1:
-        raise UserError(f"{cfg.convert.workers} workers", key="convert.workers", fix="convert.workers=2")
-    if cfg.convert.method == "gptq":
-        from runner.convert import gptq
-
-        return gptq.main(cfg, source, target)
-    if cfg.convert.method != "rtn":
-        raise UserError(f"unknown method {cfg.convert.method!r}", key="convert.method", fix="convert.method=rtn or gptq")
+    problems = [p for p in (*ranges(cfg), *choices(cfg)) if p.key and p.key.startswith("convert.")]
+    if problems:
+        raise UserErrors(problems)
     tensor_format = target_format(cfg)
     console = Console()
+    if cfg.convert.method == "gptq":
+        return _gptq(cfg, source, target, tensor_format, console)
     with ThroughputBar(console, source) as bar:
         report = convert(
             source,
@@ -47,6 +45,23 @@ def main(cfg: Config) -> int:
             progress=bar.advance,
         )
     print_summary(report, console)
+    return 0
+
+
+def _gptq(cfg: Config, source: Path, target: Path, tensor_format: TensorFormat, console: Console) -> int:
+    from runner.convert.gptq import convert_gptq
+
+    report, calibration = convert_gptq(
+        source,
+        target,
+        tensor_format,
+        roles_of(cfg.precision),
+        cfg.convert,
+        trust_remote_code=cfg.model.trust_remote_code,
+        console=console,
+    )
+    print_summary(report, console)
+    console.print(calibration.summary())
     return 0
 
 
@@ -85,7 +100,7 @@ def target_format(cfg: Config) -> TensorFormat:
     )
 
 
-def roles_of(precision: PrecisionConfig) -> Callable[[ModelConfig], Iterable[Role]]:
+def roles_of(precision: PrecisionConfig) -> Callable[[ModelConfig], frozenset[Role]]:
     return lambda model: quantized_roles(model, precision)
 
 

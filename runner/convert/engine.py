@@ -7,7 +7,6 @@ stays near one shard's mapping plus a few row blocks per worker, whatever the mo
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
@@ -27,7 +26,7 @@ from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
 from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source
 from runner.errors import UserError
-from runner.precision import formats, kernels
+from runner.precision import formats, int4, kernels
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
 from runner.samples import ExportedTensor
@@ -78,36 +77,51 @@ def convert(
     written, for every problem that headers show; NaN and infinite weights are found while converting. The source is
     only read.
     """
-    started = time.perf_counter()
     opened = open_source(source)
     model = model_of(opened, trust_remote_code=trust_remote_code)
-    if _inside(target, source):
-        raise UserError(f"the target {target} lies inside the source", key="convert.target", fix="give another target")
+    check_apart(source, target)
     jobs, quantization_config = plan_jobs(opened, model, tensor_format, roles)
-    with Partial(target, _identity(opened, jobs)) as partial:
-        others = opened.other_files()
-        needed = sum(job.output_bytes for job in jobs) + sum((source / path).stat().st_size for path in others)
-        check_space(partial.folder, needed - sum(partial.done.values()) + SPACE_MARGIN)
-        resumed = len(partial.done)
-        read = 0
-        _load_kernels(jobs)
-        with _one_thread_per_operator(), ThreadPoolExecutor(workers) as pool:
-            for shard, work in jobs.shards.items():
-                size = sum(job.input_bytes for job in work)
-                if shard in partial.done:
-                    if progress:
-                        progress(shard, size)
-                    continue
-                if work:
-                    written = _convert_shard(opened, partial.folder / shard, work, pool, workers, progress)
-                    partial.finish(shard, written)
-                read += size
-        _copy_others(source, partial.folder, others)
-        _write_index(opened, jobs, partial.folder)
-        _write_config(opened, quantization_config, partial.folder)
-        partial.publish()
+    with Partial(target, identity(opened, jobs)) as partial:
+        return write_target(opened, jobs, quantization_config, partial, workers=workers, progress=progress)
+
+
+def write_target(
+    source: Source,
+    jobs: Jobs,
+    quantization_config: dict[str, Any] | None,
+    partial: Partial,
+    *,
+    workers: int,
+    progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Report:
+    """Do the jobs that the partial folder has not done yet, and publish it; `check` may refuse the finished folder."""
+    started = time.perf_counter()
+    others = source.other_files()
+    needed = sum(job.output_bytes for job in jobs) + sum((source.folder / path).stat().st_size for path in others)
+    check_space(partial.folder, needed - sum(partial.done.values()) + SPACE_MARGIN)
+    resumed = len(partial.done)
+    read = 0
+    _load_kernels(jobs)
+    with _one_thread_per_operator(), ThreadPoolExecutor(workers) as pool:
+        for shard, work in jobs.shards.items():
+            size = sum(job.input_bytes for job in work)
+            if shard in partial.done:
+                if progress:
+                    progress(shard, size)
+                continue
+            if work:
+                written = _convert_shard(source, partial.folder / shard, work, pool, workers, progress)
+                partial.finish(shard, written)
+            read += size
+    _copy_others(source.folder, partial.folder, others)
+    _write_index(source, jobs, partial.folder)
+    _write_config(source, quantization_config, partial.folder)
+    if check:
+        check(partial.folder)
+    partial.publish()
     seconds = time.perf_counter() - started
-    return Report(target, _layers(jobs), jobs.notes, seconds, read, resumed, quantization_config)
+    return Report(partial.target, _layers(jobs), jobs.notes, seconds, read, resumed, quantization_config)
 
 
 def plan_jobs(
@@ -120,11 +134,12 @@ def plan_jobs(
     return quantizing_jobs(source, plan), plan.quantization_config()
 
 
-def _inside(target: Path, source: Path) -> bool:
-    return target.resolve().is_relative_to(source.resolve())
+def check_apart(source: Path, target: Path) -> None:
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"the target {target} lies inside the source", key="convert.target", fix="give another target")
 
 
-def _identity(source: Source, jobs: Jobs) -> dict[str, Any]:
+def identity(source: Source, jobs: Jobs) -> dict[str, Any]:
     """What the target's bytes depend on: the source's files and the format of each weight."""
     formats_used = Counter(f"{job.action.name} {job.role} {job.tensor_format}" for job in jobs)
     stats = {shard: (source.folder / shard).stat() for shard in source.shards}
@@ -138,9 +153,9 @@ def _identity(source: Source, jobs: Jobs) -> dict[str, Any]:
 
 def _load_kernels(jobs: Jobs) -> None:
     """Load the compiled INT4 kernels when there is enough to convert to pay for it; same bits with and without."""
-    int4 = (job for job in jobs if job.tensor_format.format is Format.int4)
-    if sum(math.prod(job.inputs[0].shape) for job in int4 if job.action is Action.encode) >= kernels.FIRST_ELEMENTS:
-        importlib.import_module("runner.precision.kernels.cpu")
+    encoded = (job for job in jobs if job.tensor_format.format is Format.int4 and job.action is Action.encode)
+    if sum(math.prod(job.inputs[0].shape) for job in encoded) >= kernels.FIRST_ELEMENTS:
+        kernels.load()
 
 
 @contextmanager
@@ -194,6 +209,8 @@ def _convert_job(job: Job, tensors: list[torch.Tensor], writer: ShardWriter) -> 
             writer.write(job.name, tensors[0])
         case Action.encode:
             _encode(job, tensors[0], writer)
+        case Action.pack:
+            _pack(job, tensors[1], tensors[2], writer)
         case Action.decode:
             _decode(job, {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}, writer)
 
@@ -211,6 +228,16 @@ def _encode(job: Job, weight: torch.Tensor, writer: ShardWriter) -> None:
             whole = rows >= weight.shape[0]
             first = start // FP8_BLOCK if name.endswith(".weight_scale_inv") else start
             writer.write(name, part, None if whole else first)
+
+
+def _pack(job: Job, integers: torch.Tensor, scale: torch.Tensor, writer: ShardWriter) -> None:
+    """Integers int8 [out, in] and scales bf16 [out, groups] in the packed form of the format, row block by row block."""
+    packed, scales, shape = (part.name for part in job.outputs)
+    rows = _rows_of(BLOCK_BYTES, integers.shape[1])
+    for start in range(0, len(integers), rows):
+        writer.write(packed, int4.pack(integers[start : start + rows], job.tensor_format.bits), start)
+    writer.write(scales, scale)
+    writer.write(shape, torch.tensor(integers.shape, dtype=torch.int64))
 
 
 def _rows_per_block(tensor_format: TensorFormat, weight: torch.Tensor) -> int:
@@ -292,6 +319,8 @@ def _layers(jobs: Jobs) -> dict[str, tuple[int, int, int]]:
                 key = f"{job.role}: unchanged"
             case Action.encode:
                 key = f"{job.role}: {job.tensor_format}"
+            case Action.pack:
+                key = f"{job.role}: {job.tensor_format}, GPTQ"
             case Action.decode:
                 key = f"{job.role}: {job.tensor_format} to bf16"
         weights, before, after = counts.get(key, (0, 0, 0))

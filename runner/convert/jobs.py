@@ -38,11 +38,15 @@ class Action(Enum):
     copy = "copy"
     encode = "encode"
     decode = "decode"
+    pack = "pack"  # integers and scales that are there already (GPTQ's)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One weight: the source tensors it is made of and the output tensors it becomes."""
+    """One weight: the source tensors it is made of and the output tensors it becomes.
+
+    pack: inputs are the weight, its integers (int8) and its scales; a shard that is an absolute path lies elsewhere.
+    """
 
     name: str
     action: Action
@@ -53,7 +57,8 @@ class Job:
 
     @property
     def input_bytes(self) -> int:
-        return sum(tensor.num_bytes for tensor in self.inputs)
+        of_source = self.inputs[:1] if self.action is Action.pack else self.inputs
+        return sum(tensor.num_bytes for tensor in of_source)
 
     @property
     def output_bytes(self) -> int:
@@ -146,7 +151,7 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
     stored_plain: list[str] = []
     missing: list[str] = []
     for name, parameter in plan.parameters.items():
-        inputs = _inputs(source, name, plan.tensors[name])
+        inputs = inputs_of(source, name, plan.tensors[name])
         if not inputs:
             missing.append(name)
             continue
@@ -183,7 +188,7 @@ def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
     return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), (part,), role)
 
 
-def _inputs(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
+def inputs_of(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
     """The stored tensors that make up one weight."""
     if not tensor_format.quantized:
         return (source.tensors[name],) if name in source.tensors else ()
