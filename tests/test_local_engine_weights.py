@@ -6,9 +6,11 @@ import pytest
 import torch
 from test_local_engine import config, exported, make_pool, requests
 
+from runner.models.build import build_model
 from runner.precision.formats import decode
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor
+from runner.trainer import attention, experts
 from runner.weights.stream import SealedTensor, seal
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -47,16 +49,20 @@ def test_other_int4_grids_and_roles(grid: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_logprobs_are_near_the_trainers_model_over_the_same_weights(precision: str) -> None:
-    pool, built = make_pool(config("model=tiny_moe", f"precision={precision}", "speculative=none"))
+def test_logprobs_are_the_trainers_over_the_same_weights(precision: str) -> None:
+    """Through the trainer's attention and experts functions: most tokens have the same logprob to the last bit."""
+    cfg = config("model=tiny_moe", f"precision={precision}", "speculative=none")
+    pool, built = make_pool(cfg)
+    trainers = build_model(cfg.model, dtype=torch.bfloat16, seed=0, attention=attention.register(), experts=experts.register())
+    trainers.load_state_dict(built.state_dict())
     differences = []
     for sample in pool.generate(requests(16)):
         with torch.no_grad():
-            logprobs = built(sample.tokens[None]).logits[0].float().log_softmax(-1)[sample.prompt_length - 1 : -1]
+            logprobs = trainers(sample.tokens[None]).logits[0].float().log_softmax(-1)[sample.prompt_length - 1 : -1]
         expected = logprobs.gather(-1, sample.response_tokens[:, None])[:, 0]
         differences.append((sample.rollout_logprobs - expected).abs())
-    # bf16 rounding, and now and then another expert at a near-tie
-    assert torch.cat(differences).median() < 0.03
+    # another order of additions, and now and then another expert at a near-tie
+    assert torch.cat(differences).median() < 1e-3 and torch.cat(differences).quantile(0.7) < 0.03
 
 
 def test_no_dequantized_copy_is_resident() -> None:

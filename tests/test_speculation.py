@@ -18,7 +18,7 @@ from test_local_engine import config, disk_tensors, exported, family_of, make_po
 from runner.errors import UserError
 from runner.models.build import build_model, save_config
 from runner.rollout import verify as rules
-from runner.rollout.local import LocalPool
+from runner.rollout.local import LocalPool, engine
 from runner.rollout.local.attention import ATTENTION
 from runner.rollout.local.draft import draft_from_module
 from runner.rollout.local.sampling import draw, uniforms
@@ -122,16 +122,14 @@ def test_wrong_acceptance_rules_fail_the_same_check(wrong: str, temperature: flo
 
 def test_a_lookup_that_always_keeps_its_proposal_fails_the_same_check(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, built = pool_with("ngram")
-    honest = rules._verify_points
+    honest = rules.verify_drawn
 
-    def keep_first(weights, offsets, proposal, seeds, positions):
-        emitted, kept = honest(weights, offsets, proposal, seeds, positions)
-        if proposal.tokens.shape[1]:
-            has = proposal.counts > 0
-            emitted[has, 0] = proposal.tokens[has, 0]
-        return emitted, kept
+    def keep_first(drawn, proposal):
+        has = proposal.counts > 0
+        drawn[has, 0] = proposal.tokens[has, 0]
+        return honest(drawn, proposal)
 
-    monkeypatch.setattr(rules, "_verify_points", keep_first)
+    monkeypatch.setattr(engine, "verify_drawn", keep_first)
     assert min(fits(pool, built, 1.0, samples=5_000)) < 1e-6
 
 

@@ -36,41 +36,27 @@ def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p - q).clamp(min=0.0)
 
 
-def verify(
+def verify_drawn(drawn: np.ndarray, proposal: Proposal) -> np.ndarray:
+    """Tokens that are emitted of each row [B], 1 .. k + 1, for proposals that are certain (q is one point).
+
+    drawn [B, k + 1]: y ~ p after each row's last known token and after each of its proposals, every one with its
+    position's own number. A proposal is kept when y equals it: with probability p(x) = min(1, p(x) / 1); a y that differs
+    has the law max(p - q, 0) normalized. The tokens are those of plain decoding with the same seed.
+    """
+    most = proposal.tokens.shape[1]
+    kept = (drawn[:, :most] == proposal.tokens) & (np.arange(most) < proposal.counts[:, None])
+    return np.cumprod(kept, axis=1).sum(1) + 1
+
+
+def verify_sampled(
     weights: torch.Tensor, offsets: np.ndarray, proposal: Proposal, seeds: np.ndarray, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(emitted tokens [B, k + 1], emitted counts [B], 1 .. k + 1).
+    """(emitted tokens [B, k + 1], emitted counts [B], 1 .. k + 1) for proposals drawn from q [B, k, V].
 
     weights     [N, V] target probabilities p after each row's last known token and after each of its proposals
     offsets     [B] first row of `weights` of each sequence; it has counts + 1 rows
     positions   [B] position of the first token that is emitted; streams are indexed by position
     """
-    if proposal.weights is None:
-        return _verify_points(weights, offsets, proposal, seeds, positions)
-    return _verify_sampled(weights, offsets, proposal, seeds, positions)
-
-
-def _verify_points(
-    weights: torch.Tensor, offsets: np.ndarray, proposal: Proposal, seeds: np.ndarray, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Proposals that are certain (q is one point). Draw y ~ p with the position's own number and keep the proposal when
-    y equals it: it is kept with probability p(x) = min(1, p(x) / 1), and a y that differs has the law max(p - q, 0) normalized.
-    The tokens are those of plain decoding with the same seed."""
-    rows, most = proposal.tokens.shape
-    lengths = proposal.counts + 1
-    row = np.repeat(np.arange(rows), lengths)
-    column = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    picked = draw(weights, uniforms(seeds[row], positions[row] + column, SAMPLE)).cpu().numpy()
-    emitted = np.full((rows, most + 1), -1, dtype=np.int64)
-    emitted[row, column] = picked
-    kept = (emitted[:, :most] == proposal.tokens) & (np.arange(most) < proposal.counts[:, None])
-    return emitted, np.cumprod(kept, axis=1).sum(1) + 1
-
-
-def _verify_sampled(
-    weights: torch.Tensor, offsets: np.ndarray, proposal: Proposal, seeds: np.ndarray, positions: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Proposals drawn from q [B, k, V]."""
     assert proposal.weights is not None
     rows, most = proposal.tokens.shape
     device = weights.device

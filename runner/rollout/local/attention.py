@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -28,6 +29,7 @@ class KVCache:
     def __init__(self, slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots, self.length, self.dtype, self.device = slots, length, dtype, device
         self.layers: dict[tuple[int, str], torch.Tensor] = {}
+        self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def write(self, layer: int, kind: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """values [N, n, 1, d] of the tokens at (slot, position) = index [2, N]; returns the layer's tensor."""
@@ -46,25 +48,41 @@ class KVCache:
             cache.view(-1, size).index_copy_(0, places, fresh)
         return cache
 
+    def blocked(self, layer: int, heads: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's keys [slots, n, length / 16, d, 16] and values [slots, n, length, d] for the CPU kernels, bf16 as uint16."""
+        if layer not in self._arrays:
+            if (layer, "key blocks") not in self.layers:
+                blocks = self.length // LENGTH_BUCKET
+                shape = (self.slots, heads, blocks, size, LENGTH_BUCKET)
+                self.layers[layer, "key blocks"] = torch.zeros(shape, dtype=self.dtype)
+                self.layers[layer, "value"] = torch.zeros(self.slots, heads, self.length, size, dtype=self.dtype)
+            pair = self.layers[layer, "key blocks"], self.layers[layer, "value"]
+            raw = [(tensor.view(torch.uint16) if self.dtype == torch.bfloat16 else tensor).numpy() for tensor in pair]
+            self._arrays[layer] = raw[0], raw[1]
+        return self._arrays[layer]
+
     def copy(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
         """Slots `source` to slots `target` ([n] each), positions 0 .. length-1."""
-        for cache in self.layers.values():
+        for (_, kind), cache in self.layers.items():
             raw = cache.view(torch.uint8) if self.dtype == torch.float8_e4m3fn else cache
-            raw[target, :, :length] = raw[source, :, :length]
+            end = -(-length // LENGTH_BUCKET) if kind == "key blocks" else length
+            raw[target, :, :end] = raw[source, :, :end]
 
     def grow(self, length: int) -> None:
         """More positions per slot; contents stay."""
         if length <= self.length:
             return
         for key, cache in self.layers.items():
-            heads, size = cache.shape[1], cache.shape[3]
-            grown = torch.zeros(self.slots, heads, length, size, dtype=self.dtype, device=self.device)
-            grown[:, :, : self.length] = cache
+            end = length // LENGTH_BUCKET if key[1] == "key blocks" else length
+            grown = torch.zeros(*cache.shape[:2], end, *cache.shape[3:], dtype=self.dtype, device=self.device)
+            grown[:, :, : cache.shape[2]] = cache
             self.layers[key] = grown
         self.length = length
+        self._arrays.clear()
 
     def clear(self) -> None:
         self.layers.clear()
+        self._arrays.clear()
 
     @property
     def bytes(self) -> int:

@@ -12,10 +12,10 @@ import torch
 from runner.errors import UserError
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.model import EngineModel
-from runner.rollout.local.sampling import SAMPLE, distribution, draw, uniforms
+from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.slots import Slots
 from runner.rollout.local.speculation import Speculation
-from runner.rollout.verify import Proposal, verify
+from runner.rollout.verify import Proposal, verify_drawn, verify_sampled
 from runner.samples import Request, Sample, WeightSpan
 
 
@@ -152,16 +152,16 @@ class Engine:
             if slots.routes is not None:
                 slots.routes[to[0], :longest] = slots.routes[to[1], :longest]
             slots.processed[fresh[copies]] = slots.processed[source[copies]]
-        logits = self.model.logits(torch.stack([last[slot] for slot in source.tolist()]))
+        place = {slot: number for number, slot in enumerate(last)}
+        logits = self.model.logits(torch.stack(list(last.values())))[[place[slot] for slot in source.tolist()]]
         dist = distribution(logits, slots.temperature[fresh], slots.top_p[fresh], slots.top_k[fresh])
-        picked = draw(dist.weights, uniforms(slots.seed[fresh], slots.length[fresh], SAMPLE))
+        draws = draws_of(dist, uniforms(slots.seed[fresh], slots.length[fresh], SAMPLE))
         # rows before `first` get nothing in this step
         emitted = np.full((slots.running, 1), -1, dtype=np.int64)
-        emitted[first:, 0] = picked.cpu().numpy()
+        emitted[first:, 0] = draws.picked
         counts = (emitted[:, 0] >= 0).astype(np.int64)
         logprobs, raw = np.zeros((slots.running, 1), np.float32), np.zeros((slots.running, 1), np.float32)
-        logprobs[first:, 0] = dist.tempered.gather(-1, picked.unsqueeze(-1)).squeeze(-1).cpu().numpy()
-        raw[first:, 0] = dist.raw.gather(-1, picked.unsqueeze(-1)).squeeze(-1).cpu().numpy()
+        logprobs[first:, 0], raw[first:, 0] = draws.tempered, draws.raw
         self.counters["tokens"] += int(slots.append(emitted, counts, logprobs, raw).sum())
 
     def _chunks(self, slots: Slots, owners: list[int]) -> Iterator[list[int]]:
@@ -229,18 +229,15 @@ class Engine:
         proposal = self.speculation.propose(slots)
         counts = proposal.counts + 1 if proposal is not None else np.ones(n, dtype=np.int64)
         tokens, row, column = _decode_tokens(slots, proposal, counts)
-        hidden = self.model.forward(cache, tokens, slots.length[:n] - 1, counts)
-        self._keep_routes(slots, row, slots.length[row] - 1 + column)
-        logits = self.model.logits(hidden)
-        dist = distribution(logits, slots.temperature[row], slots.top_p[row], slots.top_k[row])
-        offsets = np.cumsum(counts) - counts
-        given = proposal or Proposal(np.zeros((n, 0), dtype=np.int64), np.zeros(n, dtype=np.int64), None)
-        emitted, kept = verify(dist.weights, offsets, given, slots.seed[:n], slots.length[:n])
-        place = np.minimum(np.arange(emitted.shape[1]), counts[:, None] - 1) + offsets[:, None]
-        at = torch.from_numpy(place).to(logits.device)
-        chosen = torch.from_numpy(np.maximum(emitted, 0)).to(logits.device)
-        logprobs = dist.tempered[at, chosen].cpu().numpy()
-        raw = logprobs if dist.tempered is dist.raw else dist.raw[at, chosen].cpu().numpy()
+        starts = slots.length[:n] - 1
+        if proposal is None or proposal.weights is None:
+            sampling = slots.temperature[:n], slots.top_p[:n], slots.top_k[:n], slots.seed[:n]
+            draws = self.model.draws(cache, tokens, starts, counts, sampling)
+            emitted, kept, logprobs, raw = _kept_of_drawn(draws, proposal, row, column)
+        else:
+            hidden = self.model.forward(cache, tokens, starts, counts)
+            emitted, kept, logprobs, raw = self._verify_sampled(slots, hidden, proposal, row, counts)
+        self._keep_routes(slots, row, starts[row] + column)
         slots.processed[:n] = slots.length[:n]
         added = slots.append(emitted, kept, logprobs, raw)
         slots.processed[:n] = slots.length[:n] - 1
@@ -251,11 +248,40 @@ class Engine:
         self.counters["decode_seconds"] += seconds
         self.speculation.record(proposal, kept, total, seconds)
 
+    def _verify_sampled(
+        self, slots: Slots, hidden: torch.Tensor, proposal: Proposal, row: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What is kept of a draft model's proposals: emitted [B, k + 1], kept [B], and logprobs of what was emitted."""
+        n = slots.running
+        logits = self.model.logits(hidden)
+        dist = distribution(logits, slots.temperature[row], slots.top_p[row], slots.top_k[row])
+        offsets = np.cumsum(counts) - counts
+        emitted, kept = verify_sampled(dist.weights, offsets, proposal, slots.seed[:n], slots.length[:n])
+        place = np.minimum(np.arange(emitted.shape[1]), counts[:, None] - 1) + offsets[:, None]
+        at = torch.from_numpy(place).to(logits.device)
+        chosen = torch.from_numpy(np.maximum(emitted, 0)).to(logits.device)
+        logprobs = dist.tempered[at, chosen].cpu().numpy()
+        return emitted, kept, logprobs, logprobs if dist.tempered is dist.raw else dist.raw[at, chosen].cpu().numpy()
+
     def _move(self, sources: np.ndarray, targets: np.ndarray) -> None:
         if self.cache is not None:
             device = self.cache.device
             self.cache.copy(torch.from_numpy(sources).to(device), torch.from_numpy(targets).to(device), self.cache.length)
         self.speculation.move(sources, targets)
+
+
+def _kept_of_drawn(
+    draws: Draws, proposal: Proposal | None, row: np.ndarray, column: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """emitted [B, k + 1], kept [B] and logprobs of one draw after every token; without proposals k is 0."""
+    if proposal is None:
+        ones = np.ones(len(row), dtype=np.int64)
+        return draws.picked[:, None], ones, draws.tempered[:, None], draws.raw[:, None]
+    rows, most = proposal.tokens.shape
+    emitted = np.full((rows, most + 1), -1, dtype=np.int64)
+    logprobs, raw = np.zeros(emitted.shape, np.float32), np.zeros(emitted.shape, np.float32)
+    emitted[row, column], logprobs[row, column], raw[row, column] = draws.picked, draws.tempered, draws.raw
+    return emitted, verify_drawn(emitted, proposal), logprobs, raw
 
 
 def _decode_tokens(slots: Slots, proposal: Proposal | None, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

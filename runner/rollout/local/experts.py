@@ -37,6 +37,12 @@ class EngineExperts(nn.Module):
         weighted = unsorted.view(tokens, k, -1) * weights_NK.unsqueeze(-1)
         return weighted.sum(1).to(hidden_NH.dtype)
 
+    @staticmethod
+    def products(weights: list[ResidentWeight], rows: torch.Tensor, sizes: list[int], out: torch.Tensor) -> None:
+        """rows [S, in] in expert order, sizes [E] rows per expert -> out [S, out]."""
+        parts = zip(weights, sizes, rows.split(sizes), strict=True)
+        torch.cat([weight.linear(part) for weight, size, part in parts if size], out=out)
+
 
 class EngineLinear(nn.Module):
     """A linear layer over a resident weight of any format; any leading dimensions."""

@@ -16,6 +16,8 @@ from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, LENGTH_BUCKET, KVCache, Step
 from runner.rollout.local.experts import EngineExperts, EngineLinear
+from runner.rollout.local.fused import FusedDecoder, share_storage, stackable, unsupported
+from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
 from runner.schema import ModelConfig
 
@@ -44,7 +46,14 @@ class EngineModel:
         self.weights: dict[str, ResidentWeight] = {}
         self.others: dict[str, torch.Tensor] = {}
         self.experts: list[EngineExperts] = []
+        self.not_fused = unsupported(self.decoder, dtype, device)
+        if not self.not_fused:
+            for layer in self.decoder.layers:
+                for linears in stackable(layer):
+                    share_storage(linears)
         self._install()
+        self.fused = None if self.not_fused else FusedDecoder(self.decoder, self.head, dtype, model.experts_top_k)
+        self._fused_last = False
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def _install(self) -> None:
@@ -115,9 +124,15 @@ class EngineModel:
         least 1), the first of them at position starts[r].
         """
         rows, width = len(counts), int(counts.max())
-        row = np.repeat(np.arange(rows), counts)
-        column = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
+        row, column = rows_and_columns(counts)
         positions_np = starts[row] + column
+        self._fused_last = self.computes_fused(cache)
+        if self._fused_last:
+            assert self.fused is not None
+            slot = row if slots is None else slots[row]
+            hidden = self.fused.forward(cache, self.rope(cache.length), tokens, slot, positions_np, counts, None)
+            assert isinstance(hidden, torch.Tensor)
+            return hidden
         uniform = len(tokens) == rows * width
         limit = np.minimum(starts[:, None] + np.arange(width)[None, :], (starts + counts - 1)[:, None])
         reads = min(-(-int(positions_np.max() + 1) // LENGTH_BUCKET) * LENGTH_BUCKET, cache.length)
@@ -151,6 +166,35 @@ class EngineModel:
             )
         return self.decoder.norm(hidden).squeeze(1)
 
+    def computes_fused(self, cache: KVCache) -> bool:
+        """Whether a forward over this cache goes through the CPU kernels (a cache of another dtype does not)."""
+        return self.fused is not None and cache.dtype == self.dtype
+
+    def draws(
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        sampling: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+    ) -> Draws:
+        """The next token after each of the new tokens (see `forward`), drawn with the number of its position.
+
+        sampling: temperature, top_p, top_k and seed of every row [B].
+        """
+        row, column = rows_and_columns(counts)
+        temperature, top_p, top_k, seed = (values[row] for values in sampling)
+        position = starts[row] + column
+        if self.computes_fused(cache) and not (top_k > 0).any() and not (top_p < 1.0).any():
+            assert self.fused is not None
+            self._fused_last = True
+            rope = self.rope(cache.length)
+            drawn = self.fused.forward(cache, rope, tokens, row, position, counts, (temperature, seed))
+            assert isinstance(drawn, Draws)
+            return drawn
+        logits = self.logits(self.forward(cache, tokens, starts, counts))
+        return draws_of(distribution(logits, temperature, top_p, top_k), uniforms(seed, position + 1, SAMPLE))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> fp32 [N, vocab]."""
         return self.head(hidden).float()
@@ -159,10 +203,19 @@ class EngineModel:
         """[N, L, K] experts of the last forward, MoE layers in order; None for dense models."""
         if not self.experts:
             return None
+        if self._fused_last:
+            assert self.fused is not None
+            return torch.from_numpy(self.fused.routes.transpose(1, 0, 2))
         return torch.stack([experts.chosen for experts in self.experts if experts.chosen is not None], 1)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def rows_and_columns(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and place within the row of every token, for rows of counts [B] tokens that lie one after the other."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    return row, np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _structure(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:

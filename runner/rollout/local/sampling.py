@@ -60,6 +60,26 @@ class Distribution:
     weights: torch.Tensor
 
 
+@dataclass
+class Draws:
+    """One token per row: picked int64 [M], and its logprobs fp32 [M] at the sampling temperature and at 1."""
+
+    picked: np.ndarray
+    tempered: np.ndarray
+    raw: np.ndarray
+
+
+def draws_of(dist: Distribution, uniform: np.ndarray) -> Draws:
+    """A token of each row, by its own uniform number [M]."""
+    picked = draw(dist.weights, uniform)
+
+    def of(logprobs: torch.Tensor) -> np.ndarray:
+        return logprobs.gather(-1, picked.unsqueeze(-1)).squeeze(-1).cpu().numpy()
+
+    tempered = of(dist.tempered)
+    return Draws(picked.cpu().numpy(), tempered, tempered if dist.tempered is dist.raw else of(dist.raw))
+
+
 def distribution(logits: torch.Tensor, temperature: np.ndarray, top_p: np.ndarray, top_k: np.ndarray) -> Distribution:
     """logits fp32 [M, V]; temperature, top_p fp64 [M], top_k int64 [M] (-1: all)."""
     raw = logits.log_softmax(-1)

@@ -1,0 +1,335 @@
+"""The decoder layers of known families on a CPU, from their modules' weights, with a handful of kernels per layer.
+
+A decode step of a small model is a few million multiplications: most of its time goes into starting operations and into
+threads that wait for each other at the end of each. Here a layer is four matmuls (the experts': torch's own, one per expert)
+and five numba kernels, and the batch is split by rows into parts that go through all layers on a thread each. Modules
+of other classes, other devices and other cache formats take transformers' own forward (`model.py`): same weights, same
+cache interface, and the same tokens up to the order of additions.
+
+Shape legend: N tokens of a part, H hidden, K experts per token, L MoE layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from runner.rollout.local import cpu_kernels
+from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
+from runner.rollout.local.experts import EngineExperts, EngineLinear
+from runner.rollout.local.sampling import SAMPLE, Draws
+from runner.rollout.local.weights import TransientWeight
+
+LAYERS = ("Qwen3MoeDecoderLayer", "Qwen3DecoderLayer")  # transformers' classes that are computed here
+ROWS_PER_PART = 16  # fewer are not worth a thread
+MAX_PARTS = 4  # parts share the interpreter lock: more would wait for it (an estimate)
+# oneDNN compiles a bf16 matmul for every new number of rows (milliseconds each), and sequences end one by one: rounded
+# up, the numbers repeat.
+ROW_BLOCK = 16
+Product = Callable[[torch.Tensor, torch.Tensor], None]  # (x [m, in], out [m, out]) -> writes out
+
+
+def unsupported(decoder: Any, dtype: torch.dtype, device: torch.device) -> str:
+    """Why these modules take transformers' own forward; "" when they are computed here."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
+        return f"{device.type} with {dtype}"
+    for layer in decoder.layers:
+        name = type(layer).__name__
+        if name not in LAYERS:
+            return f"layers are {name}"
+        attention = layer.self_attn
+        if attention.head_dim % LENGTH_BUCKET or attention.sliding_window is not None or attention.config.attention_bias:
+            return f"attention with heads of {attention.head_dim}, a window or biases"
+        if attention.config.hidden_act != "silu" or decoder.rotary_emb.rope_type != "default":
+            return f"activation {attention.config.hidden_act} or rotary embedding {decoder.rotary_emb.rope_type}"
+    return ""
+
+
+def share_storage(linears: list[nn.Linear]) -> None:
+    """Lay the weights of linear layers with one input above each other, so that one matmul serves them all."""
+    with torch.no_grad():
+        stacked = torch.cat([linear.weight for linear in linears])
+        for linear, rows in zip(linears, stacked.split([linear.out_features for linear in linears]), strict=True):
+            linear.weight = nn.Parameter(rows, requires_grad=False)
+
+
+def stackable(layer: nn.Module) -> list[list[nn.Linear]]:
+    """Groups of linear layers of a decoder layer that read the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    groups: list[list[Any]] = [[attention.q_proj, attention.k_proj, attention.v_proj]]  # type: ignore[union-attr]
+    if hasattr(mlp, "gate_proj"):
+        groups.append([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr]
+    return groups
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """Shares memory; bf16 as uint16."""
+    tensor = tensor.detach()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@dataclass
+class _Layer:
+    """One decoder layer: arrays that share the parameters' memory, and its products."""
+
+    attention_norm: np.ndarray
+    mlp_norm: np.ndarray
+    query_norm: np.ndarray
+    key_norm: np.ndarray
+    qkv: Product
+    output: Product
+    gate_up: Product | None  # dense mlp
+    down: Product | None
+    experts: EngineExperts | None
+    gate: np.ndarray | None  # router [E, H]
+    normalize: bool
+
+
+class _Scratch:
+    """Buffers of one part; `take` gives a tensor and the array over the same memory, cut to the rows of this forward."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._whole: dict[str, torch.Tensor] = {}
+        self._cut: dict[tuple[str, int], tuple[torch.Tensor, np.ndarray]] = {}
+
+    def take(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, np.ndarray]:
+        """([rows rounded up to ROW_BLOCK, columns], [rows, columns]); rows beyond hold what was there before."""
+        found = self._cut.get((name, rows))
+        if found is not None:
+            return found
+        padded = -(-rows // ROW_BLOCK) * ROW_BLOCK
+        whole = self._whole.get(name)
+        if whole is None or len(whole) < padded:
+            whole = self._whole[name] = torch.zeros(padded, columns, dtype=self.dtype)
+            self._cut = {key: value for key, value in self._cut.items() if key[0] != name}
+        if len(self._cut) > 4096:
+            self._cut.clear()
+        tensor = whole[:padded]
+        self._cut[name, rows] = tensor, as_array(tensor)[:rows]
+        return self._cut[name, rows]
+
+
+class FusedDecoder:
+    """Embedding, layers, last norm, head and the draw of the next token of an `EngineModel` on a CPU."""
+
+    def __init__(self, decoder: Any, head: nn.Module, dtype: torch.dtype, top_k: int) -> None:
+        self.decoder, self.head, self.dtype, self.top_k = decoder, head, dtype, top_k
+        self.layers = [_layer(module) for module in decoder.layers]
+        config = decoder.config
+        self.hidden, self.heads, self.groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = decoder.layers[0].self_attn.head_dim
+        self.epsilon = np.float32(config.rms_norm_eps)
+        self.scale = np.float32(decoder.layers[0].self_attn.scaling)
+        self.moe_layers = sum(layer.experts is not None for layer in self.layers)
+        self.embedding = as_array(decoder.embed_tokens.weight)
+        self.last_norm = as_array(decoder.norm.weight)
+        self.routes = np.zeros((0, 0, 0), dtype=np.int64)  # [L, N, K] of the last forward
+        # weights that are decoded for each use would be decoded by every part
+        self.splits = not any(
+            isinstance(weight, TransientWeight)
+            for layer in self.layers
+            for weight in (layer.experts.gate_up + layer.experts.down if layer.experts is not None else [])
+        )
+        self._scratch: list[_Scratch] = []
+        self._no_rows = np.zeros((1, self.hidden), self.embedding.dtype)
+
+    def forward(
+        self,
+        cache: KVCache,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        tokens: np.ndarray,
+        slot: np.ndarray,
+        position: np.ndarray,
+        counts: np.ndarray,
+        draw: tuple[np.ndarray, np.ndarray] | None,
+    ) -> torch.Tensor | Draws:
+        """tokens, slot, position [N], sorted by row; counts [B] tokens per row. draw = (temperature, seed) [N]: the next
+        token after every token, drawn with the number of its position; None: hidden states [N, H] after the last norm."""
+        total = len(tokens)
+        caches = [cache.blocked(layer, self.groups, self.head_dim) for layer in range(len(self.layers))]
+        angles = as_array(rope[0]), as_array(rope[1])
+        self.routes = np.empty((self.moe_layers, total, self.top_k), dtype=np.int64)
+        draws = Draws(np.empty(total, np.int64), np.empty(total, np.float32), np.empty(total, np.float32))
+        hidden = torch.empty(0 if draw is not None else total, self.hidden, dtype=self.dtype)
+        bounds = self._bounds(counts)
+        while len(self._scratch) < len(bounds):
+            self._scratch.append(_Scratch(self.dtype))
+
+        def part(number: int) -> None:
+            rows = slice(*bounds[number])
+            scratch = self._scratch[number]
+            normed = self._layers(scratch, caches, angles, tokens[rows], slot[rows], position[rows], self.routes[:, rows])
+            count = rows.stop - rows.start
+            if draw is None:
+                hidden[rows] = normed[:count]
+                return
+            logits = as_array(self.head(normed))[:count]
+            cpu_kernels.draw_rows(
+                logits, draw[0][rows], draw[1][rows], position[rows] + 1, SAMPLE,
+                draws.picked[rows], draws.tempered[rows], draws.raw[rows],
+            )  # fmt: skip
+
+        if len(bounds) == 1:
+            part(0)
+        else:
+            _on_threads(part, len(bounds))
+        return hidden if draw is None else draws
+
+    def _bounds(self, counts: np.ndarray) -> list[tuple[int, int]]:
+        """Token ranges of the parts; a row is never cut, since its later tokens read what its earlier ones write."""
+        ends = np.cumsum(counts)
+        total = int(ends[-1])
+        parts = min(torch.get_num_threads(), MAX_PARTS, total // ROWS_PER_PART, len(counts)) if self.splits else 1
+        if parts <= 1:
+            return [(0, total)]
+        cuts = ends[np.searchsorted(ends, total * np.arange(1, parts) / parts)].tolist()
+        edges = sorted({0, *cuts, total})
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def _layers(
+        self,
+        scratch: _Scratch,
+        caches: list[tuple[np.ndarray, np.ndarray]],
+        angles: tuple[np.ndarray, np.ndarray],
+        tokens: np.ndarray,
+        slot: np.ndarray,
+        position: np.ndarray,
+        routes: np.ndarray,
+    ) -> torch.Tensor:
+        """Normed hidden states [N rounded up, H] of a part; routes [L, N, K] are written."""
+        count, size = len(tokens), self.hidden
+        _, hidden = scratch.take("hidden", count, size)
+        np.take(self.embedding, tokens, axis=0, out=hidden)
+        normed_t, normed = scratch.take("normed", count, size)
+        qkv_t, qkv = scratch.take("qkv", count, (self.heads + 2 * self.groups) * self.head_dim)
+        seen_t, seen = scratch.take("seen", count, self.heads * self.head_dim)
+        mixed_t, mixed = scratch.take("mixed", count, size)
+        one_place, one_share = np.arange(count).reshape(-1, 1), np.ones((count, 1), np.float32)
+        place, share = one_place[:, :0], one_share[:, :0]
+        added = self._no_rows
+        moe = 0
+        for layer, (keys, values) in zip(self.layers, caches, strict=True):
+            cpu_kernels.add_norm(hidden, added, place, share, layer.attention_norm, self.epsilon, normed)
+            layer.qkv(normed_t, qkv_t)
+            cpu_kernels.attend(
+                qkv, layer.query_norm, layer.key_norm, self.epsilon, angles[0], angles[1], slot, position, self.scale,
+                keys, values, seen,
+            )  # fmt: skip
+            layer.output(seen_t, mixed_t)
+            cpu_kernels.add_norm(hidden, mixed, one_place, one_share, layer.mlp_norm, self.epsilon, normed)
+            if layer.experts is None:
+                added, place, share = self._dense(scratch, layer, normed_t, count), one_place, one_share
+            else:
+                added, place, share = self._experts(scratch, layer, normed, routes[moe])
+                moe += 1
+        cpu_kernels.add_norm(hidden, added, place, share, self.last_norm, self.epsilon, normed)
+        return normed_t
+
+    def _dense(self, scratch: _Scratch, layer: _Layer, normed: torch.Tensor, count: int) -> np.ndarray:
+        assert layer.gate_up is not None and layer.down is not None
+        width = self.decoder.config.intermediate_size
+        both_t, both = scratch.take("both", count, 2 * width)
+        inner_t, inner = scratch.take("inner", count, width)
+        added_t, added = scratch.take("added", count, self.hidden)
+        layer.gate_up(normed, both_t)
+        cpu_kernels.gate_activation(both, inner)
+        layer.down(inner_t, added_t)
+        return added
+
+    def _experts(
+        self, scratch: _Scratch, layer: _Layer, normed: np.ndarray, index: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(rows of all experts in expert order [N K, H], place [N, K], share [N, K]); index [N, K] is written."""
+        experts, gate = layer.experts, layer.gate
+        assert experts is not None and gate is not None
+        count = len(normed)
+        pairs, width = count * self.top_k, experts.down[0].columns
+        sizes = np.empty(len(experts.down), np.int64)
+        place, share = np.empty((count, self.top_k), np.int64), np.empty((count, self.top_k), np.float32)
+        rows_t, rows = scratch.take("rows", pairs, self.hidden)
+        both_t, both = scratch.take("both", pairs, 2 * width)
+        inner_t, inner = scratch.take("inner", pairs, width)
+        added_t, added = scratch.take("added", pairs, self.hidden)
+        cpu_kernels.route(normed, gate, layer.normalize, index, share, place, sizes, rows)
+        split = sizes.tolist()
+        experts.products(experts.gate_up, rows_t[:pairs], split, both_t[:pairs])
+        cpu_kernels.gate_activation(both, inner)
+        experts.products(experts.down, inner_t[:pairs], split, added_t[:pairs])
+        return added, place, share
+
+
+def _layer(module: Any) -> _Layer:
+    attention, mlp = module.self_attn, module.mlp
+    experts = getattr(mlp, "experts", None)
+    return _Layer(
+        attention_norm=as_array(module.input_layernorm.weight),
+        mlp_norm=as_array(module.post_attention_layernorm.weight),
+        query_norm=as_array(attention.q_norm.weight),
+        key_norm=as_array(attention.k_norm.weight),
+        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj]),
+        output=_product([attention.o_proj]),
+        gate_up=_product([mlp.gate_proj, mlp.up_proj]) if experts is None else None,
+        down=_product([mlp.down_proj]) if experts is None else None,
+        experts=experts,
+        gate=as_array(mlp.gate.weight) if experts is not None else None,
+        normalize=experts is not None and bool(mlp.gate.norm_topk_prob),
+    )
+
+
+def _product(linears: list[Any]) -> Product:
+    """x -> the outputs of these layers beside each other: one matmul when their weights lie above each other in memory."""
+    if any(isinstance(linear, EngineLinear) for linear in linears):
+
+        def apart(x: torch.Tensor, out: torch.Tensor) -> None:
+            torch.cat([linear(x) for linear in linears], dim=1, out=out)
+
+        return apart
+    rows = sum(linear.out_features for linear in linears)
+    first = linears[0].weight.detach()
+    stacked = first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+    step = 0
+    for linear in linears:
+        assert linear.weight.data_ptr() == stacked[step:].data_ptr(), "share_storage comes first"
+        step += linear.out_features
+    transposed = stacked.t()
+
+    def together(x: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(x, transposed, out=out)
+
+    return together
+
+
+@lru_cache(maxsize=4)
+def _workers(parts: int, process: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations run on one thread each; one pool per process, for a fork must not inherit threads."""
+    before = torch.get_num_threads()
+    gate = threading.Barrier(parts)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        gate.wait()
+
+    pool = ThreadPoolExecutor(parts, thread_name_prefix="runner-engine")
+    for future in [pool.submit(start) for _ in range(parts)]:
+        future.result()
+    torch.set_num_threads(before)  # the default of threads to come was set along with the workers' own
+    return pool
+
+
+def _on_threads(part: Callable[[int], None], parts: int) -> None:
+    def run(number: int) -> None:
+        with torch.inference_mode():
+            part(number)
+
+    for future in [_workers(parts, os.getpid()).submit(run, number) for number in range(parts)]:
+        future.result()
