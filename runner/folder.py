@@ -14,6 +14,8 @@ from runner import checkpoint
 from runner.errors import UserError
 from runner.schema import Config
 
+_current: Path | None = None  # of the run that this process drives
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -23,8 +25,10 @@ class RunFolder:
 
 def open_folder(cfg: Config, overrides: list[str]) -> RunFolder:
     """Create the folder of a new run, or find the one of `resume`. Raises UserError, and never touches a finished run."""
+    global _current
     if cfg.resume:
         path = find_run(cfg.resume, cfg.outputs_dir)
+        _current = path
         return RunFolder(path, checkpoint.latest(path))
     path = Path(cfg.outputs_dir) / (cfg.run_name or time.strftime("%Y-%m-%d_%H-%M-%S") + f"_{os.getpid()}")
     if checkpoint.complete(path):
@@ -44,7 +48,13 @@ def open_folder(cfg: Config, overrides: list[str]) -> RunFolder:
         raise UserError(
             f"cannot write the run's folder {path}: {error.strerror}", key="outputs_dir", fix="outputs_dir=<a writable folder>"
         ) from error
+    _current = path
     return RunFolder(path, None)
+
+
+def logs_of_this_run() -> Path | None:
+    """`logs/` of the run that this process drives, for components that start processes; None outside of a run."""
+    return _current / "logs" if _current else None
 
 
 def find_run(name: str, outputs_dir: str) -> Path:

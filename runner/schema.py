@@ -232,10 +232,12 @@ class LocalRolloutConfig(RolloutConfig):
 @dataclass
 class SglangRolloutConfig(RolloutConfig):
     memory_fraction: float = MISSING  # of a GPU's memory, for weights and KV cache
-    attention_backend: str = MISSING
+    attention_backend: str = MISSING  # auto, or a name that SGLang knows
     weight_transport: str = MISSING  # tensor, distributed, disk_full, disk_delta or p2p
     pause_mode: str = MISSING  # abort, retract or in_place
     startup_timeout_seconds: float = MISSING
+    health_interval_seconds: float = MISSING  # between looks at whether an engine still works; 0: never
+    cpu_engines: int = MISSING  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
     max_retries: int = MISSING
     use_router: bool = MISSING
     cuda_graph_max_batch: int = MISSING

@@ -1,0 +1,117 @@
+"""HTTP calls to one SGLang server, over one event loop. Everything a server can be asked is a method here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import aiohttp
+
+Reply = dict[str, Any]
+
+
+class EngineFailure(Exception):
+    """The server died, hung or answered something that it should not have; the request may be tried elsewhere."""
+
+
+class Refused(Exception):
+    """The server understood and said no; trying again gives the same answer."""
+
+
+class Client:
+    """`timeout_seconds` bounds every call unless one is given."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, api_key: str, timeout_seconds: float) -> None:
+        self._session, self.url, self._timeout = session, url, timeout_seconds
+        self._headers = {"Authorization": f"Bearer {api_key}"}
+
+    async def generate(self, payload: Reply) -> Reply:
+        """One request that does not stream; returns SGLang's answer. Cancelling aborts it in the server, too: the server
+        notices that the connection closed."""
+        reply: Reply = await self._call("/generate", payload)
+        return reply
+
+    async def ready(self) -> bool:
+        """False while it starts or when nobody listens."""
+        try:
+            async with self._session.get(f"{self.url}/ready", timeout=aiohttp.ClientTimeout(total=5)) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def healthy(self, seconds: float) -> bool:
+        """Whether the scheduler gave any sign of life: SGLang generates a token when nothing else runs."""
+        try:
+            async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=seconds)) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def server_info(self) -> Reply:
+        reply: Reply = await self._call("/server_info", None)
+        return reply
+
+    async def pause(self, mode: str) -> None:
+        await self._call("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._call("/continue_generation", {})
+
+    async def begin_update(self) -> None:
+        await self._call("/begin_weight_update", {"selector": "all"})
+
+    async def end_update(self) -> None:
+        await self._call("/end_weight_update", {})
+
+    async def plugin(self, action: str, *, flush: bool = False, version: str | None = None, **request: Any) -> Reply:
+        """Ask runner's plugin (plugin/weights.py). Its answer has `problems`; a server that never heard of it raises Refused."""
+        body: Reply = {
+            "zmq_handles": {"runner": json.dumps({"action": action, **request})},
+            "flush_cache": flush,
+        }
+        if version is not None:
+            body["weight_version"] = version
+        reply = await self._call("/update_weights_from_ipc", body, refusals=False)
+        try:
+            answer: Reply = json.JSONDecoder().raw_decode(reply["message"])[0]
+        except ValueError:
+            raise Refused(f"{action}: {reply['message']}") from None
+        if not reply["success"] and not answer["problems"]:  # for example a flush that was refused
+            answer["problems"] = [f"{action}: {reply['message']}"]
+        return answer
+
+    async def post(self, path: str, body: Reply) -> Reply:
+        reply: Reply = await self._call(path, body)
+        return reply
+
+    async def _call(self, path: str, body: Reply | None, *, refusals: bool = True) -> Any:
+        method = "POST" if body is not None else "GET"
+        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        try:
+            async with self._session.request(
+                method, self.url + path, json=body, headers=self._headers, timeout=timeout
+            ) as response:
+                text = await response.text()
+        except TimeoutError:
+            raise EngineFailure(f"{path} did not answer within {self._timeout:.0f} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineFailure(f"{path}: {type(error).__name__}: {error}") from None
+        if response.status >= 500:
+            raise EngineFailure(f"{path} answered {response.status}: {text[:300]}")
+        if response.status >= 400 and refusals:
+            raise Refused(f"{path} answered {response.status}: {text[:500]}")
+        try:
+            return json.loads(text) if text else {}
+        except ValueError:
+            return {"message": text}
+
+
+async def wait_until_ready(client: Client, alive: Any, seconds: float) -> bool:
+    """Polls until the server answers, ends, or the time is over."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while alive() and asyncio.get_running_loop().time() < deadline:
+        if await client.ready():
+            return True
+        await asyncio.sleep(0.1)
+    return False

@@ -1,0 +1,27 @@
+"""What a server starts from: config.json with the run's quantization, and no weights (the first sync brings them)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from runner.models.build import save_config
+from runner.precision.plan import PrecisionPlan
+from runner.schema import ModelConfig
+
+
+def write_model_folder(model: ModelConfig, plan: PrecisionPlan, folder: Path) -> None:
+    """UserError (from the model group) when a checkpoint's config cannot be read.
+
+    End-of-sequence ids are left out: a request's own stop_token_ids say where a sample ends, as in every engine of runner.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(model, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["eos_token_id"] = None
+    config.pop("quantization_config", None)  # of the published checkpoint
+    if (quantization := plan.quantization_config()) is not None:
+        config["quantization_config"] = quantization
+    path.write_text(json.dumps(config, indent=1))
+    (folder / "generation_config.json").unlink(missing_ok=True)

@@ -1,0 +1,50 @@
+"""The CPU twin: what SGLang's own CPU path needs beside the kernels that nobody publishes a wheel of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+
+def register() -> None:
+    if torch.cuda.is_available():
+        raise RuntimeError("runner's CPU twin of SGLang does not load where CUDA is present")
+    _host_memory()
+    _speculative_attention()
+    HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
+
+
+def _host_memory() -> None:
+    """The host cache of routed experts is pinned through cudaHostRegister even for device="cpu"."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: Any, dtype: torch.dtype, device: str, **_: Any) -> torch.Tensor:
+        return torch.empty(dims, dtype=dtype, device=device)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
+def _speculative_attention() -> None:
+    """torch_native attention does not verify drafts. SGLang's intel_amx backend does; its two attention operators come from
+    the stand-in for sgl_kernel. (SGLang itself turns "intel_amx" into "torch_native" where it finds no AMX kernels.)"""
+    from sglang.srt.layers.attention import attention_registry
+
+    backends = attention_registry.ATTENTION_BACKENDS
+    native = backends["torch_native"]
+
+    def choose(runner: Any) -> Any:
+        from sglang.srt.runtime_context import get_spec
+
+        return (backends["intel_amx"] if get_spec().speculative_num_draft_tokens else native)(runner)
+
+    backends["torch_native"] = choose
+
+
+def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Every request samples from its own stream. SGLang hands seeds on only under enable_deterministic_inference, which
+    knows no CPU attention backend; its seeded sampler itself runs anywhere."""
+    seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+    if all(seed is not None for seed in seeds):
+        result.sampling_seed = torch.tensor(seeds, dtype=torch.int64)

@@ -1,0 +1,295 @@
+"""The SGLang rollout pool: the protocol's surface over servers that run as processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from runner import folder
+from runner.errors import UserError
+from runner.precision.plan import PrecisionPlan, shorten
+from runner.rollout.protocol import EngineDescription, SyncReport
+from runner.rollout.sglang import arguments
+from runner.rollout.sglang.background import BackgroundLoop
+from runner.rollout.sglang.decoding import Generation, RouteDecoder
+from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
+from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.server import Server, threads_per_engine
+from runner.rollout.sglang.weight_files import WeightSet, WeightWriter, shared_memory_folder
+from runner.samples import ExportedTensor, Request, Sample
+from runner.schema import Config, SglangRolloutConfig
+from runner.weights.stream import SealedTensor
+
+LOOPBACK = "127.0.0.1"
+
+
+class SglangPool:
+    """Servers start with dummy weights from a config.json; generating or scoring before the first sync is a UserError."""
+
+    def __init__(self, cfg: Config) -> None:
+        """Starts every server and waits until all answer. UserError with the reason and the log file otherwise."""
+        rollout = cast(SglangRolloutConfig, cfg.rollout)
+        self.version = -1
+        self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
+        self._cfg, self._rollout = cfg, rollout
+        self._context = cfg.model.max_context_tokens
+        self._residency_tensors = cfg.mismatch.residency_tensors
+        self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
+        self._runs = 0
+        self._tokens, self._seconds = 0, 0.0
+        for line in arguments.warnings(cfg):
+            print(f"warning: {line}", file=sys.stderr)
+        self._scratch = Path(tempfile.mkdtemp(prefix="runner-sglang-"))
+        write_model_folder(cfg.model, self.plan, self._scratch / "model")
+        self._loop = BackgroundLoop("sglang-pool")
+        self._writer: WeightWriter | None = None
+        api_key = secrets.token_urlsafe(32)
+        self._fleet = Fleet(self._servers(api_key), api_key, _settings(rollout))
+        try:
+            self._loop.run(self._fleet.start())
+            self._info = self._loop.run(self._fleet.ask("describe"))
+            self._audit()
+        except BaseException:
+            self.close(keep_logs=True)
+            raise
+
+    def _servers(self, api_key: str) -> list[Server]:
+        count = arguments.num_engines(self._cfg)
+        logs = folder.logs_of_this_run() or self._scratch
+        common = arguments.server_arguments(self._cfg)
+        servers = []
+        for index in range(count):
+            started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
+            if common["device"] == "cuda":
+                started_with["base_gpu_id"] = index * common["tp_size"]
+            log = logs / f"sglang_{index}.log"
+            servers.append(
+                Server(index, started_with, host=LOOPBACK, api_key=api_key, log=log, threads=threads_per_engine(count))
+            )
+        return servers
+
+    def _audit(self) -> None:
+        """The engines quantize what the plan says, in every server, or the run does not start."""
+        wanted = {name: tensor.format.name for name, tensor in self.plan.quantized.items()}
+        for index, answer in enumerate(self._info):
+            found: dict[str, str] = answer["formats"]
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            if wrong:
+                first = wrong[0]
+                raise UserError(
+                    f"SGLang server {index} computes with other formats than the precision plan: {shorten(wrong)}; "
+                    f"{first} is {found.get(first, 'bf16')} there and {wanted.get(first, 'bf16')} in the plan",
+                    key="precision",
+                    fix="precision.roles of whole modules (SGLang fuses q, k, v and gate, up)",
+                )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Samples as they finish; `requests` is pulled as room appears. May be closed at any sample: what runs is aborted.
+
+        A request whose engine died is asked for again, at most rollout.max_retries times; then its sample is `failed`.
+        """
+        self._need_weights()
+        return self._generate(iter(requests))
+
+    def _generate(self, requests: Iterator[Request]) -> Iterator[Sample]:
+        self._runs += 1
+        room = self._rollout.max_concurrency * len(self._fleet.engines)
+        finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
+        running: set[Future[Sample]] = set()
+        began = time.perf_counter()
+        count = 0
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and len(running) < room:
+                    request = next(requests, None)
+                    if request is None:
+                        exhausted = True
+                        break
+                    future = self._loop.submit(self._fleet.complete(self._generation(request, count)))
+                    count += 1
+                    running.add(future)
+                    future.add_done_callback(finished.put)
+                if not running:
+                    return
+                future = finished.get()
+                running.discard(future)
+                sample = future.result()
+                self._tokens += sample.response_length
+                yield sample
+        finally:
+            self._seconds += time.perf_counter() - began
+            for future in running:
+                future.cancel()
+
+    def _generation(self, request: Request, index: int) -> Generation:
+        if len(request.tokens) >= self._context:
+            raise UserError(
+                f"the prompt of {request.prompt_id} has {len(request.tokens)} tokens, the context is {self._context}",
+                key="task.max_prompt_tokens",
+                fix=f"task.max_prompt_tokens={self._context // 2}",
+            )
+        routes = self._routes if request.capture_routes else None
+        return Generation(request, self._context, routes, f"{self._runs}-{index}")
+
+    def update_weights(self, version: int, stream: Iterable[ExportedTensor | SealedTensor]) -> SyncReport:
+        """Load every tensor of the plan in every engine, verified on arrival and where it resides (all at the first sync).
+
+        Running requests are paused (rollout.pause_mode) only while the engines load; writing the set happens before. With
+        problems (named in the report) the version stays what it was and nothing is generated until a later sync is whole.
+        """
+        began = time.perf_counter()
+        first = self.version < 0
+        previous = self._fleet.weights
+        weights = self._weight_writer().write(version, stream, previous)
+        problems = weights.problems + self._unfit(weights)
+        updates: list[EngineUpdate] = []
+        stall = 0.0
+        if not problems:
+            parts = weights.parts_of(self._checked_now(first))
+            updates, stall = self._loop.run(self._fleet.update(weights, parts, time.perf_counter))
+            problems = _problems(updates)
+        if problems:
+            weights.remove()
+        else:
+            self.version = version
+            if previous is not None:
+                previous.remove()
+        self._fleet.counters["stall_seconds"] += stall
+        return SyncReport(
+            version=version,
+            seconds=time.perf_counter() - began,
+            wire_bytes=weights.wire_bytes,
+            arrived=len(weights.parts) if updates and not problems else 0,
+            resident_checked=len(self._checked_now(first)) if updates and not problems else 0,
+            changed_integers=None if first else weights.share("integers"),
+            changed_scales=None if first else weights.share("scales"),
+            problems=problems,
+        )
+
+    def _weight_writer(self) -> WeightWriter:
+        if self._writer is None:
+            needed = sum(_bytes_of(self.plan, name) for name in self.plan.tensors)
+            self._writer = WeightWriter(shared_memory_folder(needed), durable=False)
+        return self._writer
+
+    def _unfit(self, weights: WeightSet) -> list[str]:
+        """A session sends every tensor, in the plan's format: an expert that is left out would keep old bits."""
+        found = [f"{name}: did not arrive" for name in self.plan.tensors if name not in weights.parts]
+        for name, form in weights.formats.items():
+            if name not in self.plan.tensors:
+                found.append(f"{name}: the precision plan has no such tensor")
+            elif form != self.plan.tensors[name].format.name:
+                found.append(f"{name}: arrived as {form}, the engine computes with {self.plan.tensors[name]}")
+        return found
+
+    def _checked_now(self, first: bool) -> list[str]:
+        """Weights whose residency is checked at this sync: all at the first, then a rotating sample."""
+        order = list(self.plan.tensors)
+        count = len(order) if first else min(self._residency_tensors, len(order))
+        start = self._fleet.updates * count
+        return [order[(start + i) % len(order)] for i in range(count)]
+
+    def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Teacher-forced logprobs [T - 1] fp32 at temperature 1."""
+        self._need_weights()
+        futures = [self._loop.submit(self._fleet.score(sequence.tolist())) for sequence in sequences]
+        return [torch.tensor(future.result(), dtype=torch.float32) for future in futures]
+
+    def describe(self) -> EngineDescription:
+        """Formats as read back from the engines; `info`: what they say about themselves."""
+        answer = self._info[0]
+        formats = {name: answer["formats"].get(name, "bf16") for name in self.plan.tensors}
+        grid = self._cfg.precision.rollout
+        kernels = "dequantized" if answer["device"] == "cpu" else "marlin"
+        return EngineDescription(
+            formats=formats,
+            group_size=grid.group_size,
+            convention=grid.convention.name,
+            product_rounding="bf16",  # the CPU twin's effective weights and Marlin's products alike
+            info={
+                "engine": "sglang",
+                "servers": len(self._info),
+                "device": answer["device"],
+                "attention_backend": answer["attention_backend"],
+                "quantized_weights": kernels,
+            },
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """`perf/rollout_*` and the pool's own counts since the last call."""
+        counters = self._fleet.counters
+        metrics = {
+            "perf/rollout_tokens": float(self._tokens),
+            "perf/rollout_stall_time": counters["stall_seconds"],
+            "rollout/engine_restarts": counters["restarts"],
+            "rollout/requests_retried": counters["failures"],
+            "rollout/requests_continued": counters["continued"],
+        }
+        if self._seconds:
+            metrics["perf/rollout_tokens_per_second"] = self._tokens / self._seconds
+        self._tokens, self._seconds = 0, 0.0
+        counters.clear()
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass  # servers make no decisions that a resumed run has to repeat
+
+    def close(self, *, keep_logs: bool = False) -> None:
+        """Stop every server and remove what was written. Safe to call again."""
+        if self._loop.loop.is_closed():
+            return
+        with contextlib.suppress(KeyboardInterrupt):
+            self._loop.run(self._fleet.close())
+        self._loop.close()
+        if self._writer is not None:
+            self._writer.close()
+        if not keep_logs:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _need_weights(self) -> None:
+        if self.version < 0:
+            raise UserError("the SGLang engines have no weights yet", fix="call update_weights with the trainer's export first")
+
+
+def _settings(rollout: SglangRolloutConfig) -> Settings:
+    return Settings(
+        startup_seconds=rollout.startup_timeout_seconds,
+        request_seconds=rollout.request_timeout_seconds,
+        health_seconds=rollout.health_interval_seconds,
+        max_retries=rollout.max_retries,
+        pause_mode=rollout.pause_mode,
+    )
+
+
+def _problems(updates: list[EngineUpdate]) -> list[str]:
+    """Problems of all engines; an engine that died is none as long as another one took the weights."""
+    found = [
+        f"server {update.engine.server.index}: {problem}" if len(updates) > 1 else problem
+        for update in updates
+        for problem in update.problems
+    ]
+    if all(update.died for update in updates):
+        found += [f"server {update.engine.server.index}: {update.died}" for update in updates]
+    return found
+
+
+def _bytes_of(plan: PrecisionPlan, name: str) -> int:
+    count = 1
+    for size in plan.parameters[name].shape:
+        count *= size
+    return count * plan.tensors[name].bits // 8 + 1

@@ -1,0 +1,168 @@
+"""Weights on their way to the engines of this host: safetensors files, in shared memory or on a disk.
+
+A set of files holds one version completely. The engines map the files, so one copy serves all engines of a host; the set of
+the current version stays until the next one is complete, for engines that have to be started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from runner.errors import UserError
+from runner.rollout.local.weights import changed
+from runner.samples import ExportedTensor
+from runner.schema import Format
+from runner.weights.stream import SealedTensor, seal, wire_bytes
+
+BUCKET_BYTES = 1 << 30
+MANIFEST = "manifest.json"
+BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
+
+
+@dataclass
+class WeightSet:
+    """One version. `digests`: part name -> hash; `parts`: weight name -> its parts; `formats`: weight name -> format."""
+
+    version: int
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    wire_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    changes: dict[str, list[int]] = field(default_factory=lambda: {"integers": [0, 0], "scales": [0, 0]})
+    location: dict[str, Path] = field(default_factory=dict)  # part name -> file
+
+    def share(self, kind: str) -> float | None:
+        """Values of a kind that changed since the previous set, 0 to 1."""
+        different, total = self.changes[kind]
+        return different / total if total else None
+
+    def parts_of(self, names: Iterable[str]) -> list[str]:
+        return [part for name in names for part in self.parts[name]]
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class WeightWriter:
+    """Writes sets under `root`, a folder of this process alone."""
+
+    def __init__(self, root: Path, *, durable: bool, bucket_bytes: int = BUCKET_BYTES) -> None:
+        """`durable`: versioned folders on a disk, synced and renamed into place, with a manifest; else plain files."""
+        self.root, self.durable, self.bucket_bytes = root, durable, bucket_bytes
+        self._count = 0
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:
+        """Seal what is not sealed yet and write it, a bucket at a time. UserError when the disk or shared memory is full."""
+        self._count += 1
+        name = f"v{self._count:06d}"
+        partial = self.root / f".{name}"
+        written = WeightSet(version, partial)
+        bucket: dict[str, torch.Tensor] = {}
+        size = 0
+        try:
+            partial.mkdir()
+            for sealed in _sealed(stream):
+                if not self._accept(sealed, written):
+                    continue
+                _count_changes(sealed.exported, written, previous)
+                bucket |= {part: tensor.detach().contiguous() for part, tensor in sealed.exported.parts.items()}
+                size += wire_bytes(sealed.exported)
+                if size >= self.bucket_bytes:
+                    self._save(bucket, written)
+                    bucket, size = {}, 0
+            if bucket:
+                self._save(bucket, written)
+            if self.durable:
+                self._seal_folder(written)
+            target = self.root / name
+            partial.rename(target)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"cannot write the weights of version {version} under {self.root}: {error}",
+                key="rollout.weight_transport",
+                fix="free space there, or rollout.weight_transport=disk_full with outputs_dir on a larger disk",
+            ) from error
+        written.folder = target
+        written.files = [target / file.name for file in written.files]
+        written.location = {part: target / file.name for part, file in written.location.items()}
+        return written
+
+    def _accept(self, sealed: SealedTensor, written: WeightSet) -> bool:
+        item = sealed.exported
+        if item.name in written.parts:
+            written.problems.append(f"{item.name}: arrived twice in one session")
+            return False
+        written.parts[item.name] = list(item.parts)
+        written.formats[item.name] = item.format
+        written.digests |= sealed.digests
+        written.wire_bytes += wire_bytes(item)
+        return True
+
+    def _save(self, bucket: dict[str, torch.Tensor], written: WeightSet) -> None:
+        path = written.folder / f"weights-{len(written.files):05d}.safetensors"
+        save_file({name: tensor.cpu() for name, tensor in bucket.items()}, path, metadata={"format": "pt"})
+        path.chmod(0o600)
+        written.files.append(path)
+        written.location |= dict.fromkeys(bucket, path)
+
+    def _seal_folder(self, written: WeightSet) -> None:
+        manifest = {"version": written.version, "digests": written.digests, "files": [file.name for file in written.files]}
+        path = written.folder / MANIFEST
+        path.write_text(json.dumps(manifest))
+        for file in (*written.files, path):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def shared_memory_folder(needed_bytes: int) -> Path:
+    """A new folder of this user alone in shared memory, or in the temporary folder where that is too small."""
+    shared = Path("/dev/shm")
+    root: str | None = None
+    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 3 * needed_bytes:
+        root = str(shared)
+    return Path(tempfile.mkdtemp(prefix="runner-weights-", dir=root))
+
+
+def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(part name, tensor) of some parts of a set."""
+    for name in names:
+        with safe_open(weights.location[name], framework="pt") as opened:
+            yield name, opened.get_tensor(name)
+
+
+def _sealed(stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[SealedTensor]:
+    for item in stream:
+        yield item if isinstance(item, SealedTensor) else next(seal([item]))
+
+
+def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet | None) -> None:
+    """Integers and scales of a quantized tensor that differ from those of the previous set."""
+    if previous is None or item.format not in BITS or item.name not in previous.parts:
+        return
+    wanted = [part for part in item.parts if part in previous.location and not part.endswith("weight_shape")]
+    for name, old in read_parts(previous, wanted):
+        new = item.parts[name].detach().cpu()
+        if old.shape != new.shape or old.dtype != new.dtype:
+            continue
+        kind = "scales" if "scale" in name.rpartition(".")[2] else "integers"
+        different, total = changed(old, new, BITS[item.format] if kind == "integers" else 8 * new.element_size())
+        written.changes[kind][0] += different
+        written.changes[kind][1] += total
