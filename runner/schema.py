@@ -140,6 +140,7 @@ class PrecisionConfig:
     base_dtype: str = MISSING  # of everything that is not quantized: bfloat16, or float32 for tests
     kv_cache: str = MISSING  # bf16 or fp8_e4m3
     fp8_backward: bool = MISSING  # precision=fp8: quantize gradients in the backward too
+    fp8_matmul: str = MISSING  # precision=fp8, trainer=torch: simulated (in bf16, any device) or scaled_mm (a Hopper GPU)
     fp8_param_gather: bool = MISSING  # Megatron: all-gather parameters in FP8
 
 
@@ -203,6 +204,8 @@ class MegatronTrainerConfig(TrainerConfig):
     router_fusion: bool = MISSING
     moe_token_dispatcher: str = MISSING  # alltoall, allgather or flex
     resident_reference: bool = MISSING  # false: reference weights are swapped in from host memory
+    grad_bucket_elements: Optional[int] = MISSING  # parameters per communication bucket; null: Megatron's choice
+    rank_timeout_seconds: float = MISSING  # a rank that is silent for this long counts as dead
 
 
 @dataclass

@@ -18,12 +18,10 @@ from torch import nn
 from runner.errors import UserError
 from runner.models.family import Family
 from runner.precision.formats import Scales, encode, module_of, quantize_dequantize, quantize_dequantize_
-from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format, ModelConfig
-from runner.trainer import experts
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,12 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
+def straight_through(weight: torch.Tensor, effective: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """effective(weight), whose gradient goes to `weight` as it is (Bengio et al., arXiv 1308.3432)."""
+    result: torch.Tensor = _StraightThrough.apply(weight, effective)
+    return result
+
+
 class ForwardFakeQuantization:
     """Fake quantization in every forward: the fallback without masters, and the oracle for the in-place kind.
 
@@ -154,55 +158,6 @@ class ForwardFakeQuantization:
                     del module.__dict__[attribute]
 
         module.forward = forward
-
-
-class QuantizeActivation(torch.autograd.Function):
-    """FP8 1 x 128 quantize-dequantize of activations [..., features]; the gradient passes (straight-through)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return quantize_dequantize_activations(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0]
-
-
-class QuantizeGradient(torch.autograd.Function):
-    """Identity whose gradient [..., features] is quantize-dequantized in FP8, 1 x 128, before both backward matmuls."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return quantize_dequantize_activations(grads[0])
-
-
-@dataclass(frozen=True)
-class Fp8Matmuls:
-    """FP8 on both sides of a quantized matmul: `before` on its input, `after` on its output (for the gradient)."""
-
-    backward: bool
-
-    def before(self, x: torch.Tensor) -> torch.Tensor:
-        return QuantizeActivation.apply(x)
-
-    def after(self, y: torch.Tensor) -> torch.Tensor:
-        return QuantizeGradient.apply(y) if self.backward else y
-
-
-def install_fp8_activations(model: nn.Module, layout: WeightLayout, *, backward: bool) -> None:
-    """Every matmul with an FP8 weight takes FP8 activations: linears through hooks, experts through their own function."""
-    matmuls = Fp8Matmuls(backward)
-    for name in layout.quantized:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, args: (matmuls.before(args[0]), *args[1:]))
-            module.register_forward_hook(lambda _, args, output: matmuls.after(output))
-        else:
-            module.__dict__[experts.FP8_ATTRIBUTE] = matmuls
 
 
 def export_weights(

@@ -1,0 +1,159 @@
+"""`trainer=megatron` as the loop sees it: the trainer protocol over rank processes. Imports neither Megatron nor CUDA."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from runner.errors import UserError, UserErrors
+from runner.routing import routes as route_checks
+from runner.samples import Batch, Sample, WeightStream
+from runner.schema import Config
+from runner.trainer.megatron import arguments
+from runner.trainer.megatron.ranks import LocalRanks
+from runner.trainer.protocol import Routes, Weights
+
+MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
+
+
+class MegatronTrainer:
+    """`runner.trainer.protocol.Trainer` over one Megatron rank per process.
+
+    A rank that dies, raises or falls silent ends all ranks, and the call raises RankFailure within
+    trainer.rank_timeout_seconds (at once when the process is gone).
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        check_installation()
+        self.cfg = cfg
+        self.family = arguments.check(cfg)
+        self._version = 0
+        self.ranks = LocalRanks(cfg)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @version.setter
+    def version(self, value: int) -> None:
+        self.ranks.call("set_version", value)
+        self._version = value
+
+    # ---- forward
+
+    def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
+        """See the protocol."""
+        self._check(batch, routed=routes == "replayed")
+        return _rows(self.ranks.call("logprobs", _light(batch), weights, routes), len(batch))
+
+    def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
+        """See the protocol. The reference routes by itself: the recorded routes belong to another policy."""
+        if not self.cfg.algorithm.kl_coef:
+            raise UserError("there is no reference policy", key="algorithm.kl_coef", fix="algorithm.kl_coef=0.001")
+        self._check(batch, routed=False)
+        return _rows(self.ranks.call("reference_logprobs", _light(batch)), len(batch))
+
+    def _check(self, batch: Batch, *, routed: bool) -> None:
+        """What is wrong with a batch is said here, before the ranks are in the middle of a collective."""
+        if batch.temperature <= 0:
+            raise UserError(
+                f"logprobs at temperature {batch.temperature} are not defined",
+                key="rollout.sampling.temperature",
+                fix="rollout.sampling.temperature=1.0 (greedy decoding belongs to evaluation.sampling)",
+            )
+        model = self.cfg.model
+        if not routed or not self.cfg.router_replay.trainer or not model.num_experts:
+            return
+        layers = len(self.family.moe_layers(model))
+        try:
+            route_checks.validate_all(batch.samples, layers, model.experts_top_k, model.num_experts)
+        except route_checks.RouteError as error:
+            raise UserError(
+                str(error),
+                key="router_replay",
+                fix="both sides must record and replay: check router_replay.rollout and the engine, or set router_replay=none",
+            ) from None
+
+    # ---- updates
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """`algorithm.updates_per_rollout` optimizer steps; fills in batch.old_logprobs (and ref_logprobs) where they are None."""
+        self._check(batch, routed=True)
+        if batch.old_version is None:
+            batch.old_version = self.version
+        if self.cfg.algorithm.kl_coef and batch.ref_logprobs is None:
+            batch.ref_logprobs = self.reference_logprobs(batch)
+        if batch.old_logprobs is None and self.cfg.algorithm.updates_per_rollout > 1:
+            batch.old_logprobs = self.logprobs(batch)
+        results = self.ranks.call("step", _light(batch))
+        if batch.old_logprobs is None:
+            batch.old_logprobs = _rows([result.old_logprobs for result in results], len(batch))
+        self._version = results[0].version
+        metrics: dict[str, float] = results[-1].metrics
+        return metrics
+
+    def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
+        """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
+        results = self.ranks.call("sft_step", samples, lr)
+        self._version = results[0].version
+        metrics: dict[str, float] = results[0].metrics
+        return metrics
+
+    def reset_optimizer(self) -> None:
+        """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
+        self.ranks.call("reset_optimizer")
+
+    # ---- weights out, checkpoints
+
+    def export(self, format: Literal["rollout", "bf16"] = "rollout") -> WeightStream:
+        """See the protocol. Ranks send their parts as they are gathered, so the order of tensors is not fixed."""
+        return self.ranks.stream("export", format)
+
+    def save(self, folder: Path) -> None:
+        self.ranks.call("save", folder.resolve())
+
+    def load(self, folder: Path) -> None:
+        self._version = self.ranks.call("load", folder.resolve())[0]
+
+    def close(self) -> None:
+        self.ranks.close()
+
+
+def _rows(parts: list[dict[int, torch.Tensor]], count: int) -> list[torch.Tensor]:
+    """Reporters' {sample: row} -> rows in sample order; every sample must have come from exactly one rank."""
+    rows: dict[int, torch.Tensor] = {}
+    for part in parts:
+        for index, row in part.items():
+            assert index not in rows, f"sample {index} was computed twice"
+            rows[index] = row
+    return [rows[index] for index in range(count)]
+
+
+def _light(batch: Batch) -> Batch:
+    """The batch as ranks need it: texts and reports stay here."""
+
+    def light(sample: Sample) -> Sample:
+        return replace(sample, info={}, raw_logprobs=None, weight_spans=[])
+
+    return replace(batch, samples=[light(sample) for sample in batch.samples])
+
+
+def check_installation() -> None:
+    """UserErrors with what trainer=megatron lacks on this machine."""
+    missing: list[UserError] = []
+    fix = "make setup (or pip install 'runner[megatron]')"
+    try:
+        found = version("megatron-core")
+        if found != MEGATRON:
+            missing.append(UserError(f"megatron-core {found} is installed, {MEGATRON} is needed", key="trainer", fix=fix))
+    except PackageNotFoundError:
+        missing.append(UserError("megatron-core is not installed", key="trainer", fix=fix))
+    if find_spec("psutil") is None:  # undeclared by megatron-core: without it saving a checkpoint hangs for ever
+        missing.append(UserError("psutil is not installed; Megatron's checkpoints need it", key="trainer", fix=fix))
+    if missing:
+        raise UserErrors(missing)

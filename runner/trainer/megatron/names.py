@@ -1,0 +1,162 @@
+"""HF <-> Megatron: the names, and how an HF weight lies in a Megatron parameter and in its tensor-parallel shards.
+
+A Megatron name here is global: `decoder.layers.<layer of the whole model>`, `experts.local_experts.<expert of the whole
+model>`, as the local layer spec spells it. Transformer Engine's spec fuses norms into the linear behind them and numbers
+expert weights; `canonical` translates its names.
+
+Shape legend: G key-value heads, Q query heads per key-value head, D head width, H hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from runner.models.family import Family
+from runner.schema import ModelConfig
+
+
+class Kind(Enum):
+    direct = "direct"  # one HF tensor, as it is
+    gate_up = "gate_up"  # gate rows, then up rows; a shard holds its part of both
+    qkv = "qkv"  # for each key-value head: its query heads, its key, its value
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A Megatron parameter and the HF tensors in it. `vocabulary`: rows may be padded up to a multiple of tp."""
+
+    name: str
+    kind: Kind
+    hf: tuple[str, ...]
+    vocabulary: bool = False
+
+    @property
+    def expert(self) -> bool:
+        return ".experts." in self.name
+
+
+def table(model: ModelConfig, family: Family) -> dict[str, Mapped]:
+    """Global Megatron name -> what lies there, for every HF tensor of the model except multi-token-prediction layers."""
+    disk = {parameter.name for parameter in family.parameters(model)}
+    entries = [entry for entry in _entries(model, family) if set(entry.hf) <= disk]
+    return {entry.name: entry for entry in entries}
+
+
+def passengers(model: ModelConfig, family: Family) -> list[str]:
+    """HF tensors that no Megatron parameter holds: multi-token-prediction layers, which the policy never runs."""
+    carried = {name for entry in table(model, family).values() for name in entry.hf}
+    return [parameter.name for parameter in family.parameters(model) if parameter.name not in carried]
+
+
+def _entries(model: ModelConfig, family: Family) -> Iterator[Mapped]:
+    yield Mapped("embedding.word_embeddings.weight", Kind.direct, ("model.embed_tokens.weight",), vocabulary=True)
+    moe = set(family.moe_layers(model))
+    for layer in range(model.num_layers):
+        hf, mega = f"model.layers.{layer}", f"decoder.layers.{layer}"
+        yield Mapped(f"{mega}.input_layernorm.weight", Kind.direct, (f"{hf}.input_layernorm.weight",))
+        yield Mapped(f"{mega}.pre_mlp_layernorm.weight", Kind.direct, (f"{hf}.post_attention_layernorm.weight",))
+        yield from _attention(model, f"{hf}.self_attn", f"{mega}.self_attention")
+        if layer not in moe:
+            yield from _mlp(f"{hf}.mlp", f"{mega}.mlp")
+            continue
+        yield Mapped(f"{mega}.mlp.router.weight", Kind.direct, (f"{hf}.mlp.gate.weight",))
+        yield Mapped(f"{mega}.mlp.router.expert_bias", Kind.direct, (f"{hf}.mlp.gate.e_score_correction_bias",))
+        for expert in range(model.num_experts):
+            yield from _mlp(f"{hf}.mlp.experts.{expert}", f"{mega}.mlp.experts.local_experts.{expert}")
+        yield from _mlp(f"{hf}.mlp.shared_experts", f"{mega}.mlp.shared_experts")
+    yield Mapped("decoder.final_layernorm.weight", Kind.direct, ("model.norm.weight",))
+    yield Mapped("output_layer.weight", Kind.direct, ("lm_head.weight",), vocabulary=True)
+
+
+def _attention(model: ModelConfig, hf: str, mega: str) -> Iterator[Mapped]:
+    if model.kv_lora_rank:
+        for ours, theirs in (
+            ("linear_q_proj.weight", "q_proj.weight"),
+            ("linear_q_down_proj.weight", "q_a_proj.weight"),
+            ("linear_q_up_proj.weight", "q_b_proj.weight"),
+            ("q_layernorm.weight", "q_a_layernorm.weight"),
+            ("linear_kv_down_proj.weight", "kv_a_proj_with_mqa.weight"),
+            ("kv_layernorm.weight", "kv_a_layernorm.weight"),
+            ("linear_kv_up_proj.weight", "kv_b_proj.weight"),
+            ("linear_proj.weight", "o_proj.weight"),
+        ):
+            yield Mapped(f"{mega}.{ours}", Kind.direct, (f"{hf}.{theirs}",))
+        return
+    for what in ("weight", "bias"):
+        yield Mapped(f"{mega}.linear_qkv.{what}", Kind.qkv, tuple(f"{hf}.{x}_proj.{what}" for x in "qkv"))
+        yield Mapped(f"{mega}.linear_proj.{what}", Kind.direct, (f"{hf}.o_proj.{what}",))
+    for norm in "qk":
+        yield Mapped(f"{mega}.{norm}_layernorm.weight", Kind.direct, (f"{hf}.{norm}_norm.weight",))
+
+
+def _mlp(hf: str, mega: str) -> Iterator[Mapped]:
+    yield Mapped(f"{mega}.linear_fc1.weight", Kind.gate_up, (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"))
+    yield Mapped(f"{mega}.linear_fc2.weight", Kind.direct, (f"{hf}.down_proj.weight",))
+
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_TE_EXPERT = re.compile(r"\.experts\.linear_fc([12])\.weight(\d+)$")
+_TE_NORMS = (
+    (".self_attention.linear_qkv.layer_norm_weight", ".input_layernorm.weight"),
+    (".self_attention.linear_q_up_proj.layer_norm_weight", ".self_attention.q_layernorm.weight"),
+    (".self_attention.linear_kv_up_proj.layer_norm_weight", ".self_attention.kv_layernorm.weight"),
+    (".mlp.linear_fc1.layer_norm_weight", ".pre_mlp_layernorm.weight"),
+)
+
+
+def canonical(name: str, first_layer: int, first_expert: int) -> str:
+    """The global name, spelt as the local spec does, of a parameter `name` of a rank whose first layer and expert these are."""
+    name = _TE_EXPERT.sub(lambda m: f".experts.local_experts.{m[2]}.linear_fc{m[1]}.weight", name)
+    for theirs, ours in _TE_NORMS:
+        name = name.replace(theirs, ours)
+    name = _LAYER.sub(lambda m: f"decoder.layers.{int(m[1]) + first_layer}.", name)
+    return _EXPERT.sub(lambda m: f".local_experts.{int(m[1]) + first_expert}.", name)
+
+
+def to_shard(
+    entry: Mapped, tensors: Sequence[torch.Tensor], model: ModelConfig, dim: int | None, rank: int, size: int
+) -> torch.Tensor:
+    """HF tensors -> one tensor-parallel shard. `dim` is the divided dimension of the parameter; None: every rank holds it all."""
+    if entry.kind is Kind.gate_up:
+        pieces = [tensor if dim is None else tensor.chunk(size, 0)[rank] for tensor in tensors]
+        return torch.cat(pieces)
+    whole = tensors[0] if entry.kind is Kind.direct else _interleave(tensors, model)
+    if dim is None:
+        return whole
+    if entry.vocabulary:
+        rows = -(-whole.shape[0] // size) * size
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, rows - whole.shape[0]))
+    return whole.chunk(size, dim)[rank]
+
+
+def to_hf(entry: Mapped, shards: Sequence[torch.Tensor], model: ModelConfig, dim: int | None) -> dict[str, torch.Tensor]:
+    """All tensor-parallel shards, in rank order (one of them where dim is None) -> HF name -> tensor."""
+    if entry.kind is Kind.gate_up:
+        halves = [shard.chunk(2, 0) for shard in shards]
+        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.hf)}
+    whole = shards[0] if dim is None or len(shards) == 1 else torch.cat(list(shards), dim=dim)
+    if entry.kind is Kind.qkv:
+        return dict(zip(entry.hf, _separate(whole, model), strict=True))
+    if entry.vocabulary:
+        whole = whole[: model.vocab_size]
+    return {entry.hf[0]: whole}
+
+
+def _interleave(qkv: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """q [G * Q * D, ...], k and v [G * D, ...] -> [G * (Q + 2) * D, ...], also for biases."""
+    groups = model.num_kv_heads
+    rest = qkv[0].shape[1:]
+    return torch.cat([x.reshape(groups, -1, *rest) for x in qkv], dim=1).reshape(-1, *rest)
+
+
+def _separate(whole: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
+    groups, width = model.num_kv_heads, model.head_dim
+    rest = whole.shape[1:]
+    sizes = [model.num_heads // groups * width, width, width]
+    return [x.reshape(-1, *rest) for x in whole.view(groups, sum(sizes), *rest).split(sizes, dim=1)]

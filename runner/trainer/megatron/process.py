@@ -1,0 +1,98 @@
+"""The process of one rank: `python -m runner.trainer.megatron.process FD`, started by ranks.py with one end of a socket pair.
+
+It serves calls until the other end closes. Checkpointing spawns helpers that import this module again, hence the guard.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from runner.errors import UserError
+from runner.trainer.megatron import wire
+
+PART_BYTES = 64 << 20  # tensors of a stream that travel in one message
+_PR_SET_PDEATHSIG = 1
+
+
+def main(descriptor: int) -> int:
+    """Serve one driver; returns when it closes the connection."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it finishes the step, saves, and closes us
+    warnings.filterwarnings("ignore")
+    connection = Connection(descriptor)
+    try:
+        worker = _start(connection)
+        while worker is not None:
+            name, arguments = wire.receive(connection)
+            if not _serve(connection, worker, name, arguments):
+                return 1
+    except EOFError:
+        return 0
+    return 1
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start(connection: Connection) -> Any:
+    """Build the worker from the first message; None when that failed (the driver has been told)."""
+    cfg, rank, rendezvous, local_rank = wire.receive(connection)
+    try:
+        from runner.trainer.megatron import worker
+
+        worker.initialize(cfg, rank, rendezvous, local_rank)
+        built = worker.Worker(cfg)
+    except Exception as error:
+        wire.send(connection, _failure(error))
+        return None
+    wire.send(connection, None)
+    return built
+
+
+def _serve(connection: Connection, worker: Any, name: str, arguments: tuple[Any, ...]) -> bool:
+    """One call; a generator's items come in parts, then the result. False after a failure: the ranks no longer agree."""
+    try:
+        result = getattr(worker, name)(*arguments)
+        if isinstance(result, Iterator):
+            _stream(connection, result)
+            result = None
+    except Exception as error:
+        wire.send(connection, _failure(error))
+        return False
+    wire.send(connection, result)
+    return True
+
+
+def _stream(connection: Connection, items: Iterator[Any]) -> None:
+    part, size = [], 0
+    for item in items:
+        part.append(item)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in item.parts.values())
+        if size >= PART_BYTES:
+            wire.send(connection, part)
+            part, size = [], 0
+    if part:
+        wire.send(connection, part)
+
+
+def _failure(error: Exception) -> wire.Failure:
+    if isinstance(error, UserError):
+        return wire.Failure(error.problem, error.fix, error.key, None)
+    return wire.Failure(f"{type(error).__name__}: {error}", None, None, traceback.format_exc())
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no destructors of process groups whose other members may be gone

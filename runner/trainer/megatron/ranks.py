@@ -1,0 +1,187 @@
+"""Starting, calling and ending the rank processes of one machine; a dead or silent rank is found within a bounded time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+from runner.schema import Config
+from runner.trainer.megatron import arguments, wire
+
+LOG_LINES = 12  # of a dead rank's output that the error shows
+
+
+class RankFailure(UserError):
+    """A rank died, fell silent or raised; the other ranks have been ended."""
+
+
+class LocalRanks:
+    """The rank processes of `cluster=local`. Every call goes to all of them; they answer in any order.
+
+    The processes die with this one: their socket closes, and the kernel kills them if this process is killed.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.timeout = arguments.trainer_config(cfg).rank_timeout_seconds
+        self._scratch = tempfile.TemporaryDirectory(prefix="runner-ranks-")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        try:
+            for rank in range(arguments.world_size(cfg)):
+                self._spawn(rank)
+            rendezvous = f"file://{self._scratch.name}/rendezvous"
+            for rank, connection in enumerate(self._connections):
+                wire.send(connection, (cfg, rank, rendezvous, rank))
+            self._collect("starting")
+        except BaseException:
+            self.close()
+            raise
+
+    def _spawn(self, rank: int) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, self.log(rank).open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
+                env=os.environ | arguments.environment(self.cfg),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._processes.append(process)
+        self._connections.append(Connection(ours.detach()))
+
+    def log(self, rank: int) -> Path:
+        """Everything that a rank printed."""
+        return Path(self._scratch.name) / f"rank_{rank}.log"
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        """`worker.name(*args)` on every rank -> their results, by rank. Raises RankFailure, and UserError that a rank raised."""
+        self._send(name, args)
+        return self._collect(name)
+
+    def stream(self, name: str, *args: Any) -> Iterator[Any]:
+        """The items of a generator method of all ranks, as they arrive."""
+        self._send(name, args)
+        yield from self._parts(name)
+
+    def _send(self, name: str, args: tuple[Any, ...]) -> None:
+        if not self._connections:
+            raise RankFailure("the trainer's ranks have been closed")
+        message = wire.dumps((name, args))
+        for rank, connection in enumerate(self._connections):
+            try:
+                connection.send_bytes(message)
+            except OSError:
+                self._lost(rank, name)
+
+    def _collect(self, name: str) -> list[Any]:
+        results: list[Any] = [None] * len(self._connections)
+        for rank, answer in self._answers(name):
+            results[rank] = answer
+        return results
+
+    def _answers(self, name: str) -> Iterator[tuple[int, Any]]:
+        """One message of every rank, in the order of arrival."""
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        deadline = time.monotonic() + self.timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                self._silent(sorted(waiting.values()), name)
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                yield waiting.pop(connection), self._receive(connection, name)
+
+    def _parts(self, name: str) -> Iterator[Any]:
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        while waiting:
+            ready = wait(list(waiting), timeout=self.timeout)
+            if not ready:
+                self._silent(sorted(waiting.values()), name)
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                message = self._receive(connection, name)
+                if message is None:
+                    del waiting[connection]
+                else:
+                    yield from message
+
+    def _receive(self, connection: Connection, name: str) -> Any:
+        rank = self._connections.index(connection)
+        try:
+            message = wire.receive(connection)
+        except (EOFError, OSError):
+            self._lost(rank, name)
+        if isinstance(message, wire.Failure):
+            self._failed(rank, name, message)
+        return message
+
+    def _failed(self, rank: int, name: str, failure: wire.Failure) -> None:
+        """A rank raised. Often another one died first and this one only noticed: then that one is named."""
+        dead = self._dead_rank(besides=rank) if failure.traceback else None
+        if dead is not None:
+            self._lost(dead, name)
+        self.close()
+        if failure.traceback is None:
+            raise UserError(failure.problem, fix=failure.fix, key=failure.key)
+        raise RankFailure(f"trainer rank {rank} failed in {name}: {failure.problem}\n{failure.traceback}", fix=RESUME)
+
+    def _dead_rank(self, besides: int) -> int | None:
+        deadline = time.monotonic() + 1.0  # a killed process takes a moment to be reaped
+        while time.monotonic() < deadline:
+            for rank, process in enumerate(self._processes):
+                if rank != besides and process.poll() not in (None, 1):
+                    return rank
+            time.sleep(0.05)
+        return None
+
+    def _lost(self, rank: int, name: str) -> None:
+        process = self._processes[rank]
+        try:
+            code = process.wait(timeout=5.0)
+            how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        except subprocess.TimeoutExpired:
+            how = "closed its connection"
+        lines = self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:]
+        self.close()
+        output = "".join(f"\n    {line}" for line in lines)
+        raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}", fix=RESUME)
+
+    def _silent(self, ranks: list[int], name: str) -> None:
+        shown = ", ".join(map(str, ranks))
+        self.close()
+        raise RankFailure(
+            f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; all were ended",
+            key="trainer.rank_timeout_seconds",
+            fix=RESUME,
+        )
+
+    def close(self) -> None:
+        """End every rank; safe to call again."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()  # a stopped or hung rank would not notice that its connection closed
+            process.wait()
+        self._processes = []
+        self._scratch.cleanup()
+
+
+RESUME = "resume=<this run> continues from its last complete checkpoint"

@@ -1,0 +1,424 @@
+"""One rank of the Megatron trainer: a plain class whose methods are collective calls. Who carries the calls is not its concern.
+
+Shape legend: T tokens of a sample, R response tokens, N response tokens of a micro-batch laid end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from runner.precision.plan import PrecisionPlan
+from runner.samples import Batch, ExportedTensor, Sample
+from runner.schema import Config, QatPlacement
+from runner.trainer import policy_step
+from runner.trainer.megatron import arguments, checkpoint, export, model, qat
+from runner.trainer.megatron.masters import Masters
+from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
+from runner.trainer.megatron.replay import Replay
+from runner.trainer.megatron.scores import response_scores
+from runner.trainer.megatron.sources import open_weights
+from runner.trainer.microbatch import TokenScores
+from runner.trainer.optimizer import learning_rate
+from runner.trainer.protocol import Routes, Weights
+
+Sequences = Sequence[tuple[torch.Tensor, int]]
+Rows = dict[int, torch.Tensor]  # sample index -> [R]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one rank knows after a step; the same on every rank but for `old_logprobs`, which reporters hold for their samples."""
+
+    metrics: dict[str, float]
+    old_logprobs: Rows
+    version: int
+
+
+class Worker:
+    """Model, optimizer and quantization of one rank. torch.distributed must be initialized (`initialize`)."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.config = arguments.trainer_config(cfg)
+        self.family = arguments.check(cfg)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if arguments.Device.of(cfg).cuda else torch.device("cpu")
+        self.version = self.schedule_step = 0
+        read, hf_config = open_weights(cfg, self.family)
+        self.transformer = model.transformer_config(cfg, hf_config)
+        self.model = model.build_gpt(cfg, self.transformer)
+        self.places = model.places(cfg, self.family, self.model)
+        model.load_weights(cfg, self.model, self.places, read)
+        self.passengers = {name: read(name).to(torch.bfloat16) for name in export.passengers(cfg, self.family)}
+        self.ddp = model.wrap(cfg, self.transformer, self.model)
+        self.ddp.train()  # recomputation asks for it; there is no dropout
+        self.optimizer = model.build_optimizer(cfg, self.ddp)
+        self.masters = Masters(self.optimizer)
+        self.quantization = self._build_quantization()
+        self.replay = self._build_replay()
+        self.transformer.finalize_model_grads_func = _finalize
+        self.nan = policy_step.NanGuard(self.config.max_nan_steps)
+        self.reference: list[torch.Tensor] | None = None
+        self.quantization.resync()
+        self._freeze_reference()
+        par = cfg.parallelism
+        self.geometry = Geometry(par.tp, par.cp, par.sequence_parallel)
+
+    # ---- set-up
+
+    def _build_quantization(self) -> qat.NoQuantization | qat.InPlaceQuantization:
+        plan = PrecisionPlan.build(self.cfg.model, self.cfg.precision, "train")
+        quantized = qat.formats_of(self.places, plan)
+        if not plan.quantized:
+            return qat.NoQuantization(self.ddp, self.masters)
+        if self.masters.has_masters and self.cfg.precision.qat_placement is QatPlacement.in_place:
+            return qat.InPlaceQuantization(self.ddp, self.masters, quantized)
+        return qat.ForwardFakeQuantization(self.ddp, self.masters, self.model, quantized)
+
+    def _build_replay(self) -> Replay | None:
+        if not self.cfg.router_replay.trainer or not self.cfg.model.num_experts:
+            return None
+        layers = self.family.moe_layers(self.cfg.model)
+        return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute != "none")
+
+    @property
+    def reporter(self) -> bool:
+        """Whether this rank's logprobs are the ones to report: one per data-parallel rank."""
+        first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+        return first and parallel_state.is_pipeline_last_stage()
+
+    # ---- forward
+
+    def logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> Rows:
+        """Logprobs [R] of this data-parallel rank's samples on reporters, {} on others. Collective."""
+        replay = self.replay is not None and routes == "replayed"
+        self.quantization.settle()
+        if weights == "master":
+            with self.quantization.unquantized():
+                return self._logprobs(batch, replay=replay)
+        return self._logprobs(batch, replay=replay)
+
+    @torch.no_grad()
+    def _logprobs(self, batch: Batch, *, replay: bool) -> Rows:
+        sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
+        found: Rows = {}
+
+        def collect(packed: Packed, scores: TokenScores) -> None:
+            for index, row in zip(packed.micro.indices, scores.logprobs.split(packed.micro.lengths), strict=True):
+                found[index] = row.cpu()
+
+        try:
+            self._run(sequences, batch.samples if replay else None, batch.temperature, collect=collect)
+        finally:
+            if self.replay is not None:
+                self.replay.clear()  # the targets of a no-grad pass would be a later recomputation's routes
+        return found if self.reporter else {}
+
+    def _micro_batches(self, sequences: Sequences) -> list[Packed]:
+        lengths = [self.geometry.padded(len(tokens)) for tokens, _ in sequences]
+        limit = self.config.max_tokens_per_gpu * self.cfg.parallelism.cp
+        shares = balance(lengths, limit, parallel_state.get_data_parallel_world_size())
+        mine = shares[parallel_state.get_data_parallel_rank()]
+        return [pack(sequences, indices, self.geometry, self.device) for indices in mine]
+
+    def _run(
+        self,
+        sequences: Sequences,
+        samples: list[Sample] | None,
+        temperature: float,
+        *,
+        collect: Any = None,
+        loss: Any = None,
+    ) -> None:
+        """All micro-batches through Megatron's schedule. `samples` gives the routes to replay; None: routers choose.
+
+        `loss(packed, scores)` makes it a training pass; otherwise `collect(packed, scores)` sees the scores of each micro-batch.
+        """
+        micros = self._micro_batches(sequences)
+        training = loss is not None
+
+        def scored(packed: Packed, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
+            scores = self._scores(hidden, packed, temperature)
+            if non_loss_data:
+                collect(packed, scores)
+                return 0
+            return loss(packed, scores), torch.zeros((), dtype=torch.int, device=self.device), {}
+
+        def forward(iterator: Iterator[Packed], ddp: Any) -> tuple[torch.Tensor, Any]:
+            packed = next(iterator)
+            if samples is not None and self.replay is not None:
+                self.replay.begin(samples, packed, counting=training)
+            tokens = packed.micro.tokens[:, packed.rows]
+            places = torch.arange(tokens.shape[1], device=self.device).unsqueeze(0)
+            keep = {"fp32_output": False} if self.transformer.bf16 else {}  # the output layer is a bf16 matmul
+            hidden = ddp(tokens, places, None, packed_seq_params=packed.sequences, **keep)
+            if samples is not None and self.replay is not None:
+                self.replay.forward_done()
+            return hidden, partial(scored, packed)
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(micros),
+            model=[self.ddp],
+            num_microbatches=len(micros),
+            seq_length=max(packed.micro.tokens.shape[1] for packed in micros),
+            micro_batch_size=1,
+            forward_only=not training,
+            collect_non_loss_data=not training,
+        )
+
+    def _scores(self, hidden: torch.Tensor, packed: Packed, temperature: float) -> TokenScores:
+        if self.ddp.ddp_config.overlap_param_gather and not self.cfg.model.tied_embeddings:
+            # the output layer is used as a matrix, so no forward hook completes its gather
+            self.ddp.param_to_bucket_group[self.model.output_layer.weight].finish_param_sync()
+        return response_scores(
+            self.model,
+            hidden,
+            packed,
+            vocab_size=self.cfg.model.vocab_size,
+            temperature=temperature,
+            chunk=self.config.logprob_chunk_tokens,
+            entropy_grad=self.cfg.algorithm.entropy_coef != 0,
+        )
+
+    # ---- updates
+
+    def step(self, batch: Batch) -> StepResult:
+        """The optimizer steps of one rollout, as TorchTrainer.step does them. Collective."""
+        algorithm = self.cfg.algorithm
+        sums = policy_step.Sums()
+        collected: Rows = {}
+        norms: list[float] = []
+        lr = self._learning_rate()
+        for indices in policy_step.split_updates(len(batch), algorithm.updates_per_rollout):
+            part = batch if len(indices) == len(batch) else batch.select(indices)
+            rows = self._accumulate(part, sums)
+            collected |= {indices[i]: row for i, row in rows.items()}
+            lr = self._learning_rate()
+            norms.append(self._update(sums, lr))
+        metrics = self._metrics(sums) | {
+            "train/grad_norm": sum(norms) / len(norms),
+            "train/lr": lr,
+            "train/nan_steps": float(self.nan.total),
+        }
+        if self.replay is not None:
+            metrics |= self.replay.take_statistics()
+        return StepResult(metrics, collected if self.reporter else {}, self.version)
+
+    def _accumulate(self, batch: Batch, sums: policy_step.Sums) -> Rows:
+        samples = batch.samples
+        masks = [sample.loss_mask for sample in samples]
+        normalizer = max(float(sum(int(mask.sum()) for mask in masks)), 1.0)
+        rollout = [sample.rollout_logprobs for sample in samples]
+        collected: Rows = {}
+
+        def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
+            micro = packed.micro
+            if not micro.indices:
+                return scores.logprobs.sum()  # padding only: no tokens, but a graph for every collective of the backward
+            rows = policy_step.TokenRows(
+                advantages=micro.gather(batch.advantages),
+                mask=micro.gather(masks),
+                rollout_logprobs=micro.gather(rollout),
+                sample_ids=micro.sample_ids,
+                num_samples=len(micro.indices),
+                old_logprobs=None if batch.old_logprobs is None else micro.gather(batch.old_logprobs),
+                ref_logprobs=None if batch.ref_logprobs is None else micro.gather(batch.ref_logprobs),
+            )
+            for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
+                collected[index] = row.cpu()
+            return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
+
+        sequences = [(sample.tokens, sample.prompt_length) for sample in samples]
+        self._run(sequences, samples if self.replay is not None else None, batch.temperature, loss=loss)
+        if self.replay is not None:
+            self.replay.end_of_step()
+        return collected
+
+    def _metrics(self, sums: policy_step.Sums) -> dict[str, float]:
+        """Token means over every data-parallel rank's samples, on all ranks. Only last pipeline stages have sums."""
+        gathered: list[Any] = [None] * dist.get_world_size()
+        mine = {name: float(value) for name, value in sums.values.items()} if self.reporter else {}
+        dist.all_gather_object(gathered, (mine, float(sums.tokens) if self.reporter else 0.0))
+        total: dict[str, float] = {}
+        for values, _ in gathered:
+            for name, value in values.items():
+                total[name] = total.get(name, 0.0) + value
+        count = max(sum(tokens for _, tokens in gathered), 1.0)
+        return {f"train/{name}": value / count for name, value in total.items()}
+
+    def _update(self, sums: policy_step.Sums, lr: float) -> float:
+        """Optimizer step and new model weights, unless something is not finite; returns the gradient norm."""
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        loss_is_finite = self._everywhere(bool(torch.isfinite(torch.as_tensor(sums.values.get("loss", 0.0)))))
+        if not loss_is_finite or norm != norm or norm == float("inf"):
+            cause = self._not_finite(loss_is_finite)
+            if "loss" in sums.values:
+                sums.values["loss"] = torch.nan_to_num(sums.values["loss"], 0.0, 0.0, 0.0)
+            self._zero_grad()
+            self.nan.skipped(f"{cause} not finite at optimizer step {self.version}")
+            return norm
+        self.nan.finite()
+        clip = self.config.optimizer.clip_grad_norm
+        for optimizer in self.masters.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if clip > 0:
+                precise = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip, norm, use_decoupled_grad=precise)
+        self.quantization.step(self.optimizer.step_with_ready_grads)
+        self._zero_grad()
+        self.version += 1
+        self.schedule_step += 1
+        return norm
+
+    def _everywhere(self, value: bool) -> bool:
+        flag = torch.tensor([int(value)], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _not_finite(self, loss_is_finite: bool) -> str:
+        grads = {place.name: getattr(place.tensor, "main_grad", None) for place in self.places}
+        names = [name for name, grad in grads.items() if grad is not None and not bool(torch.isfinite(grad).all())]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, names)
+        found = sorted({name for part in gathered for name in part})
+        what = f"gradients of {', '.join(found[:3])} ({len(found)} parameters)" if found else "gradient norm"
+        return what if loss_is_finite else f"loss, {what}"
+
+    def _zero_grad(self) -> None:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _learning_rate(self) -> float:
+        total = self.cfg.steps * self.cfg.algorithm.updates_per_rollout
+        return learning_rate(self.config.optimizer, self.schedule_step, total)
+
+    def sft_step(self, samples: Sequences, lr: float) -> StepResult:
+        """One supervised step: mean loss over response tokens. Collective."""
+        normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
+        sums = policy_step.Sums()
+
+        def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
+            value = -scores.logprobs.sum() / normalizer
+            sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + value.detach()
+            return value
+
+        self._run(samples, None, 1.0, loss=loss)
+        total = self._metrics(sums).get("train/loss", 0.0)  # a mean over 0 counted tokens: the plain sum
+        norm = self._update(sums, lr)
+        return StepResult({"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr}, {}, self.version)
+
+    def reset_optimizer(self) -> None:
+        """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
+        self.masters.reset_moments()
+        self.schedule_step = 0
+        self._freeze_reference()
+
+    def set_version(self, version: int) -> None:
+        self.version = version
+
+    # ---- reference policy
+
+    def _freeze_reference(self) -> None:
+        """bf16(master) of every local parameter, in host memory unless trainer.resident_reference."""
+        if not self.cfg.algorithm.kl_coef:
+            return
+        device = self.device if self.config.resident_reference else torch.device("cpu")
+        with self.quantization.unquantized():
+            self.reference = [p.tensor.detach().to(device, copy=True) for p in self._swappable()]
+
+    def _swappable(self) -> Iterator[model.Place]:
+        return (place for place in self.places if place.parameter)
+
+    def reference_logprobs(self, batch: Batch) -> Rows:
+        """Logprobs under the reference, whose routers choose by themselves. Collective."""
+        assert self.reference is not None
+        with self._reference_weights():
+            return self._logprobs(batch, replay=False)
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """Reference weights in the model, one parameter at a time: no second copy on the GPU. Afterwards weights are derived
+        from the masters again, or, without masters, put back from host memory."""
+        assert self.reference is not None
+        with self.quantization.unquantized(), torch.no_grad():
+            kept = []
+            for place, reference in zip(self._swappable(), self.reference, strict=True):
+                kept.append(None if self.masters.has_masters else place.tensor.detach().to("cpu", copy=True))
+                place.tensor.data.copy_(reference)
+            self._share_tied_embedding()
+            try:
+                yield
+            finally:
+                for place, before in zip(self._swappable(), kept, strict=True):
+                    if before is not None:
+                        place.tensor.data.copy_(before)
+                if self.masters.has_masters:
+                    self.masters.write()
+                    if self.ddp.ddp_config.use_distributed_optimizer:
+                        qat.gather_now(self.ddp, again=True)
+                else:
+                    self._share_tied_embedding()
+
+    def _share_tied_embedding(self) -> None:
+        """The last stage's copy of a tied embedding follows the first stage's."""
+        if self.cfg.model.tied_embeddings and self.cfg.parallelism.pp > 1 and parallel_state.is_rank_in_embedding_group():
+            weight = self.model.shared_embedding_or_output_weight()
+            group = parallel_state.get_embedding_group()
+            dist.broadcast(weight.data, src=dist.get_process_group_ranks(group)[0], group=group)
+
+    # ---- weights out, checkpoints
+
+    def export(self, format: Literal["rollout", "bf16"]) -> Iterator[ExportedTensor]:
+        """This rank's part of the export stream; every HF weight comes from exactly one rank. Collective: exhaust it."""
+        self.quantization.settle()
+        with self.quantization.unquantized():
+            yield from export.local_weights(self.cfg, self.places, self.passengers, format)
+
+    def save(self, folder: Path) -> None:
+        """Model (bf16(master)), masters, moments and counters into an existing folder. Collective."""
+        self.quantization.settle()
+        with self.quantization.unquantized():
+            checkpoint.save(self, folder)
+
+    def load(self, folder: Path) -> int:
+        """Restore what `save` wrote, from any layout; returns the version. Collective."""
+        checkpoint.load(self, folder)
+        self.quantization.resync()
+        return self.version
+
+
+def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Losses are already divided by the step's token count, so gradients are summed and not scaled again."""
+    finalize_model_grads(chunks, None, **kwargs)
+
+
+def initialize(cfg: Config, rank: int, rendezvous: str, local_rank: int = 0) -> None:
+    """Join the process group at `rendezvous` (torch's init_method) and build Megatron's groups."""
+    device = arguments.Device.of(cfg)
+    if device.cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        from runner.trainer.megatron import cpu_shim
+
+        torch.set_num_threads(max(arguments.trainer_config(cfg).threads, 1))
+        cpu_shim.install()
+    timeout = timedelta(seconds=arguments.trainer_config(cfg).rank_timeout_seconds)
+    dist.init_process_group(device.backend, init_method=rendezvous, rank=rank, world_size=cfg.parallelism.ranks, timeout=timeout)
+    parallel_state.initialize_model_parallel(**arguments.parallel_state(cfg), distributed_timeout_minutes=timeout.seconds / 60)
+    model_parallel_cuda_manual_seed(cfg.seed)
