@@ -56,6 +56,9 @@ def _gpus(cfg: Config) -> list[UserError]:
     ):
         if device == "cuda" and not visible_gpus():
             errors.append(UserError("this machine has no GPU", key=key, fix=f"{key}=cpu"))
+    if cfg.precision.fp8_matmul == "scaled_mm" and not visible_gpus():  # which GPU it is, the trainer finds out
+        key = "precision.fp8_matmul"
+        errors.append(UserError("FP8 matmuls need a Hopper GPU, this machine has none", key=key, fix=f"{key}=simulated"))
     return errors
 
 

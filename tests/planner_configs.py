@@ -153,6 +153,7 @@ def precision(format: Format = Format.int4, group_size: int = 128, **fields: obj
         "base_dtype": "bfloat16",
         "kv_cache": "bf16",
         "fp8_backward": False,
+        "fp8_matmul": "simulated",
         "fp8_param_gather": False,
     }
     return schema.PrecisionConfig(**{**values, **fields})

@@ -38,6 +38,7 @@ def config(model: dict[str, object] = MOE, **changes: object) -> Config:
         precision=schema.PrecisionConfig(
             name="test", group_size=32, convention=Convention.exact, roles=None, train=train, rollout=rollout,
             qat_placement=QatPlacement.in_place, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False,
+            fp8_matmul="simulated",
             fp8_param_gather=False,
         ),
         trainer=schema.TorchTrainerConfig(

@@ -120,6 +120,7 @@ CHOICES = {
     "model.family": tuple(FAMILIES),
     "model.router_score": ("softmax", "sigmoid"),
     "precision.base_dtype": ("bfloat16", "float32"),
+    "precision.fp8_matmul": ("simulated", "scaled_mm"),
     "precision.kv_cache": ("bf16", "fp8_e4m3"),
     "trainer.optimizer.lr_schedule": ("constant", "linear", "cosine"),
     "trainer.recompute": ("none", "selective", "full"),

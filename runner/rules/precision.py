@@ -211,10 +211,37 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
                 key=f"precision.{option}",
                 fix=f"precision=fp8, or precision.{option}=false",
             )
+    if precision.fp8_matmul == "scaled_mm":
+        yield from _scaled_matmul(cfg)
     if precision.kv_cache != "bf16" and cfg.rollout.name == "local":
         yield UserError(
             "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
         )
+
+
+def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
+    """torch's blockwise FP8 matmul: what of it can be known without a look at the GPU (fp8_matmul.py knows the rest)."""
+    key, precision = "precision.fp8_matmul", cfg.precision
+    back = f"{key}=simulated"
+    if precision.train.format is not Format.fp8:
+        yield UserError(
+            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}", key=key, fix=back
+        )
+        return
+    if cfg.trainer.name != "torch":
+        yield UserError(f"trainer={cfg.trainer.name} has FP8 matmuls of its own", key=key, fix=back)
+    if precision.qat_placement is QatPlacement.forward:
+        yield UserError(
+            "multiplies the FP8 weights that are kept between optimizer steps", key=key, fix="precision.qat_placement=in_place"
+        )
+    if getattr(cfg.trainer, "device", None) == "cpu":
+        yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=back)
+    if not known_model(cfg) or _bad_roles(cfg):
+        return
+    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FIXED_GROUPS[Format.fp8] for size in p.shape)}
+    if shapes:
+        shown = ", ".join(f"{p.role.name} {p.name.split('.')[-2]} {list(shape)}" for shape, p in shapes.items())
+        yield UserError(f"FP8 matmuls need dimensions in multiples of 128: {shown}", key=key, fix=back)
 
 
 RULES = (

@@ -59,14 +59,13 @@ def sorted_experts_forward(
 ) -> torch.Tensor:
     """[N, H], [N, K] expert ids, [N, K] weights -> [N, H]; weights `gate_up_proj` [E, 2F, H], `down_proj` [E, H, F].
 
-    `self` is a transformers experts module; under precision=fp8 the inputs of both matmuls are FP8.
+    `self` is a transformers experts module; under precision=fp8 both matmuls are those of fp8.py.
     """
     num_tokens, top_k = top_k_index.shape
-    fp8 = self.__dict__.get(FP8_ATTRIBUTE)
     slot, ends, total = _slots(top_k_index.reshape(-1), self.num_experts, CPU_ROWS if hidden_states.device.type == "cpu" else 1)
     rows = _ToSlots.apply(hidden_states, slot, top_k, total)
-    gate, up = _matmul(rows, self.gate_up_proj, ends, fp8).chunk(2, dim=-1)
-    down = _matmul(self.act_fn(gate) * up, self.down_proj, ends, fp8)
+    gate, up = _matmul(self, "gate_up_proj", rows, ends).chunk(2, dim=-1)
+    down = _matmul(self, "down_proj", self.act_fn(gate) * up, ends)
     output = _FromSlots.apply(down, slot).view(num_tokens, top_k, -1)
     return (output * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
@@ -87,11 +86,12 @@ def _slots(pairs: torch.Tensor, num_experts: int, multiple: int) -> tuple[torch.
     return slot, ends.to(torch.int32), len(pairs) if multiple == 1 else int(ends[-1])
 
 
-def _matmul(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, fp8: Any) -> torch.Tensor:
+def _matmul(module: Any, attribute: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """rows [P, in] times the module's stack `attribute` [E, out, in] -> [P, out]."""
+    weight, fp8 = getattr(module, attribute), module.__dict__.get(FP8_ATTRIBUTE)
     if fp8 is not None:
-        rows = fp8.before(rows)
-    out = torch.nn.functional.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-    return out if fp8 is None else fp8.after(out)
+        return fp8.grouped(attribute, rows, weight, ends)
+    return torch.nn.functional.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 
 
 def register() -> str:

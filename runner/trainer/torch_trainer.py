@@ -23,6 +23,7 @@ from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
 from runner.trainer import attention, checkpoint, experts, microbatch, policy_step
+from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.optimizer import MasterOptimizer, learning_rate
 from runner.trainer.protocol import Routes, Weights
@@ -32,7 +33,6 @@ from runner.trainer.torch_qat import (
     WeightLayout,
     WeightQuantizer,
     export_weights,
-    install_fp8_activations,
 )
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -90,9 +90,9 @@ class TorchTrainer:
         quantized = bool(self._train_layout.quantized)
         in_place = precision.qat_placement is QatPlacement.in_place and self.optimizer.has_masters
         self._in_place = quantized and in_place
+        if quantized and precision.train.format is Format.fp8:  # first: fake quantization wraps what it finds
+            install_fp8_matmuls(self.model, self._train_layout, self.quantizer, precision, self.device)
         self._fake = ForwardFakeQuantization(self.model, self.quantizer) if quantized and not in_place else None
-        if quantized and precision.train.format is Format.fp8:
-            install_fp8_activations(self.model, self._train_layout, backward=precision.fp8_backward)
 
     def _build_replay(self) -> RouterReplay | None:
         if not self.family.moe_layers(self.cfg.model):
