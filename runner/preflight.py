@@ -10,17 +10,17 @@ import os
 from pathlib import Path
 
 from runner.errors import UserError, UserErrors
-from runner.schema import Config, JsonlTaskConfig
+from runner.schema import Config, Format, JsonlTaskConfig, Role
 
 PACKAGES = {  # option -> (module, name to install, what it is for)
     "trainer=megatron": ("megatron.core", "megatron-core", "Megatron's trainer ranks"),
-    "rollout=sglang": ("sglang", "sglang", "the SGLang servers"),
+    "rollout=sglang": ("sglang", "sglang (make setup-sglang)", "the SGLang servers"),
 }
 
 
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
-    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg)]
+    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_engines(cfg)]
     if missing:
         raise UserErrors(missing, advice=_instead(cfg))
 
@@ -76,6 +76,24 @@ def _packages(cfg: Config) -> list[UserError]:
         module = f"runner.cluster.{cfg.cluster.launcher}"
         errors.append(UserError(f"this version of runner does not have it yet ({module})", key=f"cluster={cfg.cluster.name}"))
     return errors
+
+
+def _engines(cfg: Config) -> list[UserError]:
+    """SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
+    live update of packed INT4 would be unpacked wrongly. A config of this kind can be planned, not run."""
+    roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
+    dense = [role.name for role in roles if role is not Role.routed_expert]
+    if cfg.rollout.name != "sglang" or cfg.precision.rollout.format is not Format.int4 or not dense:
+        return []
+    if not cfg.parallelism.rollout_gpus:
+        return []
+    return [
+        UserError(
+            f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
+            key="precision.roles",
+            fix="precision=fp8 or bf16, rollout=local, or precision.roles=[routed_expert] on a mixture of experts",
+        )
+    ]
 
 
 def _files(cfg: Config) -> list[UserError]:

@@ -6,6 +6,7 @@ Shape legend: B requests, N draft tokens per request (the root among them), n qu
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,7 +74,36 @@ def extend_attention_cpu(
         out[start : start + new] = _attend(q[start : start + new], k_buffer[slots], v_buffer[slots], scaling, mask)
 
 
-# SGLang calls these two as registered operators.
+def murmur_hash32_cpu(seed: torch.Tensor, positions: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits) of the words (seed low, seed high, position, column) -> int64 [n, m] in [0, 2^32).
+
+    What SGLang's seeded sampler draws its uniform numbers from: they depend on the request's seed and the token's position
+    only, not on the batch."""
+    wide = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed.to(torch.int64)
+    state = torch.zeros(len(wide), 1, dtype=torch.int64)
+    for word in (wide & MASK, (wide >> 32) & MASK, positions.to(torch.int64).reshape(-1)):
+        state = _mix(state, word.unsqueeze(1))
+    state = _mix(state, columns.to(torch.int64).unsqueeze(0)) ^ 16  # the length in bytes
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        state = ((state ^ (state >> shift)) * factor) & MASK
+    return state ^ (state >> 16)
+
+
+MASK = 0xFFFFFFFF
+
+
+def _mix(state: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    word = _rotated((word * 0xCC9E2D51) & MASK, 15)
+    state = _rotated(state ^ ((word * 0x1B873593) & MASK), 13)
+    return (state * 5 + 0xE6546B64) & MASK
+
+
+def _rotated(word: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((word << bits) | (word >> (32 - bits))) & MASK
+
+
+# SGLang calls these as registered operators.
+setattr(torch.ops.sgl_kernel, "murmur_hash32_cpu", SimpleNamespace(default=murmur_hash32_cpu))  # noqa: B010
 setattr(torch.ops.sgl_kernel, "decode_attention_cpu", decode_attention_cpu)  # noqa: B010
 setattr(torch.ops.sgl_kernel, "extend_attention_cpu", extend_attention_cpu)  # noqa: B010
 

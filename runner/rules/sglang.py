@@ -1,0 +1,69 @@
+"""Rules of rollout=sglang: its engine options, and what SGLang does not do on a CPU or with packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runner.errors import UserError
+from runner.rollout.sglang import arguments
+from runner.schema import Config, Format, SglangRolloutConfig
+
+CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
+
+
+def options(cfg: Config) -> Iterator[UserError]:
+    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.speculative.method in ("none", *arguments.ALGORITHMS):
+        yield from arguments.problems(cfg)
+
+
+def speculation(cfg: Config) -> Iterator[UserError]:
+    """SGLang's CPU path verifies drafts by argmax, whatever the temperature: sampled rollouts would be greedy ones."""
+    if not isinstance(cfg.rollout, SglangRolloutConfig) or cfg.speculative.method == "none":
+        return
+    verified = cfg.speculative.num_draft_tokens + 1
+    if arguments.on_cpu(cfg) and cfg.rollout.sampling.temperature > 0:
+        yield UserError(
+            f"SGLang on a CPU accepts drafts greedily and ignores temperature {cfg.rollout.sampling.temperature}",
+            key="speculative",
+            fix="speculative=none, or rollout=local",
+        )
+    if cfg.router_replay.rollout and cfg.rollout.max_concurrency * verified > cfg.rollout.chunked_prefill_tokens:
+        yield UserError(
+            f"{cfg.rollout.max_concurrency} sequences x {verified} draft tokens do not fit SGLang's buffer of routes, which has "
+            f"{cfg.rollout.chunked_prefill_tokens} rows",
+            key="rollout.chunked_prefill_tokens",
+            fix=f"rollout.chunked_prefill_tokens={cfg.rollout.max_concurrency * verified}",
+        )
+
+
+def formats(cfg: Config) -> Iterator[UserError]:
+    if not isinstance(cfg.rollout, SglangRolloutConfig):
+        return
+    chosen = cfg.precision.rollout.format
+    if arguments.on_cpu(cfg) and chosen not in CPU_FORMATS:
+        yield UserError(
+            f"the CPU twin of SGLang computes with {', '.join(f.name for f in CPU_FORMATS)}, not with {chosen.name}",
+            key="precision.rollout.format",
+            fix="rollout=local, or precision=int4_qat",
+        )
+
+
+def limits(cfg: Config) -> Iterator[UserError]:
+    if not isinstance(cfg.rollout, SglangRolloutConfig):
+        return
+    if cfg.rollout.use_router:
+        reason = "SGLang's router drops recorded routes" if cfg.router_replay.rollout else "the pool balances its engines itself"
+        yield UserError(reason, key="rollout.use_router", fix="rollout.use_router=false")
+    if cfg.rollout.cpu_engines < 1:
+        yield UserError(f"{cfg.rollout.cpu_engines} servers", key="rollout.cpu_engines", fix="rollout.cpu_engines=1")
+    if arguments.on_cpu(cfg) and cfg.model.kv_lora_rank:
+        yield UserError(
+            "SGLang serves no latent attention (MLA) on a CPU",
+            key="rollout",
+            fix="rollout=local: the in-process engine runs this model here",
+        )
+    if cfg.model.vision:
+        yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
+
+
+RULES = (options, speculation, formats, limits)
