@@ -26,8 +26,25 @@ GRIDS = {
     "llmcompressor_64": TensorFormat.int4(64, Convention.llmcompressor),
     "exact_channel": TensorFormat.int4(-1, Convention.exact),
     "int8_32": TensorFormat.int8(32, Convention.llmcompressor),
+    "fp8_block": TensorFormat.fp8("block"),
     "fp8_channel": TensorFormat.fp8("channel"),
+    "fp8_tensor": TensorFormat.fp8("tensor"),
+    "mxfp4": TensorFormat.mxfp4(),
+    "nvfp4": TensorFormat.nvfp4(),
 }
+# transformers 5.19 gathers packed weights, scales and shapes of fused experts, but not their weight_global_scale
+UNREADABLE = {("qwen3_moe", "nvfp4")}
+CASES = [
+    pytest.param(
+        family,
+        name,
+        marks=pytest.mark.xfail(strict=True, reason="transformers drops the experts' weight_global_scale")
+        if (family, name) in UNREADABLE
+        else (),
+    )
+    for family in ("qwen3", "qwen3_moe")
+    for name in GRIDS
+]
 
 
 def logits_of(folder: Path, **arguments: object) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -48,24 +65,29 @@ def fake_quantized_logits(folder: Path, config: ModelConfig, plan: PrecisionPlan
         return built, built(tokens).logits
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS.keys())
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_transformers_loads_it_and_gives_the_fake_quantized_logits(tmp_path: Path, family: str, grid: TensorFormat) -> None:
-    """Tolerance zero for integers: compressed-tensors dequantizes to bf16(integer * scale), which is our effective weight
-    bit for bit, and the two models then run the same operators on the same weights. FP8: transformers keeps the fp32 scales
-    of a dense layer in the model's bf16, so its weights are within one bf16 step (2^-7) of ours."""
-    tiny = model(family)
+@pytest.mark.parametrize(("family", "grid_name"), CASES)
+def test_transformers_loads_it_and_gives_the_fake_quantized_logits(tmp_path: Path, family: str, grid_name: str) -> None:
+    """Tolerance zero: compressed-tensors (and transformers' own reader of FP8 blocks) dequantizes to bf16(value * scale),
+    which is our effective weight bit for bit, and the two models then run the same operators on the same weights.
+
+    Except the dense model with FP8 channels or tensors: transformers keeps the fp32 scales in the model's bf16, so its weights
+    are within one bf16 step (2^-7) of ours, and compressed-tensors quantizes the activations of these linears as the
+    checkpoint's config says, so logits agree to FP8 noise only. On a CPU all formats are dequantized when loaded.
+    """
+    tiny, grid = model(family), GRIDS[grid_name]
     write_source(tmp_path / "source", tiny)
     run(tmp_path / "source", tmp_path / "target", grid)
     plan = PrecisionPlan.with_format(tiny, grid, default_roles(tiny))
-    loaded, logits = logits_of(tmp_path / "target", quantization_config=CompressedTensorsConfig(dequantize=True))
+    # FP8 blocks are not compressed-tensors: transformers reads them by the checkpoint's config, with accelerate
+    how = {} if grid_name == "fp8_block" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    loaded, logits = logits_of(tmp_path / "target", **how)
     expected, expected_logits = fake_quantized_logits(tmp_path / "source", tiny, plan)
-    if grid.format.name != "fp8":  # its linears quantize activations too
-        assert torch.equal(logits, expected_logits)
+    rounded_scales = family == "qwen3" and grid_name in ("fp8_channel", "fp8_tensor")
+    torch.testing.assert_close(logits, expected_logits, rtol=0.0, atol=0.1 if rounded_scales else 0.0)
     found = dict(disk_tensors(family_of(tiny), tiny, loaded.state_dict().items()))
     for name, tensor in disk_tensors(family_of(tiny), tiny, expected.state_dict().items()):
         if name in plan.tensors:
-            step = 2**-7 if grid.format.name == "fp8" and name in plan.quantized else 0.0
+            step = 2**-7 if rounded_scales and name in plan.quantized else 0.0
             torch.testing.assert_close(found[name].to(tensor.dtype), tensor, rtol=step, atol=0.0, msg=name)
     _, original = logits_of(tmp_path / "source")
     assert not torch.equal(logits, original)  # quantization did something
