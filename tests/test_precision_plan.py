@@ -345,6 +345,22 @@ def test_stored_tensors_that_differ_from_the_plan(defect: str, tmp_path: Path) -
     assert len(problems) == 1 and expected in problems[0] and f"{module}.weight" in problems[0]
 
 
+def test_a_checkpoint_on_the_grid_that_another_program_documents(tmp_path: Path) -> None:
+    """The trainer says symmetric groups of 64; the converter's documentation gives asymmetric groups of 32."""
+    plan = PrecisionPlan.build(SPARSE, precision(group_size=64), "train")
+    folder = checkpoint(tmp_path / "a", default_plan(SPARSE))
+    config = default_plan(SPARSE).quantization_config()
+    assert config is not None
+    weights = config["config_groups"]["group_0"]["weights"]
+    weights |= {"symmetric": False, "observer_kwargs": {}}
+    write_config(folder, config)
+    problems = audit_checkpoint(plan, folder)
+    claimed, stored = problems[:2], problems[2:]
+    assert "group_size run 64, checkpoint config.json 32" in claimed[0]
+    assert "run symmetric, checkpoint config.json asymmetric" in claimed[1]
+    assert stored and all("scale shape run" in problem for problem in stored)
+
+
 def test_streams_are_compared_bit_by_bit() -> None:
     plan = default_plan(SPARSE)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -363,6 +379,13 @@ def test_streams_are_compared_bit_by_bit() -> None:
                     parts[f"{name}_scale"] = scale * 2
                 elif kind == "dropped":
                     continue
+                elif kind == "twice":  # in two buckets
+                    yield exported
+                elif kind == "another rank's":  # metadata of rank 0 for a tensor of rank 1: right names and shapes
+                    other = dict(next(e for e in stream(plan) if e.name == name.replace("experts.3", "experts.0")).parts)
+                    parts[f"{name}_scale"] = other[f"{name}_scale".replace("experts.3", "experts.0")]
+                elif kind == "cut":  # a bucket too small for its last tensor
+                    parts[f"{name}_packed"] = packed[:-1]
             yield ExportedTensor(exported.name, exported.format, parts)
 
     def compare(kind: str) -> list[str]:
@@ -373,6 +396,9 @@ def test_streams_are_compared_bit_by_bit() -> None:
     assert "another layout at equal shape" in compare("layout")[0]
     assert compare("scale")[0].startswith(f"{name}_scale: 128 of 128 values differ")
     assert compare("dropped") == [f"{name}: only in trainer"]
+    assert compare("twice") == [f"{name}: sent twice by engine"]
+    assert compare("another rank's")[0].startswith(f"{name}_scale: ") and "values differ" in compare("another rank's")[0]
+    assert compare("cut") == [f"{name}_packed: shape trainer (64, 8), engine (63, 8)"]
     assert compare_streams(stream(plan), reversed(list(stream(plan)))) == []
 
 

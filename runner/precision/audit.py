@@ -211,7 +211,7 @@ def compare_streams(a: WeightStream, b: WeightStream, names: tuple[str, str] = (
     """
     found: list[str] = []
     waiting: tuple[dict[str, ExportedTensor], dict[str, ExportedTensor]] = ({}, {})
-    streams = (iter(a), iter(b))
+    streams, seen = (iter(a), iter(b)), (set[str](), set[str]())
     open_sides = [0, 1]
     while open_sides:
         for side in list(open_sides):
@@ -219,8 +219,10 @@ def compare_streams(a: WeightStream, b: WeightStream, names: tuple[str, str] = (
             if exported is None:
                 open_sides.remove(side)
                 continue
-            if exported.name in waiting[side]:
+            if exported.name in seen[side]:
                 found.append(f"{exported.name}: sent twice by {names[side]}")
+                continue
+            seen[side].add(exported.name)
             partner = waiting[1 - side].pop(exported.name, None)
             if partner is None:
                 waiting[side][exported.name] = exported
