@@ -13,7 +13,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang test-sglang setup-gptq run test test-slow test-gptq lint format bench clean
+.PHONY: help setup setup-sglang test-sglang setup-gptq run test test-slow test-megatron test-gptq lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,megatron]'
 	@touch $(STAMP)
 
 setup-gptq: $(GPTQ_STAMP) ## Make .venv-gptq, in which `convert method=gptq` runs llmcompressor
@@ -43,7 +43,7 @@ run: setup ## The main job: the whole low-precision RL loop on this machine (abo
 	$(BIN)/python -m runner
 
 test: setup ## The fast tests
-	$(BIN)/python -m pytest -m "not slow and not sglang"
+	$(BIN)/python -m pytest -m "not slow and not sglang and not megatron"
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 	$(BIN)/python -m pytest -m slow
@@ -53,6 +53,9 @@ test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (els
 
 test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about five minutes)
 	$(BIN)/python -m pytest -m sglang
+
+test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (under ten minutes)
+	$(BIN)/python -m pytest -m megatron
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

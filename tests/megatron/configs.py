@@ -10,12 +10,12 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "single": {},
     "tp2": {"tp": 2, "sequence_parallel": False},
     "tp2_sp": {"tp": 2, "sequence_parallel": True},
-    "pp2": {"pp": 2},
+    "pp2": {"pp": 2, "last_stage_layers": 1},
     "cp2": {"cp": 2},
     "dp2": {},
     "ep2": {"ep": 2},
     "etp2": {"tp": 2, "sequence_parallel": True, "etp": 2},
-    "mix4": {"tp": 2, "sequence_parallel": True, "pp": 2, "ep": 2},
+    "mix4": {"tp": 2, "sequence_parallel": True, "pp": 2, "last_stage_layers": 1, "ep": 2},
 }
 RANKS = {"single": 1, "mix4": 4}
 
@@ -53,7 +53,7 @@ def megatron_config(model: str = "moe", layout: str = "single", **changes: objec
         max_tokens_per_gpu=torch_trainer.max_tokens_per_gpu, recompute="none", max_nan_steps=3, logprob_chunk_tokens=4096,
         threads=1, distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True,
         gradient_accumulation_fusion=True, precision_aware_optimizer=False, router_fusion=False,
-        moe_token_dispatcher="alltoall", resident_reference=False, grad_bucket_elements=None, rank_timeout_seconds=60.0,
+        moe_token_dispatcher="alltoall", resident_reference=False, grad_bucket_elements=None, rank_timeout_seconds=240.0,
     )  # fmt: skip
     cfg.parallelism = parallelism(layout, **layout_changes)
     for key, value in changes.items():

@@ -73,6 +73,7 @@ def environment(cfg: Config) -> dict[str, str]:
     if not Device.of(cfg).cuda:
         threads = str(trainer_config(cfg).threads or 1)
         variables |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's jit_fuser compiles every small function, minutes on a CPU
     if cfg.precision.train.format is Format.fp8:
         variables["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # fp32 scales (amax / 448), as engines have on Hopper
     return variables

@@ -6,6 +6,7 @@ It serves calls until the other end closes. Checkpointing spawns helpers that im
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ _PR_SET_PDEATHSIG = 1
 def main(descriptor: int) -> int:
     """Serve one driver; returns when it closes the connection."""
     _die_with_parent()
+    faulthandler.register(signal.SIGUSR1, all_threads=False)  # where a silent rank stands, into its log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it finishes the step, saves, and closes us
     warnings.filterwarnings("ignore")
     connection = Connection(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
 
 LOG_LINES = 12  # of a dead rank's output that the error shows
+STACK_SECONDS = 0.3  # for a silent rank to say where it stands
 
 
 class RankFailure(UserError):
@@ -157,16 +159,23 @@ class LocalRanks:
             how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
         except subprocess.TimeoutExpired:
             how = "closed its connection"
-        lines = self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:]
+        output = self._tail(rank)
         self.close()
-        output = "".join(f"\n    {line}" for line in lines)
         raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}", fix=RESUME)
+
+    def _tail(self, rank: int) -> str:
+        return _lines(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def _silent(self, ranks: list[int], name: str) -> None:
         shown = ", ".join(map(str, ranks))
+        for rank in ranks:
+            self._processes[rank].send_signal(signal.SIGUSR1)  # it writes its stack into its log
+        time.sleep(STACK_SECONDS)
+        stack = self.log(ranks[0]).read_text(errors="replace").rpartition("(most recent call first):")[2]
         self.close()
         raise RankFailure(
-            f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; all were ended",
+            f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
+            f"all were ended. Rank {ranks[0]} was in:{_lines(stack.splitlines()[1 : 1 + LOG_LINES])}",
             key="trainer.rank_timeout_seconds",
             fix=RESUME,
         )
@@ -182,6 +191,10 @@ class LocalRanks:
             process.wait()
         self._processes = []
         self._scratch.cleanup()
+
+
+def _lines(lines: list[str]) -> str:
+    return "".join(f"\n    {line}" for line in lines)
 
 
 RESUME = "resume=<this run> continues from its last complete checkpoint"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,21 +30,12 @@ from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
 from runner.trainer.megatron.replay import Replay
 from runner.trainer.megatron.scores import response_scores
 from runner.trainer.megatron.sources import open_weights
+from runner.trainer.megatron.wire import Rows, StepResult
 from runner.trainer.microbatch import TokenScores
 from runner.trainer.optimizer import learning_rate
 from runner.trainer.protocol import Routes, Weights
 
 Sequences = Sequence[tuple[torch.Tensor, int]]
-Rows = dict[int, torch.Tensor]  # sample index -> [R]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one rank knows after a step; the same on every rank but for `old_logprobs`, which reporters hold for their samples."""
-
-    metrics: dict[str, float]
-    old_logprobs: Rows
-    version: int
 
 
 class Worker:
