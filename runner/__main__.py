@@ -162,7 +162,7 @@ def _start(command: Command) -> int:
 
     if command.verb == "convert":
         overrides = compose.with_prefix(command.overrides, "convert")
-        return _call("convert", compose.load(overrides, check_rules=False).config)
+        return _call("convert", compose.load(overrides, check_rules=False).config, overrides)
     if command.verb == "run":
         swept = compose.sweep_overrides(command.overrides, multirun="multirun" in command.flags)
         if swept is not None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from convert_sources import model, read_all, write_shards, write_source
 
+from runner import compose
 from runner.__main__ import main
+from runner.convert.grid import default_group_size
 
 
 @pytest.fixture
@@ -36,6 +39,33 @@ def test_there_and_back_and_what_it_prints(source: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor", "mxfp4", "nvfp4"])
 def test_formats_by_name(source: Path, tmp_path: Path, name: str) -> None:
     assert convert(source, tmp_path / "target", f"format={name}") == 0
+
+
+def test_the_group_size_is_the_sources_own_unless_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def group_size(folder: str) -> int:
+        config = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
+        return config["config_groups"]["group_0"]["weights"]["group_size"]
+
+    write_source(tmp_path / "wide", model("qwen3", hidden_size=128, ffn_size=256))
+    write_source(tmp_path / "narrow", model("qwen3", hidden_size=64, ffn_size=96))
+    assert convert(tmp_path / "wide", tmp_path / "a") == convert(tmp_path / "narrow", tmp_path / "b") == 0
+    text = capsys.readouterr().out
+    assert "int4 in groups of 128: the largest of 128, 64 and 32" in text and "int4 in groups of 32" in text
+    assert (group_size("a"), group_size("b")) == (128, 32)
+    assert main(["audit", str(tmp_path / "a"), "precision=int4_qat"]) == 0
+    capsys.readouterr()
+    assert convert(tmp_path / "wide", tmp_path / "c", "precision.group_size=64") == 0
+    assert convert(tmp_path / "wide", tmp_path / "d", "model=tiny_dense") == 0
+    assert "in groups of" not in capsys.readouterr().out
+    assert (group_size("c"), group_size("d")) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("kimi_k2_thinking", 32), ("qwen3_30b", 128), ("moonlight_16b", 128), ("tiny_moe", 32)]
+)
+def test_shipped_models_are_recognized(name: str, size: int) -> None:
+    cfg = compose.load([f"model={name}"]).config
+    assert default_group_size(replace(cfg.model, name="a_folder"), cfg.precision) == (size, f"what conf/model/{name}.yaml has")
 
 
 def test_roles_widen_the_quantized_set(source: Path, tmp_path: Path) -> None:

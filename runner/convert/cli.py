@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.convert.engine import Report, convert
-from runner.convert.source import open_source
+from runner.convert.grid import target_format, with_groups_of
+from runner.convert.source import model_of, open_source
 from runner.errors import UserError, UserErrors
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
@@ -20,18 +21,22 @@ from runner.rules.numbers import choices, ranges
 from runner.schema import Config, ModelConfig, PrecisionConfig, Role
 
 
-def main(cfg: Config) -> int:
+def main(cfg: Config, overrides: list[str]) -> int:
     """Run the conversion that `cfg.convert` and `cfg.precision` describe; prints progress and a summary. Returns 0.
 
-    The model group of the config is not read: family and sizes come from the source's own config.json.
+    Family and sizes come from the source's own config.json, and so does a group size that `overrides` (what the user
+    typed) do not name; see grid.py.
     """
     source = _required(cfg.convert.source, "source")
     target = _required(cfg.convert.target, "target")
     problems = [p for p in (*ranges(cfg), *choices(cfg)) if p.key and p.key.startswith("convert.")]
     if problems:
         raise UserErrors(problems)
-    tensor_format = target_format(cfg)
     console = Console()
+    model = model_of(open_source(source), trust_remote_code=cfg.model.trust_remote_code)
+    tensor_format, chosen = with_groups_of(target_format(cfg), model, cfg.precision, overrides)
+    if chosen:
+        console.print(chosen, highlight=False)
     if cfg.convert.method == "gptq":
         return _gptq(cfg, source, target, tensor_format, console)
     with ThroughputBar(console, source) as bar:
@@ -69,35 +74,6 @@ def _required(path: str | None, name: str) -> Path:
     if not path:
         raise UserError(f"convert needs a {name} folder", key=f"convert.{name}", fix=f"{name}=<folder>")
     return Path(path).expanduser()
-
-
-def target_format(cfg: Config) -> TensorFormat:
-    """What the quantized weights become: convert.format, or else the rollout format of `precision`."""
-    grid = cfg.precision.rollout
-    match cfg.convert.format:
-        case None:
-            return TensorFormat.of(grid)
-        case "bf16":
-            return TensorFormat.bf16()
-        case "int4":
-            return TensorFormat.int4(grid.group_size, grid.convention)
-        case "int8":
-            return TensorFormat.int8(grid.group_size, grid.convention)
-        case "fp8" | "fp8_block":
-            return TensorFormat.fp8("block")
-        case "fp8_channel":
-            return TensorFormat.fp8("channel")
-        case "fp8_tensor":
-            return TensorFormat.fp8("tensor")
-        case "mxfp4":
-            return TensorFormat.mxfp4()
-        case "nvfp4":
-            return TensorFormat.nvfp4()
-    raise UserError(
-        f"unknown format {cfg.convert.format!r}",
-        key="convert.format",
-        fix="one of bf16, int4, int8, fp8, fp8_channel, fp8_tensor, mxfp4, nvfp4",
-    )
 
 
 def roles_of(precision: PrecisionConfig) -> Callable[[ModelConfig], frozenset[Role]]:

@@ -15,7 +15,8 @@ from rich.progress import Progress
 
 from runner.errors import UserError
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
-from runner.precision.plan import PrecisionPlan
+from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.tensor_format import TensorFormat
 from runner.schema import ModelConfig
 
 USAGE = "python -m runner audit DIR DIR, or python -m runner audit DIR precision=int4_qat [key=value ...]"
@@ -58,10 +59,14 @@ def two_folders(a: Path, b: Path) -> tuple[str, list[str]]:
 def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
     """A folder against the rollout side of a config's precision; the model is the folder's own."""
     from runner import compose
+    from runner.convert.grid import with_groups_of
 
     precision = compose.load(overrides, check_rules=False).config.precision
-    plan = PrecisionPlan.build(_model(folder), precision, "rollout")
-    return f"{folder} against precision={precision.name}: {plan.summary()}", audit_checkpoint(plan, folder, str(folder))
+    model = _model(folder)
+    tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
+    plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
+    title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
+    return title, audit_checkpoint(plan, folder, str(folder))
 
 
 def _model(folder: Path) -> ModelConfig:

@@ -1,0 +1,81 @@
+"""Which format and which groups a conversion writes: what the user named, else what fits the source."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from runner.compose import CONFIG_DIR
+from runner.errors import UserError
+from runner.models import family_of
+from runner.precision.plan import quantized_roles
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config, Format, ModelConfig, PrecisionConfig
+
+NAMED_BY = ("precision.group_size", "precision.rollout.group_size", "model", "model.int4_group_size", "recipe")
+WIDTHS = (128, 64, 32)
+IDENTITY = ("family", "num_layers", "hidden_size", "ffn_size", "num_experts", "expert_ffn_size")  # what tells models apart
+
+
+def target_format(cfg: Config) -> TensorFormat:
+    """What the quantized weights become: convert.format, or else the rollout format of `precision`."""
+    grid = cfg.precision.rollout
+    match cfg.convert.format:
+        case None:
+            return TensorFormat.of(grid)
+        case "bf16":
+            return TensorFormat.bf16()
+        case "int4":
+            return TensorFormat.int4(grid.group_size, grid.convention)
+        case "int8":
+            return TensorFormat.int8(grid.group_size, grid.convention)
+        case "fp8" | "fp8_block":
+            return TensorFormat.fp8("block")
+        case "fp8_channel":
+            return TensorFormat.fp8("channel")
+        case "fp8_tensor":
+            return TensorFormat.fp8("tensor")
+        case "mxfp4":
+            return TensorFormat.mxfp4()
+        case "nvfp4":
+            return TensorFormat.nvfp4()
+    raise UserError(
+        f"unknown format {cfg.convert.format!r}",
+        key="convert.format",
+        fix="one of bf16, int4, int8, fp8, fp8_channel, fp8_tensor, mxfp4, nvfp4",
+    )
+
+
+def with_groups_of(
+    tensor_format: TensorFormat, model: ModelConfig, precision: PrecisionConfig, overrides: list[str]
+) -> tuple[TensorFormat, str | None]:
+    """(the format with the group size for this model, one line that says which and why; None where nothing was chosen).
+
+    The config's own default belongs to the run's model, which the model of a folder is not. So a group size that
+    `overrides` do not name comes from the model of conf/model that the folder's config.json describes, or is the largest
+    of 128, 64 and 32 that divides every quantized matrix.
+    """
+    if tensor_format.format not in (Format.int4, Format.int8):
+        return tensor_format, None
+    if {override.partition("=")[0].lstrip("+") for override in overrides} & set(NAMED_BY):
+        return tensor_format, None
+    size, why = default_group_size(model, precision)
+    strategy = replace(tensor_format, group_size=size, strategy="group")
+    return strategy, f"{tensor_format.format.name} in groups of {size}: {why}; precision.group_size=N chooses another"
+
+
+def default_group_size(model: ModelConfig, precision: PrecisionConfig) -> tuple[int, str]:
+    """(weights per group, why)."""
+    for path in sorted((CONFIG_DIR / "model").glob("*.yaml")):
+        read: dict[str, Any] = yaml.safe_load(path.read_text())
+        known = read.get("model", read)  # the large models are written for the whole config
+        if all(known.get(key) == getattr(model, key) for key in IDENTITY):
+            return known["int4_group_size"], f"what conf/model/{path.name} has"
+    roles = quantized_roles(model, precision)
+    columns = {p.shape[1] for p in family_of(model).parameters(model) if p.role in roles and len(p.shape) == 2}
+    for size in WIDTHS:
+        if all(width % size == 0 for width in columns):
+            return size, "the largest of 128, 64 and 32 that divides every quantized matrix"
+    return WIDTHS[0], "the usual size"  # which the plan refuses, naming the weight
