@@ -29,8 +29,10 @@ _FAST = {"reassoc", "contract", "nsz"}
 _compile: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath=_FAST)
 _compile_without_nan: Any = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath=_FAST | {"nnan"})
 GOLDEN = 0x9E3779B97F4A7C15
+EXP_LOWEST, EXP_LOG2_E, EXP_LN_2 = -87.0, 1.44269504088896341, (0.693359375, -2.12194440e-4)
+EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 0.16666665459, 0.50000001201, 1.0, 1.0)
 LANES = 16  # inner loops of exactly this many become whole vectors, whatever the length
-NEVER = -1e4  # a logit this far below the largest has probability zero
+NEVER = -1e30  # a score or logit that has probability zero
 
 
 @intrinsic
@@ -44,10 +46,11 @@ def _float(_typing, x):
 
 
 @intrinsic
-def _accumulate(_typing, factors, data, offset, stride, count, out, place):
-    """out[place : place + 16] = sum over i < count of factors[i] * data[offset + i * stride : .. + 16]; C-contiguous arrays.
+def _accumulate(_typing, factors, first, data, offset, stride, count, out, place):
+    """out[place : place + 16] = sum over i < count of factors[first + i] * data[offset + i * stride : .. + 16].
 
-    factors and out are float32. LLVM does not make vectors of this loop by itself: it cannot know that out is not data.
+    Flat indices into C-contiguous arrays; factors and out are float32. LLVM does not make vectors of this loop by itself:
+    it cannot know that out is not data.
     """
 
     def generate(context, builder, signature, arguments):
@@ -58,10 +61,10 @@ def _accumulate(_typing, factors, data, offset, stride, count, out, place):
         lanes, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
         total = cgutils.alloca_once(builder, lanes)
         builder.store(ir.Constant(lanes, [0.0] * LANES), total)
-        with cgutils.for_range(builder, arguments[4], intp=index) as loop:
-            factor = builder.load(pointer(0, loop.index))
-            start = pointer(1, builder.add(arguments[2], builder.mul(loop.index, arguments[3])))
-            if signature.args[1].dtype == types.uint16:
+        with cgutils.for_range(builder, arguments[5], intp=index) as loop:
+            factor = builder.load(pointer(0, builder.add(arguments[1], loop.index)))
+            start = pointer(2, builder.add(arguments[3], builder.mul(loop.index, arguments[4])))
+            if signature.args[2].dtype == types.uint16:
                 words = builder.load(builder.bitcast(start, ir.VectorType(ir.IntType(16), LANES).as_pointer()), align=2)
                 words = builder.zext(words, ir.VectorType(ir.IntType(32), LANES))
                 values = builder.bitcast(builder.shl(words, ir.Constant(words.type, [16] * LANES)), lanes)
@@ -72,12 +75,67 @@ def _accumulate(_typing, factors, data, offset, stride, count, out, place):
             spread = builder.shuffle_vector(spread, ir.Constant(lanes, ir.Undefined), zeros)
             fused = builder.fadd(builder.load(total), builder.fmul(spread, values, flags=("contract",)), flags=("contract",))
             builder.store(fused, total)
-        target = builder.bitcast(pointer(5, arguments[6]), lanes.as_pointer())
+        target = builder.bitcast(pointer(6, arguments[7]), lanes.as_pointer())
         builder.store(builder.load(total), target, align=4)
         return context.get_dummy_value()
 
     whole = types.int64
-    return types.none(factors, data, whole, whole, whole, out, whole), generate
+    return types.none(factors, whole, data, whole, whole, whole, out, whole), generate
+
+
+def _block(context, builder, array_type, array, index):
+    """Pointer to the 16 float32 at a flat index of an array."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), ir.VectorType(ir.FloatType(), LANES).as_pointer())
+
+
+def _call(builder, name, arguments, result):
+    """An LLVM intrinsic function that gives `result`."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments, fastmath=("reassoc", "nsz"))
+
+
+@intrinsic
+def _block_max(_typing, x, place):
+    """Largest of float32 x[place : place + 16]; a NaN among them is not seen."""
+
+    def generate(context, builder, signature, arguments):
+        values = builder.load(_block(context, builder, signature.args[0], *arguments), align=4)
+        return _call(builder, "llvm.vector.reduce.fmax.v16f32", [values], ir.FloatType())
+
+    return types.float32(x, types.int64), generate
+
+
+@intrinsic
+def _block_exp(_typing, x, place, top):
+    """x[place : place + 16] = exp(x - top) for x <= top, as `_exp`; returns their sum."""
+
+    def generate(context, builder, signature, arguments):
+        lanes, words = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+
+        def constant(value):
+            return ir.Constant(lanes, [float(np.float32(value))] * LANES)
+
+        spread = builder.insert_element(ir.Constant(lanes, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
+        spread = builder.shuffle_vector(spread, ir.Constant(lanes, ir.Undefined), ir.Constant(words, [0] * LANES))
+        pointer = _block(context, builder, signature.args[0], arguments[0], arguments[1])
+        x = builder.fsub(builder.load(pointer, align=4), spread)
+        x = builder.select(builder.fcmp_ordered(">", x, constant(EXP_LOWEST)), x, constant(EXP_LOWEST))
+        scaled = builder.fadd(builder.fmul(x, constant(EXP_LOG2_E)), constant(0.5))
+        n = _call(builder, "llvm.floor.v16f32", [scaled], lanes)
+        r = x
+        for part in EXP_LN_2:
+            r = builder.fsub(r, builder.fmul(n, constant(part), flags=("contract",)), flags=("contract",))
+        value = constant(EXP_POLYNOMIAL[0])
+        for factor in EXP_POLYNOMIAL[1:]:
+            value = builder.fadd(builder.fmul(value, r, flags=("contract",)), constant(factor), flags=("contract",))
+        power = builder.add(builder.fptosi(n, words), ir.Constant(words, [127] * LANES))
+        power = builder.bitcast(builder.shl(power, ir.Constant(words, [23] * LANES)), lanes)
+        value = builder.fmul(value, power)
+        builder.store(value, pointer, align=4)
+        return _call(builder, "llvm.vector.reduce.fadd.v16f32", [ir.Constant(ir.FloatType(), 0.0), value], ir.FloatType())
+
+    return types.float32(x, types.int64, types.float32), generate
 
 
 def _wide(x):
@@ -126,24 +184,20 @@ def _overload_rounded(x, array):
 @_compile
 def _exp(x):
     """exp of float32 x <= 88 within 2 ulp, without a call, so that loops over it become vectors (Cephes' expf)."""
-    x = max(x, np.float32(-87.0))
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1.0)
-    return p * _float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    x = max(x, np.float32(EXP_LOWEST))
+    n = np.floor(x * np.float32(EXP_LOG2_E) + np.float32(0.5))
+    r = x - n * np.float32(EXP_LN_2[0]) - n * np.float32(EXP_LN_2[1])
+    value = np.float32(EXP_POLYNOMIAL[0])
+    for i in range(1, len(EXP_POLYNOMIAL)):
+        value = value * r + np.float32(EXP_POLYNOMIAL[i])
+    return value * _float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
 @_compile_without_nan
-def _largest(x):
-    """Of float32 [n], n > 0. A NaN is not seen here; it comes out of the exponentials."""
+def _largest(x, count):
+    """Of the first `count` > 0 of float32 x. A NaN is not seen here; it comes out of the exponentials."""
     top = x[0]
-    for i in range(x.shape[0]):
+    for i in range(count):
         top = max(top, x[i])
     return top
 
@@ -176,86 +230,78 @@ def add_norm(hidden, outputs, place, share, weight, epsilon, normed):
 
 
 @_compile
-def _norm_rope(source, weight, epsilon, cos, sin, scratch, out):
-    """One head: source [d], RMSNorm unless weight is empty, rotation by halves -> out [d] float32."""
-    size = out.shape[0]
-    half = size // 2
-    for i in range(size):
-        scratch[i] = _wide(source[i])
-    if weight.shape[0]:
-        squares = np.float32(0.0)
-        for i in range(size):
-            squares += scratch[i] * scratch[i]
-        scale = np.float32(1.0) / np.sqrt(squares / np.float32(size) + epsilon)
-        for i in range(size):
-            scratch[i] = _rounded(_rounded(scratch[i] * scale, source) * _wide(weight[i]), source)
-    first, second, out_first, out_second = scratch[:half], scratch[half:], out[:half], out[half:]
-    cos_second, sin_second = cos[half:], sin[half:]
+def _norm_rope(source, t, head, weight, epsilon, cos, sin, p, out):
+    """One head: source[t, head] [2, d / 2], RMSNorm, rotation by halves at position p -> out[head] [2, d / 2] float32."""
+    half = source.shape[3]
+    squares = np.float32(0.0)
+    for c in range(2):
+        for i in range(half):
+            value = _wide(source[t, head, c, i])
+            out[head, c, i] = value
+            squares += value * value
+    scale = np.float32(1.0) / np.sqrt(squares / np.float32(2 * half) + epsilon)
     for i in range(half):
-        rotated = _rounded(second[i] * _wide(sin[i]), source)
-        out_first[i] = _rounded(_rounded(first[i] * _wide(cos[i]), source) - rotated, source)
-    for i in range(half):
-        rotated = _rounded(first[i] * _wide(sin_second[i]), source)
-        out_second[i] = _rounded(_rounded(second[i] * _wide(cos_second[i]), source) + rotated, source)
+        a = _rounded(_rounded(out[head, 0, i] * scale, source) * _wide(weight[0, i]), source)
+        b = _rounded(_rounded(out[head, 1, i] * scale, source) * _wide(weight[1, i]), source)
+        first = _rounded(a * _wide(cos[p, 0, i]), source) - _rounded(b * _wide(sin[p, 0, i]), source)
+        second = _rounded(b * _wide(cos[p, 1, i]), source) + _rounded(a * _wide(sin[p, 1, i]), source)
+        out[head, 0, i], out[head, 1, i] = _rounded(first, source), _rounded(second, source)
 
 
 @_compile
 def attend(qkv, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, keys, values, out):
     """Causal attention of N tokens over their slots' caches, after writing their own keys and values there.
 
-    qkv [N, (h + 2 n) d]; query_norm, key_norm [d] or empty; cos, sin [positions, d]; slot, position [N];
-    keys [slots, n, blocks, d, 16] and values [slots, n, positions, d] in qkv's dtype; out [N, h d].
+    qkv [N, h + 2 n, 2, d / 2], normed by query_norm and key_norm [2, d / 2], rotated by cos, sin [positions, 2, d / 2];
+    slot, position [N]; keys [slots, n, length / 16, d, 16] and values [slots, n, length, d] in qkv's dtype; out [N, h, d].
+
+    There are no slices in the loops: each would count references to its array, atomically.
     """
-    tokens, groups, size = qkv.shape[0], keys.shape[1], keys.shape[3]
-    heads = out.shape[1] // size
-    per_group = heads // groups
-    scratch, query, total = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    scores = np.empty(keys.shape[2] * LANES, np.float32)  # scores, then probabilities
-    for t in range(tokens):
-        s, p, row = slot[t], position[t], qkv[t]
+    groups, size, heads = keys.shape[1], keys.shape[3], out.shape[1]
+    half, blocks = size // 2, keys.shape[2]
+    turned = np.empty((heads + groups, 2, half), np.float32)
+    total = np.empty(size, np.float32)
+    scores = np.empty((blocks, LANES), np.float32)  # then probabilities
+    for t in range(qkv.shape[0]):
+        s, p = slot[t], position[t]
         for g in range(groups):
-            _norm_rope(row[(heads + g) * size : (heads + g + 1) * size], key_norm, epsilon, cos[p], sin[p], scratch, query)
-            block = keys[s, g, p // LANES]
-            source, target = row[(heads + groups + g) * size : (heads + groups + g + 1) * size], values[s, g, p]
-            for i in range(size):
-                block[i, p % LANES] = _narrow(query[i], keys)
-                target[i] = source[i]
-    for t in range(tokens):
-        s, p, row = slot[t], position[t], qkv[t]
-        length = p + 1
-        blocks = p // LANES + 1
+            _norm_rope(qkv, t, heads + g, key_norm, epsilon, cos, sin, p, turned)
+            for c in range(2):
+                for i in range(half):
+                    keys[s, g, p // LANES, c * half + i, p % LANES] = _narrow(turned[heads + g, c, i], keys)
+                    values[s, g, p, c * half + i] = qkv[t, heads + groups + g, c, i]
+    for t in range(qkv.shape[0]):
+        s, p = slot[t], position[t]
+        seen = p // LANES + 1
         for head in range(heads):
-            g = head // per_group
-            _norm_rope(row[head * size : (head + 1) * size], query_norm, epsilon, cos[p], sin[p], scratch, query)
-            for i in range(size):
-                query[i] *= scale
-            first = ((s * groups + g) * keys.shape[2]) * size * LANES
-            for b in range(blocks):
-                _accumulate(query, keys, first + b * size * LANES, LANES, size, scores, b * LANES)
-            seen = scores[: blocks * LANES]
-            for j in range(length, seen.shape[0]):
-                seen[j] = np.float32(-1e30)
-            top = _largest(seen)
+            _norm_rope(qkv, t, head, query_norm, epsilon, cos, sin, p, turned)
+            for c in range(2):
+                for i in range(half):
+                    turned[head, c, i] *= scale
+            row = s * groups + head // (heads // groups)
+            for b in range(seen):
+                _accumulate(turned, head * size, keys, (row * blocks + b) * size * LANES, LANES, size, scores, b * LANES)
+            for j in range(p % LANES + 1, LANES):
+                scores[seen - 1, j] = np.float32(NEVER)
+            top = np.float32(NEVER)
+            for b in range(seen):
+                top = max(top, _block_max(scores, b * LANES))
             mass = np.float32(0.0)
-            for j in range(seen.shape[0]):
-                weight = _exp(seen[j] - top)
-                seen[j] = weight
-                mass += weight
-            first = (s * groups + g) * values.shape[2] * size
+            for b in range(seen):
+                mass += _block_exp(scores, b * LANES, top)
             for i in range(0, size, LANES):
-                _accumulate(scores, values, first + i, size, length, total, i)
-            target = out[t, head * size : (head + 1) * size]
+                _accumulate(scores, 0, values, row * blocks * LANES * size + i, size, p + 1, total, i)
             inverse = np.float32(1.0) / mass
             for i in range(size):
-                target[i] = _narrow(total[i] * inverse, out)
+                out[t, head, i] = _narrow(total[i] * inverse, out)
 
 
 @_compile
-def route(x, gate, normalize, index, share, place, counts, rows):
-    """Softmax top-k routing of x [N, H] by gate [E, H], and the experts' inputs in expert order.
+def route(x, gate, normalize, index, share, place, counts):
+    """Softmax top-k routing of x [N, H] by gate [E, H].
 
     index [N, K] experts, largest first (the lower one of equals); share [N, K] float32 weights, rounded to x's dtype;
-    place [N, K] row of each pair in rows [N K, H]; counts [E] rows per expert.
+    place [N, K] number of each pair among those of its expert; counts [E] pairs per expert.
     """
     tokens, size = x.shape
     experts, k_count = gate.shape[0], index.shape[1]
@@ -291,14 +337,16 @@ def route(x, gate, normalize, index, share, place, counts, rows):
         for k in range(k_count):
             value = share[t, k] / chosen_mass if normalize else share[t, k]
             share[t, k] = _rounded(value, x)
-    first = np.empty(experts, np.int64)
-    running = 0
-    for e in range(experts):
-        first[e] = running
-        running += counts[e]
-    for t in range(tokens):
+
+
+@_compile
+def spread(x, index, first, place, rows):
+    """rows [P, H]: x [N, H] once for each of its experts index [N, K], an expert's rows from first [E] on; place [N, K] becomes
+    the row of each pair."""
+    size = x.shape[1]
+    for t in range(x.shape[0]):
         source = x[t]
-        for k in range(k_count):
+        for k in range(index.shape[1]):
             where = place[t, k] + first[index[t, k]]
             place[t, k] = where
             target = rows[where]
@@ -376,7 +424,7 @@ def draw_rows(logits, temperature, seed, position, purpose, picked, tempered, ra
         row = logits[t]
         for i in range(vocabulary):
             values[i] = _wide(row[i])
-        top = _largest(values)
+        top = _largest(values, vocabulary)
         mass = np.float32(0.0)
         for i in range(vocabulary):
             values[i] = max(values[i] - top, np.float32(NEVER))

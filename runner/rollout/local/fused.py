@@ -25,7 +25,7 @@ from torch import nn
 
 from runner.rollout.local import cpu_kernels
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
-from runner.rollout.local.experts import EngineExperts, EngineLinear
+from runner.rollout.local.experts import EngineExperts, EngineLinear, products
 from runner.rollout.local.sampling import SAMPLE, Draws
 from runner.rollout.local.weights import TransientWeight
 
@@ -157,7 +157,7 @@ class FusedDecoder:
         token after every token, drawn with the number of its position; None: hidden states [N, H] after the last norm."""
         total = len(tokens)
         caches = [cache.blocked(layer, self.groups, self.head_dim) for layer in range(len(self.layers))]
-        angles = as_array(rope[0]), as_array(rope[1])
+        angles = as_array(rope[0]).reshape(len(rope[0]), 2, -1), as_array(rope[1]).reshape(len(rope[1]), 2, -1)
         self.routes = np.empty((self.moe_layers, total, self.top_k), dtype=np.int64)
         draws = Draws(np.empty(total, np.int64), np.empty(total, np.float32), np.empty(total, np.float32))
         hidden = torch.empty(0 if draw is not None else total, self.hidden, dtype=self.dtype)
@@ -211,8 +211,10 @@ class FusedDecoder:
         _, hidden = scratch.take("hidden", count, size)
         np.take(self.embedding, tokens, axis=0, out=hidden)
         normed_t, normed = scratch.take("normed", count, size)
-        qkv_t, qkv = scratch.take("qkv", count, (self.heads + 2 * self.groups) * self.head_dim)
+        all_heads = self.heads + 2 * self.groups
+        qkv_t, qkv = scratch.take("qkv", count, all_heads * self.head_dim)
         seen_t, seen = scratch.take("seen", count, self.heads * self.head_dim)
+        qkv, seen = qkv.reshape(count, all_heads, 2, -1), seen.reshape(count, self.heads, -1)
         mixed_t, mixed = scratch.take("mixed", count, size)
         one_place, one_share = np.arange(count).reshape(-1, 1), np.ones((count, 1), np.float32)
         place, share = one_place[:, :0], one_share[:, :0]
@@ -249,22 +251,23 @@ class FusedDecoder:
     def _experts(
         self, scratch: _Scratch, layer: _Layer, normed: np.ndarray, index: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows of all experts in expert order [N K, H], place [N, K], share [N, K]); index [N, K] is written."""
+        """(rows of all experts in expert order [P, H], place [N, K], share [N, K]); index [N, K] is written."""
         experts, gate = layer.experts, layer.gate
         assert experts is not None and gate is not None
-        count = len(normed)
-        pairs, width = count * self.top_k, experts.down[0].columns
-        sizes = np.empty(len(experts.down), np.int64)
+        count, width = len(normed), experts.down[0].columns
+        counts = np.empty(len(experts.down), np.int64)
         place, share = np.empty((count, self.top_k), np.int64), np.empty((count, self.top_k), np.float32)
+        cpu_kernels.route(normed, gate, layer.normalize, index, share, place, counts)
+        sizes, first = experts.layout(counts, ROW_BLOCK)
+        pairs = sum(sizes)
         rows_t, rows = scratch.take("rows", pairs, self.hidden)
         both_t, both = scratch.take("both", pairs, 2 * width)
         inner_t, inner = scratch.take("inner", pairs, width)
         added_t, added = scratch.take("added", pairs, self.hidden)
-        cpu_kernels.route(normed, gate, layer.normalize, index, share, place, sizes, rows)
-        split = sizes.tolist()
-        experts.products(experts.gate_up, rows_t[:pairs], split, both_t[:pairs])
+        cpu_kernels.spread(normed, index, first, place, rows)
+        products(experts.gate_up, experts.stacked[0], rows_t[:pairs], sizes, both_t[:pairs])
         cpu_kernels.gate_activation(both, inner)
-        experts.products(experts.down, inner_t[:pairs], split, added_t[:pairs])
+        products(experts.down, experts.stacked[1], inner_t[:pairs], sizes, added_t[:pairs])
         return added, place, share
 
 
@@ -274,8 +277,8 @@ def _layer(module: Any) -> _Layer:
     return _Layer(
         attention_norm=as_array(module.input_layernorm.weight),
         mlp_norm=as_array(module.post_attention_layernorm.weight),
-        query_norm=as_array(attention.q_norm.weight),
-        key_norm=as_array(attention.k_norm.weight),
+        query_norm=as_array(attention.q_norm.weight).reshape(2, -1),
+        key_norm=as_array(attention.k_norm.weight).reshape(2, -1),
         qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj]),
         output=_product([attention.o_proj]),
         gate_up=_product([mlp.gate_proj, mlp.up_proj]) if experts is None else None,
@@ -316,6 +319,7 @@ def _workers(parts: int, process: int) -> ThreadPoolExecutor:
     gate = threading.Barrier(parts)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the process's default: before, not after
         torch.set_num_threads(1)
         gate.wait()
 

@@ -75,24 +75,32 @@ class EngineModel:
 
     def _install_experts(self, path: str, views: Mapping[str, torch.Tensor]) -> None:
         old = self.module.get_submodule(path)
-        gate_up: list[ResidentWeight] = []
-        down: list[ResidentWeight] = []
-        for expert in range(self.config.num_experts):
-            gate, up, out = (f"{path}.{expert}.{projection}_proj.weight" for projection in ("gate", "up", "down"))
-            gate_up.append(self._make((gate, up), views))
-            down.append(self._make((out,), views))
-        experts = EngineExperts(gate_up, down, old.act_fn)  # type: ignore[arg-type]
+        gate_up, stacked_gate_up = self._make_stack(path, ("gate", "up"), views)
+        down, stacked_down = self._make_stack(path, ("down",), views)
+        experts = EngineExperts(gate_up, down, old.act_fn, (stacked_gate_up, stacked_down))  # type: ignore[arg-type]
         self.module.set_submodule(path, experts)
         self.experts.append(experts)
 
-    def _make(self, names: tuple[str, ...], views: Mapping[str, torch.Tensor]) -> ResidentWeight:
+    def _make_stack(
+        self, path: str, projections: tuple[str, ...], views: Mapping[str, torch.Tensor]
+    ) -> tuple[list[ResidentWeight], torch.Tensor | None]:
+        """The weights of all experts for these projections; dense ones are views of one tensor [E, out, in]."""
+        names = [tuple(f"{path}.{e}.{p}_proj.weight" for p in projections) for e in range(self.config.num_experts)]
+        stacked = None
+        if not any(self.plan.format_of(name).quantized for group in names for name in group):
+            stacked = torch.stack([torch.cat([views[name] for name in group]) for group in names])
+        return [self._make(group, views, None if stacked is None else stacked[e]) for e, group in enumerate(names)], stacked
+
+    def _make(self, names: tuple[str, ...], views: Mapping[str, torch.Tensor], target: torch.Tensor | None) -> ResidentWeight:
         formats = {self.plan.format_of(name) for name in names}
         if len(formats) > 1:
             raise UserError(f"{' and '.join(names)} have different formats, the engine computes them as one")
         rows = tuple(views[name].shape[0] for name in names)
-        weight = resident_weight(names, rows, views[names[0]].shape[1], formats.pop(), self.dtype, self.device)
-        if isinstance(weight, DenseWeight):
-            weight.load({"weight": torch.cat([views[name] for name in names])})
+        columns = views[names[0]].shape[1]
+        if target is not None:
+            weight: ResidentWeight = DenseWeight(names, rows, columns, self.dtype, self.device, target)
+        else:
+            weight = resident_weight(names, rows, columns, formats.pop(), self.dtype, self.device)
         self.weights.update(dict.fromkeys(names, weight))
         return weight
 

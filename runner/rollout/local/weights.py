@@ -126,7 +126,7 @@ class Int4Weight(ResidentWeight):
         packed, scales = self.tensors["integers"], self.tensors["scales"]
         if x.device.type == "cuda":
             return torch.ops.aten._weight_int4pack_mm(x, packed, self.group, scales)
-        matmul = torch.ops.aten._weight_int4pack_mm_for_cpu
+        matmul = torch._weight_int4pack_mm_for_cpu  # torch.ops.aten's, at half the price of a call
         if x.shape[0] <= INT4_ROWS_PER_CALL:
             return matmul(x, packed, self.group, scales)
         return torch.cat([matmul(rows, packed, self.group, scales) for rows in x.split(INT4_ROWS_PER_CALL)])
