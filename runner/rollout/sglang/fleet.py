@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import aiohttp
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation
+from runner.rollout.sglang.sender import Sender
 from runner.rollout.sglang.server import Server, start_problem
 from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Sample, Status
@@ -32,6 +33,7 @@ class Settings:
     health_seconds: float
     max_retries: int
     pause_mode: str
+    broadcast: str | None  # backend of the distributed transport; None where weights travel as files
 
 
 class Engine:
@@ -57,6 +59,12 @@ class EngineUpdate:
     unchecked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     died: str = ""
+
+    def take(self, answer: dict[str, Any]) -> None:
+        self.problems += answer.get("problems", [])
+        self.arrived += answer.get("arrived", 0)
+        self.checked += answer.get("checked", 0)
+        self.unchecked += answer.get("unchecked", [])
 
 
 class Fleet:
@@ -244,7 +252,7 @@ class Fleet:
             await self._start(engine)
             async with self._updating:
                 if self.weights is not None:
-                    update = await self._load(engine, self.weights, [], pause=False)
+                    (update,) = await self._deliver([engine], self.weights, [], pause=False)
                     if update.died or update.problems:
                         raise UserError(
                             f"SGLang server {engine.server.index} could not be given its weights again: "
@@ -274,7 +282,7 @@ class Fleet:
                 engines = [engine for engine in self.engines if engine.up]
                 for engine in engines:
                     engine.synced = 0
-                answers = await asyncio.gather(*(self._load(engine, weights, parts, pause=True) for engine in engines))
+                answers = await self._deliver(engines, weights, parts, pause=True)
                 good = [answer.engine for answer in answers if not answer.problems and not answer.died]
                 if len(good) == len([answer for answer in answers if not answer.died]) > 0:
                     self.updates += 1
@@ -295,39 +303,68 @@ class Fleet:
                 self._raise_if_hopeless()
                 await self._changed.wait()
 
-    async def _load(self, engine: Engine, weights: WeightSet, parts: list[str], *, pause: bool) -> EngineUpdate:
-        """pause -> begin -> load -> end -> check -> commit (version and flush) -> continue, on one engine."""
-        client = engine.client
-        assert client is not None
-        update = EngineUpdate(engine)
-        files = [str(file) for file in weights.files]
-        repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16")
+    async def _deliver(self, engines: list[Engine], weights: WeightSet, parts: list[str], *, pause: bool) -> list[EngineUpdate]:
+        """pause -> begin -> load -> end -> check -> commit (version and flush) -> continue, on these engines together.
+
+        An engine that dies on the way drops out; one that reports problems is still brought back to a state in which it answers.
+        """
+        updates = [EngineUpdate(engine) for engine in engines]
         mode = self.settings.pause_mode
-        try:
-            if pause:
-                await client.pause(mode)
-            await client.begin_update()
-            try:
-                answer = await client.plugin("load", files=files, digests=weights.digests)
-            finally:
-                await client.end_update()
-            update.arrived, update.problems = answer.get("arrived", 0), answer["problems"]
-            if not update.problems and parts:
-                answer = await client.plugin("check", files=files, parts=parts, repacked=repacked)
-                update.checked, update.problems = answer.get("checked", 0), answer["problems"]
-                update.unchecked = answer.get("unchecked", [])
+        if pause:
+            await self._each(updates, lambda client, _: client.pause(mode))
+        await self._each(updates, lambda client, _: client.begin_update())
+        await self._send("load", updates, weights, list(weights.digests), digests=weights.digests)
+        await self._each(updates, lambda client, _: client.end_update())
+        if parts and not any(update.problems for update in updates):
+            repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16")
+            await self._send("check", updates, weights, parts, parts=parts, repacked=repacked)
+        if not any(update.problems for update in updates):
             # Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0.
-            answer = await client.plugin("commit", flush=mode != "in_place", version=label(self.updates + 1, weights.version))
-            update.problems += answer["problems"]
-            if pause:
-                await client.resume()
-        except EngineFailure as failure:
-            update.died = str(failure)
-        except Refused as refusal:
-            update.problems.append(str(refusal))
-            if pause:
-                await client.resume()
-        return update
+            named = label(self.updates + 1, weights.version)
+            commit = lambda client, _: client.plugin("commit", flush=mode != "in_place", version=named)  # noqa: E731
+            await self._each(updates, commit)
+        if pause:
+            await self._each(updates, lambda client, _: client.resume())
+        return updates
+
+    async def _each(self, updates: list[EngineUpdate], call: Callable[[Client, int], Awaitable[Any]]) -> None:
+        """One call to every engine that still lives, all at once; the second argument is the engine's place among those."""
+
+        async def one(update: EngineUpdate, place: int) -> None:
+            assert update.engine.client is not None
+            try:
+                answer = await call(update.engine.client, place)
+            except EngineFailure as failure:
+                update.died = str(failure)
+            except Refused as refusal:
+                update.problems.append(str(refusal))
+            else:
+                if answer is not None:
+                    update.take(answer)
+
+        living = [update for update in updates if not update.died]
+        await asyncio.gather(*(one(update, place) for place, update in enumerate(living)))
+
+    async def _send(self, action: str, updates: list[EngineUpdate], weights: WeightSet, names: list[str], **request: Any) -> None:
+        """A plugin action that needs these tensors (on-disk names): through files, or by a broadcast beside the calls."""
+        if self.settings.broadcast is None:
+            files = [str(file) for file in weights.files]
+            await self._each(updates, lambda client, _: client.plugin(action, files=files, **request))
+            return
+        living = [update for update in updates if not update.died]
+        if not living:
+            return
+        ranks = living[0].engine.server.arguments["tp_size"]
+        sender = Sender(self.settings.broadcast, 1 + ranks * len(living), weights, names)
+        described = sender.described()
+
+        def call(client: Client, place: int) -> Awaitable[Any]:
+            return client.plugin(action, meeting=sender.meeting.as_dict(), rank=1 + ranks * place, buckets=described, **request)
+
+        sent, _ = await asyncio.gather(asyncio.to_thread(sender.run), self._each(updates, call))
+        for update in living:
+            if sent and not update.died:
+                update.problems.append(sent)
 
     async def ask(self, action: str, **request: Any) -> list[dict[str, Any]]:
         """Every live engine's answer to a plugin action."""

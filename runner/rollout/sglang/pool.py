@@ -23,10 +23,11 @@ from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.background import BackgroundLoop
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
+from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.rollout.sglang.server import Server, threads_per_engine
-from runner.rollout.sglang.weight_files import WeightSet, WeightWriter, shared_memory_folder
+from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
@@ -53,9 +54,9 @@ class SglangPool:
         self._scratch = Path(tempfile.mkdtemp(prefix="runner-sglang-"))
         write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
-        self._writer: WeightWriter | None = None
+        self._writer: WeightWriter | DeltaWriter | None = None
         api_key = secrets.token_urlsafe(32)
-        self._fleet = Fleet(self._servers(api_key), api_key, _settings(rollout))
+        self._fleet = Fleet(self._servers(api_key), api_key, _settings(cfg, rollout))
         try:
             self._loop.run(self._fleet.start())
             self._info = self._loop.run(self._fleet.ask("describe"))
@@ -178,10 +179,19 @@ class SglangPool:
             problems=problems,
         )
 
-    def _weight_writer(self) -> WeightWriter:
+    def _weight_writer(self) -> WeightWriter | DeltaWriter:
+        """Files in shared memory (tensor; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
             needed = sum(_bytes_of(self.plan, name) for name in self.plan.tensors)
-            self._writer = WeightWriter(shared_memory_folder(needed), durable=False)
+            logs = folder.logs_of_this_run()
+            disk = (logs.parent if logs else self._scratch) / "weights"
+            match self._rollout.weight_transport:
+                case "disk_full":
+                    self._writer = WeightWriter(disk, durable=True)
+                case "disk_delta":
+                    self._writer = DeltaWriter(disk, shared_memory_folder(needed), BUCKET_BYTES)
+                case _:
+                    self._writer = WeightWriter(shared_memory_folder(needed), durable=False)
         return self._writer
 
     def _unfit(self, weights: WeightSet) -> list[str]:
@@ -266,13 +276,15 @@ class SglangPool:
             raise UserError("the SGLang engines have no weights yet", fix="call update_weights with the trainer's export first")
 
 
-def _settings(rollout: SglangRolloutConfig) -> Settings:
+def _settings(cfg: Config, rollout: SglangRolloutConfig) -> Settings:
+    backend = "gloo" if arguments.on_cpu(cfg) else "nccl"
     return Settings(
         startup_seconds=rollout.startup_timeout_seconds,
         request_seconds=rollout.request_timeout_seconds,
         health_seconds=rollout.health_interval_seconds,
         max_retries=rollout.max_retries,
         pause_mode=rollout.pause_mode,
+        broadcast=backend if rollout.weight_transport == "distributed" else None,
     )
 
 

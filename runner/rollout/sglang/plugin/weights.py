@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.weights import broadcast
 from runner.weights.stream import digest
 
 Answer = dict[str, Any]
@@ -69,10 +70,7 @@ def _of_all_ranks(answer: Answer) -> Answer:
 
 
 def _load(updater: Any, request: Answer) -> Answer:
-    if "group" in request:
-        arrived = _received(updater, request)
-    else:
-        arrived = _from_files(request["files"])
+    arrived = _arriving(updater, request)
     problems: list[str] = []
     digests: dict[str, str] = dict(request["digests"])
 
@@ -99,12 +97,20 @@ def _from_files(files: Iterable[str], only: set[str] | None = None) -> NamedTens
                     yield name, opened.get_tensor(name)
 
 
-def _received(updater: Any, request: Answer) -> NamedTensors:
-    """By broadcast from the driver, rank 0 of a process group that SGLang's own endpoint made."""
+def _arriving(updater: Any, request: Answer, only: set[str] | None = None) -> NamedTensors:
+    """Tensors of a request, from files or by broadcast from the driver."""
+    if "meeting" not in request:
+        yield from _from_files(request["files"], only)
+        return
+    from sglang.srt.runtime_context import get_parallel
+
+    group = broadcast.join(broadcast.Meeting(**request["meeting"]), request["rank"] + get_parallel().tp_rank)
     for bucket in request["buckets"]:
-        yield from updater.receive_weights_from_distributed(
-            names=bucket["names"], dtypes=bucket["dtypes"], shapes=bucket["shapes"], group_name=request["group"]
-        )
+        for name, tensor in broadcast.receive(
+            group, [broadcast.Piece(**piece) for piece in bucket], torch.device(updater.device)
+        ):
+            if only is None or name in only:
+                yield name, tensor
 
 
 def _check(updater: Any, request: Answer) -> Answer:
@@ -116,10 +122,10 @@ def _check(updater: Any, request: Answer) -> Answer:
     On CUDA quantized weights lie repacked for their kernel and are not loadable again: they are named in `unchecked`.
     """
     model = updater.get_model()
-    files, wanted = request["files"], set(request["parts"])
+    wanted = set(request["parts"])
     unchecked = sorted(wanted & set(request["repacked"])) if torch.device(updater.device).type == "cuda" else []
     layers: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
-    for name, tensor in _from_files(files, wanted - set(unchecked)):
+    for name, tensor in _arriving(updater, request, wanted - set(unchecked)):
         layers[_layer_of(name)].append((name, tensor))
     problems: list[str] = []
     for layer, tensors in layers.items():

@@ -1,0 +1,49 @@
+"""The driver's side of a weight broadcast: rank 0 of a group that meets for one action."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from runner.rollout.sglang.server import free_ports
+from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, read_parts
+from runner.weights import broadcast
+
+HOST = "127.0.0.1"
+TIMEOUT_SECONDS = 120.0  # for engines to come to the meeting, and for each bucket
+
+
+class Sender:
+    """Reads the named parts of a set and broadcasts them, a bucket at a time."""
+
+    def __init__(self, backend: str, size: int, weights: WeightSet, names: list[str], bucket_bytes: int = BUCKET_BYTES) -> None:
+        (port,) = free_ports(HOST, 1)
+        self.meeting = broadcast.Meeting(HOST, port, size, backend, TIMEOUT_SECONDS)
+        self._weights, self._device = weights, torch.device("cuda" if backend == "nccl" else "cpu")
+        self._buckets: list[list[str]] = []
+        self._pieces: list[list[broadcast.Piece]] = []
+        size_now = 0
+        for name, tensor in read_parts(weights, names):
+            (piece,) = broadcast.describe([(name, tensor)])
+            if not self._buckets or size_now >= bucket_bytes:
+                self._buckets.append([])
+                self._pieces.append([])
+                size_now = 0
+            self._buckets[-1].append(name)
+            self._pieces[-1].append(piece)
+            size_now += piece.bytes()
+
+    def described(self) -> list[list[dict[str, Any]]]:
+        """What the receivers must know, as JSON."""
+        return [[vars(piece) for piece in bucket] for bucket in self._pieces]
+
+    def run(self) -> str:
+        """Blocks until everything is sent; "" or what went wrong (an engine that did not come, or died on the way)."""
+        try:
+            group = broadcast.join(self.meeting, 0)
+            for names in self._buckets:
+                broadcast.send(group, [tensor for _, tensor in read_parts(self._weights, names)], self._device)
+        except RuntimeError as error:  # torch.distributed's errors
+            return f"broadcast: {str(error).splitlines()[0]}"
+        return ""

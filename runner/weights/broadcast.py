@@ -1,0 +1,85 @@
+"""Weights by broadcast from the driver to processes on any host: one process group per session, buckets as plain bytes.
+
+Both sides call `join` at the same time with the same address; rank 0 sends. NCCL between GPUs, gloo on CPUs. The group is made
+anew for every session, so an engine that was started again needs no place in an old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where a group meets: the store of rank 0 listens on host:port."""
+
+    host: str
+    port: int
+    size: int
+    backend: str  # gloo or nccl
+    timeout_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor inside a bucket."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+    def bytes(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * getattr(torch, self.dtype).itemsize
+
+
+def join(meeting: Meeting, rank: int) -> Any:
+    """The process group; blocks until all `size` ranks are there. Raises torch's DistError when they are not in time."""
+    timeout = timedelta(seconds=meeting.timeout_seconds)
+    store = dist.TCPStore(meeting.host, meeting.port, meeting.size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    prefixed = dist.PrefixStore("runner-weights", store)
+    if meeting.backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(prefixed, rank, meeting.size, options)
+    return dist.ProcessGroupGloo(prefixed, rank, meeting.size, timeout)
+
+
+def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Piece]:
+    return [Piece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors]
+
+
+def send(group: Any, tensors: list[torch.Tensor], device: torch.device) -> int:
+    """Broadcast one bucket from rank 0; returns its bytes."""
+    flat = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors])
+    _broadcast(group, flat)
+    return flat.numel()
+
+
+def receive(group: Any, pieces: list[Piece], device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one bucket, in its order."""
+    flat = torch.empty(sum(piece.bytes() for piece in pieces), dtype=torch.uint8, device=device)
+    _broadcast(group, flat)
+    start = 0
+    for piece in pieces:
+        stop = start + piece.bytes()
+        # a copy: slices at odd offsets cannot be viewed in a wider dtype
+        yield piece.name, flat[start:stop].clone().view(getattr(torch, piece.dtype)).view(piece.shape)
+        start = stop
+
+
+def _broadcast(group: Any, flat: torch.Tensor) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([flat], options).wait()

@@ -1,0 +1,90 @@
+"""Models, requests and references that the tests of both rollout pools share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from runner import compose
+from runner.models import family_of
+from runner.models.build import build_model, disk_tensors, named_weights
+from runner.precision.formats import decode, encode
+from runner.precision.plan import PrecisionPlan
+from runner.samples import ExportedTensor, Request, Sample, SamplingParams
+from runner.schema import Config
+
+FP32 = ("precision.base_dtype=float32", "speculative=none", "rollout.max_concurrency=16")
+
+
+def config(rollout: str, *overrides: str) -> Config:
+    """fp32 activations, so that two engines agree to 1e-4."""
+    return compose.load_config([f"rollout={rollout}", *FP32, *overrides])
+
+
+def exported(cfg: Config, seed: int = 1, spread: float = 3.0) -> tuple[torch.nn.Module, list[ExportedTensor]]:
+    """(transformers model, its export). Weights are spread wider than a fresh start, so that logits are peaked; where a weight is
+    quantized the model computes with the effective weights."""
+    plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
+    built = build_model(cfg.model, dtype=torch.float32, seed=seed)
+    items = []
+    with torch.no_grad():
+        for name, tensor in named_weights(cfg.model, built):
+            if tensor.dim() > 1:
+                tensor.mul_(spread)
+            elif name.endswith("e_score_correction_bias"):
+                tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
+        for name, tensor in disk_tensors(family_of(cfg.model), cfg.model, named_weights(cfg.model, built)):
+            tensor_format = plan.format_of(name)
+            if tensor_format.quantized:
+                items.append(encode(name, tensor.to(torch.bfloat16), tensor_format))
+                tensor.copy_(decode(items[-1], tensor_format))
+            else:
+                items.append(ExportedTensor(name, "bf16", {name: tensor.detach().clone()}))
+    return built, items
+
+
+def requests(count: int, *, same_prompt: int = 1, routes: bool = True, **sampling: Any) -> list[Request]:
+    """`count` requests; each prompt is used `same_prompt` times; prompt lengths differ."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [tuple(torch.randint(2, 272, (5 + 3 * (i % 4),), generator=generator).tolist()) for i in range(count)]
+    params = SamplingParams(**({"temperature": 1.0, "max_response_tokens": 12} | sampling))
+    return [
+        Request(
+            f"p{i // same_prompt}", i % same_prompt, prompts[i // same_prompt], params, seed=77 * i + 3, capture_routes=routes
+        )
+        for i in range(count)
+    ]
+
+
+def by_key(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
+    found = {(sample.prompt_id, sample.sample_index): sample for sample in samples}
+    assert len(found) == len(samples), "a sample came twice"
+    return found
+
+
+def reference_logprobs(built: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
+    """[R] of transformers over the sample's own tokens."""
+    with torch.no_grad():
+        logits = built(sample.tokens[None]).logits[0].float() / temperature
+    scored = logits.log_softmax(-1)[sample.prompt_length - 1 : -1]
+    return scored.gather(-1, sample.response_tokens[:, None])[:, 0]
+
+
+def reference_routes(built: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """[T - 1, L, K] that transformers' own routers choose."""
+    chosen: list[torch.Tensor] = []
+    routers = [module.gate for module in built.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
+    hooks = [router.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for router in routers]
+    with torch.no_grad():
+        built(tokens[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen, 1)[:-1]
+
+
+def flipped(item: ExportedTensor, part: str) -> ExportedTensor:
+    """One low bit of one value differs; the original stays as it is."""
+    parts = {name: tensor.clone() for name, tensor in item.parts.items()}
+    parts[part].reshape(-1).view(torch.uint8)[5] ^= 1
+    return ExportedTensor(item.name, item.format, parts)

@@ -1,0 +1,169 @@
+"""SGLang's server arguments: golden files per recipe, options checked by name and kind, conflicts, warnings. Needs no SGLang.
+
+RUNNER_UPDATE_GOLDEN=1 pytest tests/test_sglang_arguments.py writes the golden files anew; read the diff before you commit it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from runner import compose, preflight
+from runner.cli.problems import groups
+from runner.errors import UserErrors
+from runner.rollout.sglang import arguments
+from runner.rollout.sglang.option_table import options, problem_of
+from runner.rules import sglang
+from runner.schema import Config, SglangRolloutConfig
+
+GOLDEN = Path(__file__).parent / "golden" / "sglang"
+RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
+CPU = ["rollout=sglang", "speculative=none"]
+
+
+def load(*overrides: str) -> Config:
+    return compose.load_config(list(overrides))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_gives_its_golden_arguments(recipe: str) -> None:
+    """Recipes of the in-process engine are asked what they would start with SGLang servers on a CPU."""
+    cfg = load(f"recipe={recipe}")
+    if not isinstance(cfg.rollout, SglangRolloutConfig):
+        cfg = load(f"recipe={recipe}", *CPU, *(["precision=int4_qat"] if "fp4" in cfg.precision.name else []))
+    found = {"servers": arguments.num_engines(cfg), **arguments.server_arguments(cfg)}
+    path = GOLDEN / f"{recipe}.yaml"
+    if os.environ.get("RUNNER_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(found, sort_keys=False))
+    assert found == yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_argument_is_an_option_of_sglang_with_a_value_of_its_kind(recipe: str) -> None:
+    for name, value in yaml.safe_load((GOLDEN / f"{recipe}.yaml").read_text()).items():
+        if name != "servers":
+            assert problem_of(name, value) is None, name
+
+
+def test_options_of_the_config_arrive() -> None:
+    cfg = load(
+        "model=tiny_moe",
+        *CPU,
+        "rollout.max_concurrency=7",
+        "precision=bf16",
+        "precision.base_dtype=float32",
+        "+rollout.server_args.schedule_policy=lpm",
+    )
+    found = arguments.server_arguments(cfg)
+    assert found["max_running_requests"] == 7 and found["dtype"] == "float32" and found["schedule_policy"] == "lpm"
+    assert found["enable_return_routed_experts"] and found["device"] == "cpu" and found["attention_backend"] == "torch_native"
+    assert found["load_format"] == "dummy" and found["trust_remote_code"] is False
+    assert not arguments.server_arguments(load("model=tiny_moe", *CPU, "router_replay=none"))["enable_return_routed_experts"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("max_runing_requests=8", "max_running_requests"),
+        ("port=3000", "the pool sets this"),
+        ("api_key=abc", "the pool sets this"),
+        ("trust_remote_code=true", "code of a checkpoint is never run"),
+        ("enable_custom_logit_processor=true", "execute code"),
+        ("tp_size=2", "contradicts 1"),
+        ("dtype=float16", "precision.base_dtype"),
+        ("schedule_conservativeness=often", "is not one of: float"),
+        ("speculative_ngram_match_type=DEEP", "'BFS'"),
+    ],
+)
+def test_wrong_options_fail_at_composition(option: str, message: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        load("model=tiny_moe", *CPU, f"+rollout.server_args.{option}")
+    assert message in str(caught.value) and f"rollout.server_args.{option.partition('=')[0]}" in str(caught.value)
+
+
+def test_an_option_may_repeat_what_follows_from_the_config() -> None:
+    load("model=tiny_moe", *CPU, "+rollout.server_args.tp_size=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=tiny_moe", "rollout=sglang", "speculative=ngram"], "accepts drafts greedily"),
+        (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops recorded routes"),
+        (["model=tiny_moe", *CPU, "router_replay=none", "rollout.use_router=true"], "balances its engines itself"),
+        (["model=tiny_mla", *CPU], "no latent attention"),
+        (["model=tiny_moe", *CPU, "precision=mxfp4_qat"], "not with mxfp4"),
+        (["model=tiny_moe", *CPU, "rollout.pause_mode=retract"], "loses its routes"),
+        (["model=tiny_moe", *CPU, "rollout.cpu_engines=0"], "0 servers"),
+    ],
+)
+def test_what_sglang_does_not_do_here_is_refused_with_the_reason(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserErrors, match=message):
+        load(*overrides)
+
+
+def test_greedy_speculation_is_mapped_and_its_routes_must_fit_their_buffer() -> None:
+    cfg = load("model=tiny_moe", *CPU)
+    cfg.speculative = load("model=tiny_moe").speculative
+    cfg.rollout.sampling.temperature = 0.0  # what an evaluation may do; training refuses it
+    assert list(sglang.speculation(cfg)) == []
+    found = arguments.server_arguments(cfg)
+    assert found["speculative_algorithm"] == "NGRAM" and found["speculative_num_draft_tokens"] == 5
+    assert found["speculative_ngram_max_bfs_breadth"] == 1
+    cfg.rollout.chunked_prefill_tokens = 512  # type: ignore[attr-defined]
+    (problem,) = sglang.speculation(cfg)
+    assert "buffer of routes" in str(problem)
+
+
+@pytest.mark.parametrize(("method", "algorithm"), [("mtp", "NEXTN"), ("eagle", "EAGLE"), ("draft", "STANDALONE")])
+def test_draft_models_are_mapped(method: str, algorithm: str) -> None:
+    draft = [] if method == "mtp" else ["speculative.draft_model=/models/d"]
+    found = arguments.server_arguments(load("model=mimo_7b", f"speculative={method}", "speculative.num_draft_tokens=3", *draft))
+    assert (found["speculative_algorithm"], found["speculative_num_steps"]) == (algorithm, 3)
+    assert (found["speculative_eagle_topk"], found["speculative_num_draft_tokens"]) == (1, 4)
+    assert found.get("speculative_draft_model_path") == (None if method == "mtp" else "/models/d")
+
+
+def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:
+    cfg = load("model=mimo_7b", "precision=int4_qat")
+    with pytest.raises(UserErrors, match="cannot update packed INT4 weights of dense_mlp"):
+        preflight.check(cfg)
+
+
+def test_cuda_graphs_that_do_not_cover_the_concurrency_are_a_warning() -> None:
+    cfg = load("recipe=qwen3_30b_int4")
+    assert arguments.warnings(cfg) == []
+    cfg.rollout.cuda_graph_max_batch = 16  # type: ignore[attr-defined]
+    (warning,) = arguments.warnings(cfg)
+    assert "up to 16 sequences" in warning and "rollout.cuda_graph_max_batch=32" in warning  # 32 x 8 samples over 8 engines
+
+
+def test_the_table_of_options_knows_defaults_and_refuses_other_kinds() -> None:
+    assert len(options()) > 500
+    assert problem_of("enable_memory_saver", True) is None and problem_of("enable_memory_saver", 1) is not None
+    assert problem_of("mem_fraction_static", 1) is None and problem_of("context_length", None) is None
+
+
+def test_arguments_are_built_without_torch_and_without_sglang() -> None:
+    code = (
+        "import sys; from runner import compose; from runner.rollout.sglang import arguments;"
+        "arguments.server_arguments(compose.load_config(['model=tiny_moe', 'rollout=sglang', 'speculative=none']));"
+        "assert 'torch' not in sys.modules and 'sglang' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.sglang
+def test_the_table_is_that_of_the_installed_sglang() -> None:
+    from runner.rollout.sglang.server import STUBS
+
+    code = "import json; from runner.rollout.sglang.option_table import installed; print(json.dumps(installed()))"
+    env = {**os.environ, "PYTHONPATH": str(STUBS), "SGLANG_USE_CPU_ENGINE": "1"}
+    result = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True, env=env)
+    assert yaml.safe_load(result.stdout.splitlines()[-1]) == options()
