@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from runner.convert.engine import convert
 from runner.models import family_of
 from runner.models.build import save_config
-from runner.precision import formats
+from runner.models.common import PLAIN
+from runner.precision import formats, kernels
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig, PrecisionConfig
@@ -81,13 +82,11 @@ def by_operators(function: Callable[[torch.Tensor], Packed], weights: list[torch
 
 
 def tiny_moe(hidden: int, ffn: int, experts: int) -> ModelConfig:
+    sizes = PLAIN | {"num_experts": experts, "experts_top_k": 2, "expert_ffn_size": ffn}
     return ModelConfig(
         name="bench", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=1, hidden_size=hidden,
         ffn_size=ffn, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
-        norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.02, num_experts=experts,
-        experts_top_k=2, expert_ffn_size=ffn, num_shared_experts=0, num_dense_layers=0, router_score="softmax",
-        router_bias=False, routed_scaling_factor=1.0, q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0,
-        v_head_dim=0, num_mtp_layers=0, vision=False, toy_twin="none",
+        norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.02, toy_twin="none", **sizes,
     )  # fmt: skip
 
 
@@ -118,7 +117,7 @@ def main() -> int:
     torch.manual_seed(0)
     weights = [(torch.randn(SHAPE) * 0.02).to(torch.bfloat16) for _ in range(COUNT)]
     gigabytes = sum(weight.numel() * 2 for weight in weights) / 1e9
-    __import__("runner.precision.kernels.cpu")  # compiled once, as a conversion does before it starts
+    kernels.load()  # compiled once, as a conversion does before it starts
     for mine, other in zip(ours(weights[0]), theirs(weights[0]), strict=True):
         if not torch.equal(mine, other):
             print("the two sides do not give the same bits: nothing to compare")

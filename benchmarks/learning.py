@@ -63,7 +63,7 @@ def main() -> None:
         for precision in options.precisions:
             for seed in options.seeds:
                 row = run(precision, seed, options.overrides, Path(root))
-                cells = [f"{value:.4f}" if isinstance(value, float) else value for value in row.values()]
+                cells = [f"{value:.3g}" if isinstance(value, float) else value for value in row.values()]
                 print("| " + " | ".join(cells) + " |", flush=True)
 
 

@@ -8,65 +8,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import BASE, MLA, MOE
 
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
 from runner.schema import ModelConfig
 
-BASE: dict[str, Any] = {
-    "hf_checkpoint": None,
-    "trust_remote_code": False,
-    "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_size": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 272,
-    "max_context_tokens": 128,
-    "rope_theta": 10000.0,
-    "norm_eps": 1e-6,
-    "tied_embeddings": False,
-    "attention_bias": False,
-    "qk_norm": True,
-    "initializer_range": 0.05,
-    "num_experts": 0,
-    "experts_top_k": 0,
-    "expert_ffn_size": 0,
-    "num_shared_experts": 0,
-    "num_dense_layers": 0,
-    "router_score": "softmax",
-    "router_bias": False,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": 0,
-    "kv_lora_rank": 0,
-    "qk_nope_head_dim": 0,
-    "qk_rope_head_dim": 0,
-    "v_head_dim": 0,
-    "num_mtp_layers": 0,
-    "vision": False,
-    "toy_twin": "none",
-}
-MOE: dict[str, Any] = {"num_experts": 4, "experts_top_k": 2, "expert_ffn_size": 64}
-MLA: dict[str, Any] = {
-    "qk_norm": False,
-    "num_kv_heads": 4,
-    "head_dim": 24,
-    "num_dense_layers": 1,
-    "num_shared_experts": 2,
-    "router_score": "sigmoid",
-    "router_bias": True,
-    "routed_scaling_factor": 2.5,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "q_lora_rank": 24,
-}
-
 
 def model(family: str, **fields: Any) -> ModelConfig:
-    architecture = {"qwen3": {}, "qwen3_moe": MOE, "deepseek": MOE | MLA}[family]
+    architecture = {"qwen3": {}, "qwen3_moe": MOE, "deepseek": MOE | MLA | {"q_lora_rank": 24}}[family]
     return ModelConfig(**(BASE | architecture | {"name": f"tiny_{family}", "family": family} | fields))
 
 

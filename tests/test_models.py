@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import BASE, MLA, MOE
 from transformers import AutoTokenizer
 
 from runner.errors import UserError
@@ -20,59 +21,11 @@ from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE
 from runner.schema import ModelConfig, Role
 
-BASE: dict[str, Any] = {
-    "hf_checkpoint": None,
-    "trust_remote_code": False,
-    "num_layers": 2,
-    "hidden_size": 32,
-    "ffn_size": 96,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "vocab_size": VOCAB_SIZE,
-    "max_context_tokens": 128,
-    "rope_theta": 10000.0,
-    "norm_eps": 1e-6,
-    "tied_embeddings": False,
-    "attention_bias": False,
-    "qk_norm": True,
-    "initializer_range": 0.02,
-    "num_experts": 0,
-    "experts_top_k": 0,
-    "expert_ffn_size": 0,
-    "num_shared_experts": 0,
-    "num_dense_layers": 0,
-    "router_score": "softmax",
-    "router_bias": False,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": 0,
-    "kv_lora_rank": 0,
-    "qk_nope_head_dim": 0,
-    "qk_rope_head_dim": 0,
-    "v_head_dim": 0,
-    "num_mtp_layers": 0,
-    "vision": False,
-    "toy_twin": "none",
-}
-MOE: dict[str, Any] = {"num_experts": 4, "experts_top_k": 2, "expert_ffn_size": 64}
-MLA: dict[str, Any] = {
-    "qk_norm": False,
-    "num_kv_heads": 4,
-    "head_dim": 24,
-    "num_dense_layers": 1,
-    "num_shared_experts": 2,
-    "router_score": "sigmoid",
-    "router_bias": True,
-    "routed_scaling_factor": 2.5,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-}
+SMALL = BASE | {"hidden_size": 32, "ffn_size": 96, "vocab_size": VOCAB_SIZE, "initializer_range": 0.02}
 
 
 def make(name: str, family: str, **fields: Any) -> ModelConfig:
-    return ModelConfig(**(BASE | {"name": name, "family": family} | fields))
+    return ModelConfig(**(SMALL | {"name": name, "family": family} | fields))
 
 
 TINY = {
@@ -296,7 +249,7 @@ def test_config_json_that_is_not_understood_is_named() -> None:
     ids=["qwen3_4b", "qwen3_30b", "qwen3_235b", "moonlight_16b", "kimi_k2", "mimo_7b"],
 )
 def test_published_sizes(billions: float, fields: dict[str, Any]) -> None:
-    model = ModelConfig(**(BASE | {"name": "published"} | fields))
+    model = ModelConfig(**(SMALL | {"name": "published"} | fields))
     assert num_parameters(model) / 1e9 == pytest.approx(billions, abs=5e-4)
 
 

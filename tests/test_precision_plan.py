@@ -16,6 +16,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
+from tiny_models import BASE, MLA, MOE
 
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
@@ -34,23 +35,10 @@ from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor
 from runner.schema import Convention, Format, GridConfig, ModelConfig, PrecisionConfig, Role
 
-BASE: dict[str, Any] = dict(
-    hf_checkpoint=None, trust_remote_code=False, num_layers=2, hidden_size=64, ffn_size=128, num_heads=4, num_kv_heads=2,
-    head_dim=16, vocab_size=96, max_context_tokens=128, rope_theta=10000.0, norm_eps=1e-6, tied_embeddings=False,
-    attention_bias=False, qk_norm=True, initializer_range=0.02, num_experts=0, experts_top_k=0, expert_ffn_size=0,
-    num_shared_experts=0, num_dense_layers=0, router_score="softmax", router_bias=False, routed_scaling_factor=1.0,
-    q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0, num_mtp_layers=0, vision=False,
-    toy_twin="none",
-)  # fmt: skip
-MOE: dict[str, Any] = dict(num_experts=4, experts_top_k=2, expert_ffn_size=64)
-DEEPSEEK: dict[str, Any] = MOE | dict(
-    qk_norm=False, num_kv_heads=4, head_dim=24, num_dense_layers=1, num_shared_experts=2, router_score="sigmoid",
-    router_bias=True, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
-)  # fmt: skip
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")
 TIED = ModelConfig(**(BASE | dict(tied_embeddings=True)), name="tied", family="qwen3")
 SPARSE = ModelConfig(**(BASE | MOE), name="moe", family="qwen3_moe")
-MOONLIGHT = ModelConfig(**(BASE | DEEPSEEK), name="moonlight", family="deepseek")
+MOONLIGHT = ModelConfig(**(BASE | MOE | MLA), name="moonlight", family="deepseek")
 MODELS = [DENSE, TIED, SPARSE, MOONLIGHT]
 every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 FORMATS = [

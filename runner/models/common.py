@@ -9,6 +9,46 @@ from runner.models.family import Parameter, StackedParameter
 from runner.models.vocabulary import EOS_ID, PAD_ID
 from runner.schema import ModelConfig, Role
 
+# ModelConfig fields of a dense model without MLA, MTP or vision
+PLAIN: dict[str, Any] = {
+    "num_experts": 0,
+    "experts_top_k": 0,
+    "expert_ffn_size": 0,
+    "num_shared_experts": 0,
+    "num_dense_layers": 0,
+    "router_score": "softmax",
+    "router_bias": False,
+    "routed_scaling_factor": 1.0,
+    "q_lora_rank": 0,
+    "kv_lora_rank": 0,
+    "qk_nope_head_dim": 0,
+    "qk_rope_head_dim": 0,
+    "v_head_dim": 0,
+    "num_mtp_layers": 0,
+    "vision": False,
+}
+
+
+class DenseFamily:
+    """A family without experts: nothing is fused in memory."""
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        yield from ()
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return []
+
+
+class SparseFamily:
+    """A family whose layers after the first `num_dense_layers` have routed experts under `mlp`."""
+
+    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
+        for layer in self.moe_layers(model):
+            yield from stacked_experts(model, f"model.layers.{layer}.mlp")
+
+    def moe_layers(self, model: ModelConfig) -> list[int]:
+        return list(range(model.num_dense_layers, model.num_layers))
+
 
 def embedding(model: ModelConfig, prefix: str = "model.") -> Parameter:
     return Parameter(f"{prefix}embed_tokens.weight", Role.embedding, (model.vocab_size, model.hidden_size))
@@ -163,19 +203,4 @@ def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: 
         "attention_bias": reader.optional("attention_bias", False),
         "qk_norm": qk_norm,
         "initializer_range": reader.get("initializer_range"),
-        "num_experts": 0,
-        "experts_top_k": 0,
-        "expert_ffn_size": 0,
-        "num_shared_experts": 0,
-        "num_dense_layers": 0,
-        "router_score": "softmax",
-        "router_bias": False,
-        "routed_scaling_factor": 1.0,
-        "q_lora_rank": 0,
-        "kv_lora_rank": 0,
-        "qk_nope_head_dim": 0,
-        "qk_rope_head_dim": 0,
-        "v_head_dim": 0,
-        "num_mtp_layers": 0,
-        "vision": False,
-    }
+    } | PLAIN

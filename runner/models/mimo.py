@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter, StackedParameter
+from runner.models.family import Parameter
 from runner.schema import ModelConfig, Role
 
 
-class MiMo:
+class MiMo(common.DenseFamily):
     name = "mimo"
     architectures: tuple[str, ...] = ("MiMoForCausalLM",)
 
@@ -21,12 +21,6 @@ class MiMo:
         yield from common.final_norm_and_head(model)
         for index in range(model.num_mtp_layers):
             yield from _mtp_layer(model, f"model.mtp_layers.{index}", model.num_layers + index)
-
-    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        yield from ()
-
-    def moe_layers(self, model: ModelConfig) -> list[int]:
-        return []
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

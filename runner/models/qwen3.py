@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter, StackedParameter
+from runner.models.family import Parameter
 from runner.schema import ModelConfig, Role
 
 
-class Qwen3:
+class Qwen3(common.DenseFamily):
     name = "qwen3"
     architectures: tuple[str, ...] = ("Qwen3ForCausalLM",)
 
@@ -22,12 +22,6 @@ class Qwen3:
             yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
-
-    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        yield from ()
-
-    def moe_layers(self, model: ModelConfig) -> list[int]:
-        return []
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

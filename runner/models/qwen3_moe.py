@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter, StackedParameter
+from runner.models.family import Parameter
 from runner.schema import ModelConfig, Role
 
 
-class Qwen3Moe:
+class Qwen3Moe(common.SparseFamily):
     name = "qwen3_moe"
     architectures: tuple[str, ...] = ("Qwen3MoeForCausalLM",)
 
@@ -25,13 +25,6 @@ class Qwen3Moe:
                 yield from common.routed_experts(model, f"{prefix}.mlp", layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
-
-    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        for layer in self.moe_layers(model):
-            yield from common.stacked_experts(model, f"model.layers.{layer}.mlp")
-
-    def moe_layers(self, model: ModelConfig) -> list[int]:
-        return list(range(model.num_dense_layers, model.num_layers))
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

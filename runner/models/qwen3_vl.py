@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter, StackedParameter
+from runner.models.family import Parameter
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
 from runner.schema import ModelConfig, Role
 
@@ -35,7 +35,7 @@ def tower(model: ModelConfig) -> VisualTower:
     return VisualTower(hidden_size=model.hidden_size, ffn_size=model.ffn_size, num_heads=model.num_heads)
 
 
-class Qwen3VL:
+class Qwen3VL(common.DenseFamily):
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
 
@@ -49,12 +49,6 @@ class Qwen3VL:
             yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model, decoder)
-
-    def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        yield from ()
-
-    def moe_layers(self, model: ModelConfig) -> list[int]:
-        return []
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         text = common.base_config(model) | {"model_type": "qwen3_vl_text", "head_dim": model.head_dim}

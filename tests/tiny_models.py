@@ -1,0 +1,42 @@
+"""Fields of tiny models that several tests build on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.models.common import PLAIN
+
+BASE: dict[str, Any] = PLAIN | {
+    "hf_checkpoint": None,
+    "trust_remote_code": False,
+    "num_layers": 2,
+    "hidden_size": 64,
+    "ffn_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 272,
+    "max_context_tokens": 128,
+    "rope_theta": 10000.0,
+    "norm_eps": 1e-6,
+    "tied_embeddings": False,
+    "attention_bias": False,
+    "qk_norm": True,
+    "initializer_range": 0.05,
+    "toy_twin": "none",
+}
+MOE: dict[str, Any] = {"num_experts": 4, "experts_top_k": 2, "expert_ffn_size": 64}
+MLA: dict[str, Any] = {
+    "qk_norm": False,
+    "num_kv_heads": 4,
+    "head_dim": 24,
+    "num_dense_layers": 1,
+    "num_shared_experts": 2,
+    "router_score": "sigmoid",
+    "router_bias": True,
+    "routed_scaling_factor": 2.5,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
