@@ -78,6 +78,14 @@ def _blocks(rows: torch.Tensor, width: int) -> Any:
     return rows.view(torch.uint16).numpy().reshape(rows.shape[0], rows.shape[1] // width, width // 16, 16)
 
 
+def _scales(kept: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
+    """The kept scales, checked, or room for new ones; bf16, contiguous."""
+    if kept is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    check_scale(kept, shape)
+    return kept.to(torch.bfloat16).contiguous()
+
+
 def quantize_pack(
     weight: torch.Tensor, group_size: int, convention: Convention, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,13 +102,8 @@ def quantize_pack(
     rows = as_bf16(weight).contiguous().flatten(0, -2)
     columns = rows.shape[1]
     width = columns if group_size == -1 else group_size
-    shape = (*weight.shape[:-1], columns // width)
     kept = scale is not None
-    if scale is not None:
-        check_scale(scale, shape)
-        scale = scale.to(torch.bfloat16).contiguous()
-    else:
-        scale = torch.empty(shape, dtype=torch.bfloat16)
+    scale = _scales(scale, (*weight.shape[:-1], columns // width))
     packed = torch.empty((*weight.shape[:-1], columns // 8), dtype=torch.int32)
     source, code = _blocks(rows, width), _CONVENTIONS[convention]
     limit = limit_of(convention, scale if kept else None)
@@ -145,13 +148,8 @@ def quantize_dequantize_(
     rows = weight.detach().flatten(0, -2)
     columns = rows.shape[1]
     width = columns if group_size == -1 else group_size
-    shape = (*weight.shape[:-1], columns // width)
     kept_scale = scale is not None
-    if scale is not None:
-        check_scale(scale, shape)
-        scale = scale.to(torch.bfloat16).contiguous()
-    else:
-        scale = torch.empty(shape, dtype=torch.bfloat16)
+    scale = _scales(scale, (*weight.shape[:-1], columns // width))
     target, code = _blocks(rows, width), _CONVENTIONS[convention]
     scale_bits = scale.flatten(0, -2).view(torch.uint16).numpy()
 
