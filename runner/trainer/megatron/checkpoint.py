@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from runner.errors import UserError
 from runner.models.build import save_config
@@ -61,8 +62,20 @@ def save(worker: Worker, folder: Path) -> None:
     if worker.reference is not None:
         state["reference"] = _reference(worker)
     dist.barrier()
-    dist_checkpointing.save(state, str(target))
+    try:
+        dist_checkpointing.save(state, str(target))
+    except (CheckpointException, CheckpointingException) as error:
+        raise UserError(
+            f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space, then resume=<this run>"
+        ) from None
     dist.barrier()
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong on the first rank that failed; torch's exception wraps all ranks' failures."""
+    failures = getattr(error, "failures", None)
+    inner = next(iter(failures.values()))[0] if failures else error
+    return (str(inner).splitlines() or [type(inner).__name__])[0]
 
 
 def load(worker: Worker, folder: Path) -> None:
@@ -81,10 +94,11 @@ def load(worker: Worker, folder: Path) -> None:
         state["reference"] = _reference(worker)
     try:
         loaded = dist_checkpointing.load(state, str(folder / FOLDER))
-    except (CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{folder} does not fit this model: {first}", key="model", fix="resume with the model that the run was started with"
+            f"{folder} does not fit this model: {_first_line(error)}",
+            key="model",
+            fix="resume with the model that the run was started with",
         ) from None
     _restore(worker, loaded, counters["adam_step"])
     worker.version, worker.schedule_step = counters["version"], counters["schedule_step"]

@@ -112,6 +112,6 @@ def _megatron() -> None:
     )
     # says True without Transformer Engine, and then compares with classes that are not there
     mla.HAVE_TE = False
-    for name in ("TELinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):
+    for name in ("TEColumnParallelLinear", "TELayerNormColumnParallelLinear"):
         if getattr(mla, name, None) is None:
             setattr(mla, name, type(name, (), {}))

@@ -68,7 +68,7 @@ def _serve(connection: Connection, worker: Any, name: str, arguments: tuple[Any,
         if isinstance(result, Iterator):
             _stream(connection, result)
             result = None
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         wire.send(connection, _failure(error))
         return False
     wire.send(connection, result)
@@ -87,7 +87,7 @@ def _stream(connection: Connection, items: Iterator[Any]) -> None:
         wire.send(connection, part)
 
 
-def _failure(error: Exception) -> wire.Failure:
+def _failure(error: BaseException) -> wire.Failure:
     if isinstance(error, UserError):
         return wire.Failure(error.problem, error.fix, error.key, None)
     return wire.Failure(f"{type(error).__name__}: {error}", None, None, traceback.format_exc())

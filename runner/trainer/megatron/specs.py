@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +33,22 @@ class RmsNorm(nn.RMSNorm):
         wide = x.float()
         normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + float(self.eps or 0.0))
         return self.weight * normalised.to(x.dtype)
+
+
+class DuplicatedLinear(nn.Module):
+    """A linear that every tensor-parallel rank holds whole, in the place of Transformer Engine's for MLA's down projections.
+
+    With Megatron's column-parallel one the rope part of the key gets the gradient of a rank's own heads only.
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return nn.functional.linear(x, self.weight), None
 
 
 class PackedCausalAttention(nn.Module):
@@ -117,11 +134,15 @@ def decoder_spec(config: TransformerConfig, *, cuda: bool) -> TransformerBlockSu
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     assert spec.layer_specs is not None
+    multi_latent_attention.TELinear = DuplicatedLinear  # the class it builds with parallel_mode="duplicated"
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = RmsNorm
         layer.submodules.pre_mlp_layernorm = RmsNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedCausalAttention
+        for down in ("linear_q_down_proj", "linear_kv_down_proj"):
+            if hasattr(attention, down):
+                setattr(attention, down, DuplicatedLinear)
         for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, norm, IdentityOp) not in (None, IdentityOp):
                 setattr(attention, norm, RmsNorm)

@@ -1,0 +1,95 @@
+"""Checkpoints: a resume that never shows, other layouts, and the faults that Megatron's own formats have without an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from runner.errors import UserError
+from runner.precision import int4
+from runner.schema import Config
+from tests.megatron.configs import megatron_config
+from tests.megatron.scenario import batch, exported, megatron
+
+pytestmark = pytest.mark.megatron
+
+QAT: dict[str, object] = {"format": "int4", "router_replay.trainer": True}
+# 1,000 elements per bucket: parameters end at odd places, every bucket is padded, and shards cut parameters
+BUCKETS: dict[str, object] = {"trainer.grad_bucket_elements": 1000}
+
+
+def _config(layout: str, **changes: object) -> Config:
+    return megatron_config("moe", layout, **QAT, **changes)
+
+
+def _steps(trainer: object, cfg: Config, seeds: range) -> list[dict[str, float]]:
+    return [trainer.step(batch(cfg, seed=seed)) for seed in seeds]  # type: ignore[attr-defined]
+
+
+def _differing_integers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Share of INT4 integers that differ."""
+    pairs = [(ours[name], theirs[name]) for name in ours if name.endswith("weight_packed")]
+    assert pairs
+    differ = [(int4.unpack(a, a.shape[1] * 8) != int4.unpack(b, b.shape[1] * 8)).flatten() for a, b in pairs]
+    return float(torch.cat(differ).float().mean())
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(layout: str, tmp_path: Path) -> None:
+    """Losses, gradient norms and every exported bit. A shared Adam step, or moments in wrong places, would show in step 1."""
+    cfg = _config(layout, **BUCKETS)
+    with megatron(cfg) as trainer:
+        _steps(trainer, cfg, range(3))
+        at_save = exported(trainer, "bf16")
+        trainer.save(tmp_path)
+        expected = _steps(trainer, cfg, range(3, 6))
+        weights = exported(trainer, "bf16")
+    counters = json.loads((tmp_path / "trainer.json").read_text())
+    assert counters["version"] == 3 and counters["adam_step"] == 3
+    with megatron(cfg) as resumed:
+        resumed.load(tmp_path)
+        assert resumed.version == 3
+        loaded = exported(resumed, "bf16")
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in at_save.items())
+        assert _steps(resumed, cfg, range(3, 6)) == expected
+        after = exported(resumed, "bf16")
+        assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+
+
+def test_every_layout_loads_what_another_saved(tmp_path: Path) -> None:
+    """Masters and moments too: exports are equal bit for bit, and the next three steps give the same integers."""
+    cfg = _config("dp2", **BUCKETS)
+    with megatron(cfg) as trainer:
+        _steps(trainer, cfg, range(2))
+        trainer.save(tmp_path)
+        at_save = exported(trainer, "rollout")
+        plain = exported(trainer, "bf16")
+        _steps(trainer, cfg, range(2, 5))
+        continued = exported(trainer, "rollout")
+    for layout in ("single", "ep2", "mix4"):
+        cfg = _config(layout)
+        with megatron(cfg) as other:
+            other.load(tmp_path)
+            for name, tensor in exported(other, "rollout").items():
+                assert torch.equal(tensor, at_save[name]), (layout, name)
+            for name, tensor in exported(other, "bf16").items():
+                assert torch.equal(tensor, plain[name]), (layout, name)
+            _steps(other, cfg, range(2, 5))
+            # bf16 sums in another order move a few weights across a rounding boundary
+            assert _differing_integers(exported(other, "rollout"), continued) < 0.03, layout
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_its_name(tmp_path: Path) -> None:
+    cfg = megatron_config("dense", "single", format="int4")
+    with megatron(cfg) as trainer:
+        trainer.save(tmp_path)
+    cfg.model.ffn_size *= 2
+    with megatron(cfg) as other, pytest.raises(UserError, match="does not fit this model"):
+        other.load(tmp_path)
+    (tmp_path / "trainer.json").write_text("{}")
+    cfg.model.ffn_size //= 2
+    with megatron(cfg) as other, pytest.raises(UserError, match="trainer=torch"):
+        other.load(tmp_path)
