@@ -27,6 +27,7 @@ REFUSED = {
 }
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}  # of rollout.attention_backend=auto
 ALGORITHMS = {"ngram": "NGRAM", "draft": "STANDALONE", "mtp": "NEXTN", "eagle": "EAGLE"}
+CONTEXT_SLACK = 8  # SGLang takes inputs of at most context_length - 6 tokens; the pool itself ends samples at the model's context
 CPU_MEMORY_FRACTION = 0.3  # SGLang asks for one; max_total_tokens is what bounds the cache there
 
 
@@ -49,13 +50,14 @@ def server_arguments(cfg: Config) -> Arguments:
     decided: Arguments = {
         "attention_backend": ATTENTION[device] if rollout.attention_backend == "auto" else rollout.attention_backend,
         "chunked_prefill_size": rollout.chunked_prefill_tokens,
-        "context_length": cfg.model.max_context_tokens,
+        "context_length": cfg.model.max_context_tokens + CONTEXT_SLACK,
         "device": device,
         "dtype": cfg.precision.base_dtype,
         "enable_return_routed_experts": cfg.router_replay.rollout,
         "kv_cache_dtype": "auto" if cfg.precision.kv_cache == "bf16" else cfg.precision.kv_cache,
         "load_format": "dummy",  # the first weight sync brings the weights
         "log_level": "info",
+        "log_level_http": "warning",  # not a line per request
         "max_running_requests": rollout.max_concurrency,
         "skip_server_warmup": True,
         "skip_tokenizer_init": True,  # tokens go in and come out
@@ -69,7 +71,7 @@ def server_arguments(cfg: Config) -> Arguments:
     if device == "cpu":
         decided |= {
             "disable_cuda_graph": True,
-            "max_total_tokens": rollout.max_concurrency * cfg.model.max_context_tokens,
+            "max_total_tokens": rollout.max_concurrency * (cfg.model.max_context_tokens + CONTEXT_SLACK),
             "mem_fraction_static": CPU_MEMORY_FRACTION,
         }
     else:

@@ -48,7 +48,7 @@ class SglangPool:
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
         self._runs = 0
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._stall = 0, 0.0, 0.0
         for line in arguments.warnings(cfg):
             print(f"warning: {line}", file=sys.stderr)
         self._scratch = Path(tempfile.mkdtemp(prefix="runner-sglang-"))
@@ -167,7 +167,7 @@ class SglangPool:
             self.version = version
             if previous is not None:
                 previous.remove()
-        self._fleet.counters["stall_seconds"] += stall
+        self._stall = stall
         return SyncReport(
             version=version,
             seconds=time.perf_counter() - began,
@@ -242,7 +242,7 @@ class SglangPool:
         counters = self._fleet.counters
         metrics = {
             "perf/rollout_tokens": float(self._tokens),
-            "perf/rollout_stall_time": counters["stall_seconds"],
+            "perf/rollout_stall_time": self._stall,  # of the last weight update
             "rollout/engine_restarts": counters["restarts"],
             "rollout/requests_retried": counters["failures"],
             "rollout/requests_continued": counters["continued"],

@@ -106,6 +106,7 @@ class Server:
         env |= {
             "RUNNER_SGLANG_SERVER": "1",
             "SGLANG_PLUGINS": env.get("SGLANG_PLUGINS", "runner"),
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # see context_length in arguments.py
             "HF_HUB_OFFLINE": "1",  # the folder of the model is local and complete
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
@@ -114,7 +115,8 @@ class Server:
             env |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "TORCHDYNAMO_DISABLE": "1",
-                "OMP_NUM_THREADS": str(self.threads),
+                "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(self.threads)),
+                "OMP_WAIT_POLICY": "PASSIVE",  # trainer and servers share the cores: waiting threads must not spin
                 "PYTHONPATH": os.pathsep.join([str(STUBS), *filter(None, [env.get("PYTHONPATH")])]),
             }
         return env

@@ -1,0 +1,169 @@
+"""Weight updates of real servers: packed INT4, residency, transports, what the engines quantize, and traps met before."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from cases import by_key, config, exported, flipped, reference_logprobs, reference_routes, requests
+
+from runner.errors import UserError
+from runner.rollout.sglang.fleet import EngineUpdate
+
+pytestmark = pytest.mark.sglang
+
+
+def test_packed_int4_computes_with_the_trainers_effective_weights(sglang_int4: Any) -> None:
+    """The wire carries integers and scales; logprobs and routes are those of transformers over decode(encode(w))."""
+    built = sglang_int4.fresh()
+    samples = list(sglang_int4.pool.generate(requests(12)))
+    for sample in samples:
+        torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
+        theirs = reference_routes(built, sample.tokens)
+        assert torch.equal(sample.routes.long().sort(-1).values, theirs.sort(-1).values)
+    formats = sglang_int4.pool.describe().formats
+    for item in sglang_int4.items:
+        assert formats[item.name] == item.format
+    assert sum(form == "int4" for form in formats.values()) == 4 * (8 * 3 + 4)  # experts and attention of every layer
+
+
+def test_shares_that_changed(sglang_int4: Any) -> None:
+    sglang_int4.fresh()
+    same = sglang_int4.pool.update_weights(1, iter(sglang_int4.items))
+    assert (same.changed_integers, same.changed_scales, same.problems) == (0.0, 0.0, [])
+    _, others = exported(sglang_int4.cfg, seed=2)
+    other = sglang_int4.pool.update_weights(2, iter(others))
+    assert other.changed_integers > 0.8 and other.changed_scales > 0.8
+    packed = sum(item.parts[name].nbytes for item in others for name in item.parts)
+    assert other.wire_bytes == packed
+    assert other.arrived == len(others) and other.resident_checked == sglang_int4.cfg.mismatch.residency_tensors
+
+
+def _resident_check(running: Any, names: list[str], change: Any) -> list[str]:
+    """Load the items, then ask the residency check about a set of files in which `change` was made."""
+    running.fresh()
+    pool = running.pool
+    changed = [change(item) if item.name in names else item for item in running.items]
+    other = pool._weight_writer().write(99, iter(changed), None)
+    update = EngineUpdate(pool._fleet.engines[0])
+    parts = other.parts_of(names)
+    try:
+        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
+    finally:
+        other.remove()
+    assert update.checked == len(parts)
+    return update.problems
+
+
+@pytest.mark.parametrize(
+    ("module", "part"),
+    [
+        ("model.layers.1.mlp.experts.3.down_proj", "weight_packed"),
+        ("model.layers.1.mlp.experts.0.gate_proj", "weight_scale"),
+        ("model.layers.0.self_attn.k_proj", "weight_packed"),
+        ("model.layers.3.mlp.gate", "weight"),
+        ("lm_head", "weight"),
+    ],
+)
+def test_a_resident_bit_that_differs_from_what_was_sent_is_named(sglang_int4: Any, module: str, part: str) -> None:
+    weight, name = f"{module}.weight", f"{module}.{part}"
+    problems = _resident_check(sglang_int4, [weight], lambda item: flipped(item, name))
+    assert problems and all(problem.startswith(name) and "differ" in problem for problem in problems), problems
+    assert _resident_check(sglang_int4, [weight], lambda item: item) == []
+
+
+def test_effective_weights_that_were_not_derived_again_are_found(sglang_int4: Any) -> None:
+    """Loading without SGLang's session leaves the effective weights of the update before: the check sees it."""
+    sglang_int4.fresh()
+    pool = sglang_int4.pool
+    _, others = exported(sglang_int4.cfg, seed=2)
+    other = pool._weight_writer().write(99, iter(others), None)
+    update = EngineUpdate(pool._fleet.engines[0])
+    parts = other.parts_of(["model.layers.1.mlp.experts.3.down_proj.weight"])
+    try:
+        pool._loop.run(pool._fleet._send("load", [update], other, list(other.digests), digests=other.digests))
+        assert update.problems == []
+        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
+    finally:
+        other.remove()
+    assert any("effective w2_weight differs" in problem for problem in update.problems), update.problems
+    sglang_int4.fresh()
+
+
+def test_names_that_the_engine_does_not_know_are_found(sglang_fp32: Any) -> None:
+    """SGLang's loaders skip a name that they do not know, with a line in the log."""
+    sglang_fp32.fresh()
+    pool = sglang_fp32.pool
+    item = sglang_fp32.items[5]
+    strange = dataclasses.replace(
+        item, name="model.layers.0.mystery.weight", parts={"model.layers.0.mystery.weight": torch.ones(3, 4)}
+    )
+    other = pool._weight_writer().write(99, iter([strange]), None)
+    update = EngineUpdate(pool._fleet.engines[0])
+    try:
+        pool._loop.run(pool._fleet._send("check", [update], other, list(strange.parts), parts=list(strange.parts), repacked=[]))
+    finally:
+        other.remove()
+    assert update.problems == ["model.layers.0.mystery.weight: has 12 values, but 0 resident values follow it"]
+
+
+def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> None:
+    """Why the pool opens a session for every update."""
+    from runner.rollout.sglang.client import Refused
+
+    pool = sglang_fp32.pool
+    client = pool._fleet.engines[0].client
+    body = {"names": [], "dtypes": [], "shapes": [], "group_name": "none"}
+    with pytest.raises(Refused, match="between begin_weight_update"):
+        pool._loop.run(client.post("/update_weights_from_distributed", body))
+
+
+@pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta"])
+def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
+    pool = sglang_int4.pool
+    sglang_int4.fresh()
+    kept, settings = pool._writer, pool._fleet.settings
+    pool._rollout.weight_transport, pool._writer = transport, None
+    pool._fleet.settings = dataclasses.replace(settings, broadcast="gloo" if transport == "distributed" else None)
+    base = pool._fleet.weights
+    try:
+        whole = pool.update_weights(1, iter(sglang_int4.items))
+        assert whole.problems == []
+        items = list(sglang_int4.items)
+        items[20] = flipped(items[20], f"{items[20].name.removesuffix('.weight')}.weight_packed")
+        second = pool.update_weights(2, iter(items))
+        assert second.problems == [] and 0 < second.changed_integers < 1e-4
+        if transport == "disk_delta":
+            assert second.wire_bytes < 100 and whole.wire_bytes < 100  # one word and its index; nothing had changed before
+        else:
+            assert second.wire_bytes == whole.wire_bytes > 1_000_000
+        samples = by_key(list(pool.generate(requests(4, temperature=0.0))))
+    finally:
+        if pool._writer is not None and pool._writer is not kept:
+            used = pool._writer
+            pool._writer, pool._fleet.weights = kept, base
+            used.close()
+        pool._rollout.weight_transport, pool._fleet.settings = "tensor", settings
+    sglang_int4.sync(items, 3)
+    assert all(torch.equal(samples[key].tokens, again.tokens) for key, again in _greedy(pool).items())
+
+
+def _greedy(pool: Any) -> Any:
+    return by_key(list(pool.generate(requests(4, temperature=0.0))))
+
+
+def test_a_plan_that_the_engine_does_not_follow_stops_the_start(sglang_fp32: Any) -> None:
+    pool = sglang_fp32.pool
+    plan = pool.plan
+    int4 = config("sglang", "model=tiny_moe", "precision=int4_qat", "precision.qat_placement=forward")
+    from runner.precision.plan import PrecisionPlan
+
+    pool.plan = PrecisionPlan.build(int4.model, int4.precision, "rollout")
+    try:
+        with pytest.raises(UserError, match="other formats than the precision plan.*is bf16 there and int4 in the plan"):
+            pool._audit()
+    finally:
+        pool.plan = plan
+    pool._audit()
