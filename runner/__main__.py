@@ -22,6 +22,7 @@ VERBS = {
     "report": "report.html of a run, or a comparison of several: report RUN [RUN ...]",
     "doctor": "check this machine; doctor engine checks what the engines really compute with",
     "convert": "a checkpoint into INT4, FP8 or FP4, or back: convert source=DIR target=DIR precision=...",
+    "export": "a run's weights as an HF folder: export run=RUN target=DIR format=bf16|int4",
     "audit": "compare what is quantized, and how, in two checkpoints: audit DIR DIR",
 }
 TARGETS = {
@@ -30,6 +31,7 @@ TARGETS = {
     "report": "runner.tracking.report:main",
     "doctor": "runner.doctor:main",
     "convert": "runner.convert.cli:main",
+    "export": "runner.convert.export:main",
     "audit": "runner.precision.audit_cli:main",
     "sweep": "runner.cluster.sweep:main",
 }
@@ -81,7 +83,7 @@ def dispatch(argv: list[str]) -> int:
     """Do what the command line says. Raises UserError and UserErrors."""
     if argv and argv[0] in ("--shell-completion", "-sc") or argv[:1] and argv[0].startswith("--shell-completion="):
         return _complete(argv)
-    if argv and argv[0] in ("report", "audit") and not {"--help", "-h"} & set(argv):
+    if argv and argv[0] in ("report", "audit", "export") and not {"--help", "-h"} & set(argv):
         return _call(argv[0], argv[1:])
     command = parse(argv)
     if "help" in command.flags:
