@@ -6,11 +6,14 @@ import pytest
 import torch
 from test_local_engine import config, exported, make_pool, requests
 
-from runner.models.build import build_model
+from runner.models import family_of
+from runner.models.build import build_model, named_weights
 from runner.precision.formats import decode
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor
 from runner.trainer import attention, experts
+from runner.trainer.fp8 import install_fp8_matmuls
+from runner.trainer.torch_qat import WeightLayout, WeightQuantizer
 from runner.weights.stream import SealedTensor, seal
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -55,6 +58,10 @@ def test_logprobs_are_the_trainers_over_the_same_weights(precision: str) -> None
     pool, built = make_pool(cfg)
     trainers = build_model(cfg.model, dtype=torch.bfloat16, seed=0, attention=attention.register(), experts=experts.register())
     trainers.load_state_dict(built.state_dict())
+    if precision == "fp8_rollout":  # the engine's FP8 matmuls take FP8 activations, as the trainer's do under precision=fp8
+        shapes = {name: tensor.shape for name, tensor in named_weights(cfg.model, trainers)}
+        layout = WeightLayout(family_of(cfg.model), cfg.model, pool.plan, shapes)
+        install_fp8_matmuls(trainers, layout, WeightQuantizer(layout), cfg.precision, torch.device("cpu"))
     differences = []
     for sample in pool.generate(requests(16)):
         with torch.no_grad():

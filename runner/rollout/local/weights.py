@@ -5,7 +5,7 @@ Shape legend: N out features, K in features, G groups along K, M rows of the inp
     DenseWeight      bf16 (or fp32): one matrix in the model's dtype
     Int4Weight       packed integers and scales in the layout of torch's weight-only int4 matmul; nothing dequantized is resident
     TransientWeight  fp8, mxfp4, nvfp4, and int4 shapes outside the kernel's limits: the on-disk parts are resident, the
-                     effective bf16 weight exists only during its matmul
+                     effective bf16 weight exists only during its matmul. fp8: the input is quantized too (W8A8)
 A weight may be several on-disk weights stacked along N (gate_proj above up_proj).
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from runner.precision.formats import decode, integers, scales_of
+from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format
@@ -156,6 +157,8 @@ class TransientWeight(ResidentWeight):
             self.exported.append(ExportedTensor(name, self.format.format.name, parts))
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
+        if self.format.format is Format.fp8:  # an FP8 matmul takes FP8 on both sides: 1 x 128 groups, scaled as they come
+            x = quantize_dequantize_activations(x)
         weights = [decode(item, self.format) for item in self.exported]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return F.linear(x, weight.to(x.dtype))
