@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from runner.errors import UserError
 from runner.models.build import save_config
 from runner.trainer.megatron.masters import STATES, Owned
+from runner.trainer.megatron.process import die_with_parent
 
 if TYPE_CHECKING:
     from runner.trainer.megatron.worker import Worker
@@ -61,6 +65,7 @@ def save(worker: Worker, folder: Path) -> None:
         save_config(worker.cfg.model, folder)
     if worker.reference is not None:
         state["reference"] = _reference(worker)
+    _own_results_queue()
     dist.barrier()
     try:
         dist_checkpointing.save(state, str(target))
@@ -69,6 +74,15 @@ def save(worker: Worker, folder: Path) -> None:
             f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space, then resume=<this run>"
         ) from None
     dist.barrier()
+
+
+def _own_results_queue() -> None:
+    """The queue of Megatron's checkpoint writers in a manager process that ends with this rank: Megatron starts one that
+    outlives a killed rank for ever."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(descriptor: int) -> int:
     """Serve one driver; returns when it closes the connection."""
-    _die_with_parent()
+    die_with_parent()
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where a silent rank stands, into its log
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it finishes the step, saves, and closes us
     warnings.filterwarnings("ignore")
@@ -41,7 +41,8 @@ def main(descriptor: int) -> int:
     return 1
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends, however that one ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

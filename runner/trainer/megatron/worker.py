@@ -192,7 +192,7 @@ class Worker:
         sums = policy_step.Sums()
         collected: Rows = {}
         norms: list[float] = []
-        lr = self._learning_rate()
+        lr, skipped_before = self._learning_rate(), self.nan.total
         for indices in policy_step.split_updates(len(batch), algorithm.updates_per_rollout):
             part = batch if len(indices) == len(batch) else batch.select(indices)
             rows = self._accumulate(part, sums)
@@ -202,7 +202,7 @@ class Worker:
         metrics = self._metrics(sums) | {
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": lr,
-            "train/nan_steps": float(self.nan.total),
+            "train/nan_steps": float(self.nan.total - skipped_before),
         }
         if self.replay is not None:
             metrics |= self.replay.take_statistics()
