@@ -270,6 +270,7 @@ def optimizer(cfg: Config) -> Arguments:
     """Arguments of OptimizerConfig. The rate itself is set before every step (runner.trainer.optimizer.learning_rate)."""
     trainer = trainer_config(cfg)
     options = trainer.optimizer
+    offload = options.cpu_offload and Device.of(cfg).cuda
     arguments: Arguments = {
         "optimizer": "adam",
         "lr": options.lr,
@@ -283,18 +284,19 @@ def optimizer(cfg: Config) -> Arguments:
         "params_dtype": cfg.precision.base_dtype,
         "use_distributed_optimizer": trainer.distributed_optimizer,
         "overlap_param_gather": trainer.overlap_param_gather and trainer.distributed_optimizer,
-        "use_precision_aware_optimizer": trainer.precision_aware_optimizer,
+        # Megatron's hybrid optimizer, which keeps masters and moments in host memory, is a precision-aware one
+        "use_precision_aware_optimizer": trainer.precision_aware_optimizer or offload,
         # half of the master would live in the bf16 model weight, which QAT overwrites
         "store_param_remainders": False,
-        "optimizer_cpu_offload": options.cpu_offload and Device.of(cfg).cuda,
+        "optimizer_cpu_offload": offload,
     }
-    if options.cpu_offload and Device.of(cfg).cuda:
+    if offload:
         arguments |= {
             "optimizer_offload_fraction": 1.0,
             "use_torch_optimizer_for_cpu_offload": True,
             "overlap_cpu_optimizer_d2h_h2d": True,
         }
-    if trainer.precision_aware_optimizer:
+    elif trainer.precision_aware_optimizer:
         arguments |= {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16", "main_grads_dtype": "float32"}
     return arguments
 
