@@ -13,9 +13,9 @@ import torch
 
 from runner.schema import QatPlacement, Role
 from runner.trainer.megatron import arguments
-from tests.megatron.configs import megatron_config
-from tests.megatron.one_rank import CASES
-from tests.megatron.scenario import Result, megatron, run
+from tests.megatron_trainer.configs import megatron_config
+from tests.megatron_trainer.one_rank import CASES
+from tests.megatron_trainer.scenario import Result, megatron, run
 
 pytestmark = pytest.mark.megatron
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 def _one_rank() -> dict[str, str]:
     """Case -> what the program printed about it."""
     environment = os.environ | arguments.environment(megatron_config())
-    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron.one_rank"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.megatron_trainer.one_rank"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     lines = [line.partition(" ") for line in done.stdout.splitlines()]
     return {name: text.replace("\\n", "\n") for name, _, text in lines} | {"stderr": done.stderr[-2000:]}

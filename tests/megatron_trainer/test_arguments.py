@@ -17,7 +17,7 @@ from runner import compose
 from runner.errors import UserError
 from runner.schema import Config
 from runner.trainer.megatron import arguments
-from tests.megatron.configs import megatron_config
+from tests.megatron_trainer.configs import megatron_config
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes").glob("*.yaml"))

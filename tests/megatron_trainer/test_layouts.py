@@ -7,8 +7,8 @@ import torch
 
 from runner.schema import Config, QatPlacement
 from runner.trainer.torch_trainer import TorchTrainer
-from tests.megatron.configs import LAYOUTS, MODELS, megatron_config
-from tests.megatron.scenario import Result, assert_close, megatron, run
+from tests.megatron_trainer.configs import LAYOUTS, MODELS, megatron_config
+from tests.megatron_trainer.scenario import Result, assert_close, megatron, run
 from tests.trainer_configs import config
 
 pytestmark = pytest.mark.megatron

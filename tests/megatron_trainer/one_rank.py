@@ -1,4 +1,4 @@
-"""Cases that look inside one rank. They run in a process of their own (`python -m tests.megatron.one_rank CASE ...`), because
+"""Cases that look inside one rank. They run in a process of their own (`python -m tests.megatron_trainer.one_rank CASE ...`), because
 the CPU shim replaces parts of torch.cuda. Each is a function that raises; the program prints a line per case."""
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from runner.precision.formats import quantize_dequantize
 from runner.routing.routes import RouteError
 from runner.samples import Batch
 from runner.schema import Config, Role
-from tests.megatron.configs import megatron_config
-from tests.megatron.scenario import batch
+from tests.megatron_trainer.configs import megatron_config
+from tests.megatron_trainer.scenario import batch
 
 QAT: dict[str, object] = {"format": "int4", "router_replay.trainer": True}
 
 
 def _worker(**changes: object):  # type: ignore[no-untyped-def]
     from megatron.core import parallel_state
+
     from runner.trainer.megatron import worker
 
     cfg = megatron_config(str(changes.pop("model", "moe")), "single", **QAT | changes)

@@ -14,8 +14,8 @@ import pytest
 from runner.errors import UserError, UserErrors
 from runner.trainer.megatron import MegatronTrainer, driver
 from runner.trainer.megatron.ranks import RankFailure
-from tests.megatron.configs import megatron_config
-from tests.megatron.scenario import batch
+from tests.megatron_trainer.configs import megatron_config
+from tests.megatron_trainer.scenario import batch
 
 pytestmark = pytest.mark.megatron
 
@@ -106,7 +106,7 @@ def test_ranks_die_with_the_driver() -> None:
     program = (
         "import sys, time\n"
         "from runner.trainer.megatron import MegatronTrainer\n"
-        "from tests.megatron.configs import megatron_config\n"
+        "from tests.megatron_trainer.configs import megatron_config\n"
         "trainer = MegatronTrainer(megatron_config('moe', 'dp2', format='int4'))\n"
         "print(*trainer.ranks.pids, flush=True)\n"
         "time.sleep(600)\n"

@@ -11,8 +11,8 @@ import torch
 from runner.errors import UserError
 from runner.precision import int4
 from runner.schema import Config
-from tests.megatron.configs import megatron_config
-from tests.megatron.scenario import batch, exported, megatron
+from tests.megatron_trainer.configs import megatron_config
+from tests.megatron_trainer.scenario import batch, exported, megatron
 
 pytestmark = pytest.mark.megatron
 
