@@ -50,7 +50,8 @@ class WeightSet:
         return different / total if total else None
 
     def parts_of(self, names: Iterable[str]) -> list[str]:
-        return [part for name in names for part in self.parts[name]]
+        """Parts that an engine computes with. Shapes are left out: q, k and v share one place for them in a stacked module."""
+        return [part for name in names for part in self.parts[name] if not part.endswith(".weight_shape")]
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from runner.precision import fp8, int4
 
 Effective = dict[str, torch.Tensor]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # of activations; float32 serves exact comparisons
 
 
 def register() -> None:
@@ -32,6 +33,7 @@ def _compressed_tensors() -> None:
     from sglang.srt.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16_moe import CompressedTensorsWNA16MoE
 
     compressed_tensors.CompressedTensorsConfig._check_scheme_supported = lambda self, *args, **kwargs: True
+    compressed_tensors.CompressedTensorsConfig.get_supported_act_dtypes = classmethod(lambda cls: DTYPES)
     linear, experts = CompressedTensorsWNA16, CompressedTensorsWNA16MoE
     linear.process_weights_after_loading = lambda self, module: _derive(module, _int4_linear)
     linear.apply_weights = lambda self, module, x, bias=None: F.linear(x, module.effective["weight"], bias)
@@ -42,8 +44,9 @@ def _compressed_tensors() -> None:
 
 
 def _fp8() -> None:
-    from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod, Fp8MoEMethod
+    from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 
+    Fp8Config.get_supported_act_dtypes = classmethod(lambda cls: DTYPES)
     Fp8LinearMethod.process_weights_after_loading = lambda self, module: _derive(module, _fp8_linear)
     Fp8LinearMethod.apply = lambda self, module, x, bias=None: F.linear(x, module.effective["weight"], bias)
     Fp8MoEMethod.process_weights_after_loading = lambda self, module: _derive(module, _fp8_experts)
