@@ -1,5 +1,7 @@
-"""Cases that look inside one rank. They run in a process of their own (`python -m tests.megatron_trainer.one_rank CASE ...`), because
-the CPU shim replaces parts of torch.cuda. Each is a function that raises; the program prints a line per case."""
+"""Cases that look inside one rank, each a function that raises; the program prints a line per case.
+
+They run in their own process (`python -m tests.megatron_trainer.one_rank CASE ...`): the CPU shim changes torch.cuda.
+"""
 
 from __future__ import annotations
 
