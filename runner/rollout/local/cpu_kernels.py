@@ -12,11 +12,16 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic as _intrinsic
@@ -31,6 +36,12 @@ _compile_without_nan: Any = numba.njit(nogil=True, cache=True, boundscheck=False
 GOLDEN = 0x9E3779B97F4A7C15
 EXP_LOWEST, EXP_LOG2_E, EXP_LN_2 = -87.0, 1.44269504088896341, (0.693359375, -2.12194440e-4)
 EXP_POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 0.16666665459, 0.50000001201, 1.0, 1.0)
+# oneDNN compiles a bf16 matmul for every new number of rows (milliseconds each), and sequences end one by one: rounded
+# up, the numbers repeat.
+ROW_BLOCK = 16
+STACKED_WASTE = 4  # rows of a batched matmul per row that is needed, at most: calls cost more than rows there
+INT4_ROWS_PER_CALL = 64  # the CPU kernel is built for few rows: 8 calls of 64 rows take a tenth of one call of 512
+_LIBRARIES = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
 LANES = 16  # inner loops of exactly this many become whole vectors, whatever the length
 NEVER = -1e30  # a score or logit that has probability zero
 
@@ -252,8 +263,8 @@ def _norm_rope(source, t, head, weight, epsilon, cos, sin, p, out):
 def attend(qkv, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, keys, values, out):
     """Causal attention of N tokens over their slots' caches, after writing their own keys and values there.
 
-    qkv [N, h + 2 n, 2, d / 2], normed by query_norm and key_norm [2, d / 2], rotated by cos, sin [positions, 2, d / 2];
-    slot, position [N]; keys [slots, n, length / 16, d, 16] and values [slots, n, length, d] in qkv's dtype; out [N, h, d].
+    qkv [M, h + 2 n, 2, d / 2], M >= N, normed by query_norm and key_norm [2, d / 2], rotated by cos, sin [positions, 2, d / 2];
+    slot, position [N]; keys [slots, n, length / 16, d, 16] and values [slots, n, length, d] in qkv's dtype; out [M, h, d].
 
     There are no slices in the loops: each would count references to its array, atomically.
     """
@@ -262,7 +273,7 @@ def attend(qkv, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, 
     turned = np.empty((heads + groups, 2, half), np.float32)
     total = np.empty(size, np.float32)
     scores = np.empty((blocks, LANES), np.float32)  # then probabilities
-    for t in range(qkv.shape[0]):
+    for t in range(len(slot)):
         s, p = slot[t], position[t]
         for g in range(groups):
             _norm_rope(qkv, t, heads + g, key_norm, epsilon, cos, sin, p, turned)
@@ -270,7 +281,7 @@ def attend(qkv, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, 
                 for i in range(half):
                     keys[s, g, p // LANES, c * half + i, p % LANES] = _narrow(turned[heads + g, c, i], keys)
                     values[s, g, p, c * half + i] = qkv[t, heads + groups + g, c, i]
-    for t in range(qkv.shape[0]):
+    for t in range(len(slot)):
         s, p = slot[t], position[t]
         seen = p // LANES + 1
         for head in range(heads):
@@ -298,12 +309,12 @@ def attend(qkv, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, 
 
 @_compile
 def route(x, gate, normalize, index, share, place, counts):
-    """Softmax top-k routing of x [N, H] by gate [E, H].
+    """Softmax top-k routing of the first N rows of x [M, H] by gate [E, H].
 
     index [N, K] experts, largest first (the lower one of equals); share [N, K] float32 weights, rounded to x's dtype;
     place [N, K] number of each pair among those of its expert; counts [E] pairs per expert.
     """
-    tokens, size = x.shape
+    tokens, size = len(index), x.shape[1]
     experts, k_count = gate.shape[0], index.shape[1]
     logits = np.empty(experts, np.float32)
     for e in range(experts):
@@ -341,10 +352,10 @@ def route(x, gate, normalize, index, share, place, counts):
 
 @_compile
 def spread(x, index, first, place, rows):
-    """rows [P, H]: x [N, H] once for each of its experts index [N, K], an expert's rows from first [E] on; place [N, K] becomes
+    """rows [P, H]: x [M, H] once for each of its experts index [N, K], an expert's rows from first [E] on; place [N, K] becomes
     the row of each pair."""
     size = x.shape[1]
-    for t in range(x.shape[0]):
+    for t in range(len(index)):
         source = x[t]
         for k in range(index.shape[1]):
             where = place[t, k] + first[index[t, k]]
@@ -364,6 +375,218 @@ def gate_activation(both, inner):
             x = _wide(gate[i])
             activated = _rounded(x / (np.float32(1.0) + _exp(min(-x, np.float32(88.0)))), both)
             out[i] = _narrow(activated * _wide(up[i]), inner)
+
+
+# -- matmuls: torch's own, through the C interface that it gives to compiled models (AOTInductor). A whole layer is then one
+# call that never takes the interpreter lock, and parts of a batch on several threads do not wait for each other.
+
+
+def _torch_function(name: str, *arguments: Any) -> Any:
+    llvmlite.binding.add_symbol(name, ctypes.cast(getattr(_LIBRARY, name), ctypes.c_void_p).value)
+    return types.ExternalFunction(name, types.int32(*arguments))
+
+
+_LIBRARY = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARIES[sys.platform]))
+_WORD = types.int64  # handles and addresses
+_new_tensor = _torch_function("aoti_torch_create_tensor_from_blob", *[_WORD] * 5, types.int32, types.int32, types.int32, _WORD)
+_delete_tensor = _torch_function("aoti_torch_delete_tensor_object", _WORD)
+_data_of = _torch_function("aoti_torch_get_data_ptr", _WORD, _WORD)
+_mm_out = _torch_function("aoti_torch_cpu_mm_out", _WORD, _WORD, _WORD)
+_bmm_out = _torch_function("aoti_torch_cpu_bmm_out", _WORD, _WORD, _WORD)
+_int4_mm = _torch_function("aoti_torch_cpu__weight_int4pack_mm_cpu_tensor", *[_WORD] * 5)
+_copy = types.ExternalFunction("memcpy", _WORD(_WORD, _WORD, _WORD))
+_BF16, _FP32 = 15, 6  # torch's numbers of its dtypes
+
+
+class TensorHandle:
+    """What compiled code calls a torch tensor by. The tensor's memory must stay where it is."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+        sizes, strides = np.array(tensor.shape, np.int64), np.array(tensor.stride(), np.int64)
+        kind = {torch.bfloat16: _BF16, torch.float32: _FP32, torch.uint8: 0, torch.int64: 4}[tensor.dtype]
+        handle = np.zeros(1, np.int64)
+        create = _LIBRARY.aoti_torch_create_tensor_from_blob
+        create.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int32] * 3 + [ctypes.c_int64]
+        places = (array.ctypes.data for array in (sizes, strides))
+        if create(tensor.data_ptr(), tensor.dim(), *places, 0, kind, 0, 0, handle.ctypes.data):
+            raise RuntimeError("torch cannot make a tensor of this memory")
+        self.address = int(handle[0])
+
+    def __del__(self) -> None:
+        delete = _LIBRARY.aoti_torch_delete_tensor_object
+        delete.argtypes = [ctypes.c_int64]
+        delete(self.address)
+
+
+@_compile
+def _new_rows(array, first, batch, rows, columns, words):
+    """Handle of rows first .. of a C-contiguous array as a tensor [rows, columns], or [batch, rows, columns] if batch > 0."""
+    words[0], words[1], words[2] = batch, rows, columns
+    words[3], words[4], words[5] = rows * columns, columns, 1
+    skip = 0 if batch else 1
+    place = words.ctypes.data
+    data = array.ctypes.data + first * columns * array.itemsize
+    kind = _BF16 if array.itemsize == 2 else _FP32
+    _new_tensor(data, 3 - skip, place + 8 * skip, place + 24 + 8 * skip, 0, kind, 0, 0, place + 48)
+    return words[6]
+
+
+@_compile
+def _packed_rows(x, first, rows, packed, scales, group, out, column, columns, words):
+    """out[first : first + rows, column : column + columns] = x[the same rows] times a packed INT4 weight; 0 when well."""
+    failed = 0
+    for start in range(first, first + rows, INT4_ROWS_PER_CALL):
+        count = min(INT4_ROWS_PER_CALL, first + rows - start)
+        source = _new_rows(x, start, 0, count, x.shape[1], words)
+        place = words.ctypes.data
+        failed |= _int4_mm(source, packed, group, scales, place)
+        if failed:
+            return failed
+        result = words[0]
+        failed |= _data_of(result, place)
+        item, width = out.itemsize, out.shape[1]
+        if columns == width:
+            _copy(out.ctypes.data + start * width * item, words[0], count * width * item)
+        else:
+            for i in range(count):
+                target = out.ctypes.data + ((start + i) * width + column) * item
+                _copy(target, words[0] + i * columns * item, columns * item)
+        _delete_tensor(source)
+        _delete_tensor(result)
+    return failed
+
+
+@_compile
+def product(x, rows, weights, group, out):
+    """out[:rows] = x[:rows] times weights stacked along their outputs: [pieces, 3] of (handle, handle of scales, outputs).
+
+    group: handle of the group size of packed INT4 weights, 0 for one dense weight (transposed, [in, out]).
+    Returns 0 when torch computed it.
+    """
+    words = np.empty(8, np.int64)
+    failed, column = 0, 0
+    if group:
+        for piece in range(weights.shape[0]):
+            columns = weights[piece, 2]
+            failed |= _packed_rows(x, 0, rows, weights[piece, 0], weights[piece, 1], group, out, column, columns, words)
+            column += columns
+        return failed
+    source = _new_rows(x, 0, 0, rows, x.shape[1], words)
+    target = _new_rows(out, 0, 0, rows, out.shape[1], words)
+    failed = _mm_out(target, source, weights[0, 0])
+    _delete_tensor(source)
+    _delete_tensor(target)
+    return failed
+
+
+@_compile
+def expert_products(x, first, sizes, weights, stacked, group, out):
+    """out[first[e] : + sizes[e]] = x[the same rows] times expert e's weight, weights [E, 3] as in `product`.
+
+    stacked: handle of all dense weights [E, in, out]; used when every expert has equally many rows.
+    """
+    words = np.empty(8, np.int64)
+    failed, experts, equal = 0, len(sizes), True
+    for e in range(experts):
+        equal &= sizes[e] == sizes[0]
+    if stacked and equal:
+        source = _new_rows(x, 0, experts, sizes[0], x.shape[1], words)
+        target = _new_rows(out, 0, experts, sizes[0], out.shape[1], words)
+        failed = _bmm_out(target, source, stacked)
+        _delete_tensor(source)
+        _delete_tensor(target)
+        return failed
+    for e in range(experts):
+        if group and sizes[e]:
+            failed |= _packed_rows(x, first[e], sizes[e], weights[e, 0], weights[e, 1], group, out, 0, out.shape[1], words)
+        elif sizes[e]:
+            source = _new_rows(x, first[e], 0, sizes[e], x.shape[1], words)
+            target = _new_rows(out, first[e], 0, sizes[e], out.shape[1], words)
+            failed |= _mm_out(target, source, weights[e, 0])
+            _delete_tensor(source)
+            _delete_tensor(target)
+    return failed
+
+
+@_compile
+def expert_layout(counts, stacked, sizes, first):
+    """sizes and first row [E] of every expert for counts [E] pairs; returns the rows in all.
+
+    Stacked weights get equally many rows each unless routing is so uneven that it would waste more than it saves; with
+    packed weights rows are what costs, so that each gets just its own.
+    """
+    experts, total, most = len(counts), 0, 0
+    for e in range(experts):
+        total += counts[e]
+        most = max(most, counts[e])
+    most = -(-most // ROW_BLOCK) * ROW_BLOCK
+    equal = stacked != 0 and most * experts <= STACKED_WASTE * max(total, ROW_BLOCK * experts)
+    running = 0
+    for e in range(experts):
+        first[e] = running
+        sizes[e] = most if equal else counts[e]
+        running += sizes[e]
+    return running
+
+
+# -- layers
+
+
+@_compile
+def attention_block(
+    hidden, added, place, share, first_norm, epsilon, normed, qkv, qkv_weights, qkv_group, query_norm, key_norm, cos, sin,
+    slot, position, scale, keys, values, seen, output_weights, output_group, mixed, second_norm,
+):  # fmt: skip
+    """The first half of a layer: hidden [N, H] gets what the layer before adds, then attention's output; normed [M, H] becomes
+    the mlp's input. N = len(slot) tokens; normed, qkv, seen and mixed have M >= N rows. Returns 0 when torch computed it."""
+    count, rows = len(slot), len(normed)
+    heads, groups, size = seen.shape[1] // keys.shape[3], keys.shape[1], keys.shape[3]
+    add_norm(hidden, added, place, share, first_norm, epsilon, normed)
+    failed = product(normed, rows, qkv_weights, qkv_group, qkv)
+    split = qkv.reshape(rows, heads + 2 * groups, 2, size // 2)
+    attend(split, query_norm, key_norm, epsilon, cos, sin, slot, position, scale, keys, values, seen.reshape(rows, heads, size))
+    failed |= product(seen, rows, output_weights, output_group, mixed)
+    one_place, one_share = np.empty((count, 1), np.int64), np.ones((count, 1), np.float32)
+    for t in range(count):
+        one_place[t, 0] = t
+    add_norm(hidden, mixed, one_place, one_share, second_norm, epsilon, normed)
+    return failed
+
+
+@_compile
+def expert_block(
+    normed, gate, normalize, index, share, place, rows, both, inner, added,
+    up_weights, up_group, up_stacked, down_weights, down_group, down_stacked,
+):  # fmt: skip
+    """The experts of a layer: index, share, place [N, K] as `route` and `spread` make them; added [P, H] rows of all experts.
+
+    rows, both, inner and added have room for `room_for_experts` rows. Returns 0 when torch computed it.
+    """
+    experts = len(gate)
+    counts, sizes, first = np.empty(experts, np.int64), np.empty(experts, np.int64), np.empty(experts, np.int64)
+    route(normed, gate, normalize, index, share, place, counts)
+    total = expert_layout(counts, up_stacked, sizes, first)
+    spread(normed, index, first, place, rows)
+    failed = expert_products(rows, first, sizes, up_weights, up_stacked, up_group, both)
+    gate_activation(both[:total], inner[:total])
+    return failed | expert_products(inner, first, sizes, down_weights, down_stacked, down_group, added)
+
+
+def room_for_experts(pairs: int, experts: int) -> int:
+    """Rows that `expert_layout` may ask for."""
+    return STACKED_WASTE * max(pairs, ROW_BLOCK * experts)
+
+
+@_compile
+def dense_block(normed, gate_up_weights, gate_up_group, both, inner, down_weights, down_group, added):
+    """A dense mlp: normed [M, H] -> added [M, H]. Returns 0 when torch computed it."""
+    failed = product(normed, len(normed), gate_up_weights, gate_up_group, both)
+    gate_activation(both, inner)
+    return failed | product(inner, len(normed), down_weights, down_group, added)
+
+
+# -- sampling
 
 
 @_compile

@@ -5,13 +5,10 @@ Shape legend: N tokens, K experts per token, E experts, H hidden, I expert ffn.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
 from runner.rollout.local.weights import ResidentWeight
-
-STACKED_WASTE = 4  # rows of a batched matmul per row that is needed, at most: calls cost more than rows there
 
 
 class EngineExperts(nn.Module):
@@ -47,27 +44,9 @@ class EngineExperts(nn.Module):
         weighted = unsorted.view(tokens, k, -1) * weights_NK.unsqueeze(-1)
         return weighted.sum(1).to(hidden_NH.dtype)
 
-    def layout(self, counts: np.ndarray, block: int) -> tuple[list[int], np.ndarray]:
-        """(rows that each expert gets, its first row [E]) for counts [E] pairs.
 
-        Stacked weights get equally many rows each, a multiple of `block`, unless routing is so uneven that it would waste
-        more than it saves; with packed weights rows are what costs, so that each gets just its own.
-        """
-        if self.stacked[0] is not None:
-            most = -(-int(counts.max()) // block) * block
-            if most * len(counts) <= STACKED_WASTE * max(int(counts.sum()), block * len(counts)):
-                return [most] * len(counts), np.arange(len(counts)) * most
-        return counts.tolist(), np.cumsum(counts) - counts
-
-
-def products(
-    weights: list[ResidentWeight], stacked: torch.Tensor | None, rows: torch.Tensor, sizes: list[int], out: torch.Tensor
-) -> None:
-    """rows [S, in] in expert order, sizes [E] rows per expert -> out [S, out]; one batched matmul when sizes are equal."""
-    if stacked is not None and sizes.count(sizes[0]) == len(sizes):
-        batch, _, columns = len(sizes), *stacked.shape[1:]
-        torch.bmm(rows.view(batch, -1, columns), stacked.transpose(1, 2), out=out.view(batch, sizes[0], -1))
-        return
+def expert_products(weights: list[ResidentWeight], rows: torch.Tensor, sizes: list[int], out: torch.Tensor) -> None:
+    """rows [P, in] in expert order, sizes [E] rows per expert -> out [P, out]."""
     parts = zip(weights, sizes, rows.split(sizes), strict=True)
     torch.cat([weight.linear(part) for weight, size, part in parts if size], out=out)
 

@@ -25,17 +25,13 @@ from torch import nn
 
 from runner.rollout.local import cpu_kernels
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
-from runner.rollout.local.experts import EngineExperts, EngineLinear, products
+from runner.rollout.local.experts import EngineExperts, EngineLinear, expert_products
 from runner.rollout.local.sampling import SAMPLE, Draws
-from runner.rollout.local.weights import TransientWeight
+from runner.rollout.local.weights import Int4Weight, TransientWeight
 
 LAYERS = ("Qwen3MoeDecoderLayer", "Qwen3DecoderLayer")  # transformers' classes that are computed here
 ROWS_PER_PART = 16  # fewer are not worth a thread
 MAX_PARTS = 4  # parts share the interpreter lock: more would wait for it (an estimate)
-# oneDNN compiles a bf16 matmul for every new number of rows (milliseconds each), and sequences end one by one: rounded
-# up, the numbers repeat.
-ROW_BLOCK = 16
-Product = Callable[[torch.Tensor, torch.Tensor], None]  # (x [m, in], out [m, out]) -> writes out
 
 
 def unsupported(decoder: Any, dtype: torch.dtype, device: torch.device) -> str:
@@ -77,6 +73,52 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
+class _Weights:
+    """Where compiled code finds the weights of a product: `arguments` gives (table [pieces, 3], group, stacked) as
+    `cpu_kernels.product` and `expert_products` take them.
+
+    Dense and packed INT4 weights are named once and never move.
+    """
+
+    def __init__(self, pieces: list[Any], stacked: torch.Tensor | None = None) -> None:
+        """pieces: linear layers that read one input, or the resident weights of the experts; dense ones lie in `stacked`."""
+        self.pieces: list[Any] = [piece.resident if isinstance(piece, EngineLinear) else piece for piece in pieces]
+        self.stacked = stacked
+        self.packed = all(isinstance(piece, Int4Weight) for piece in self.pieces)
+        self._named: tuple[np.ndarray, int, int] | None = None
+        self._handles: list[cpu_kernels.TensorHandle] = []
+
+    @property
+    def transient(self) -> bool:
+        """Weights that have a matmul of their own, outside compiled code."""
+        return not self.packed and any(isinstance(piece, Int4Weight | TransientWeight) for piece in self.pieces)
+
+    def arguments(self) -> tuple[np.ndarray, int, int]:
+        if self._named is None:
+            self._named = self._pack() if self.packed else self._dense()
+        return self._named
+
+    def _name(self, tensor: torch.Tensor) -> int:
+        self._handles.append(cpu_kernels.TensorHandle(tensor))
+        return self._handles[-1].address
+
+    def _pack(self) -> tuple[np.ndarray, int, int]:
+        rows = [
+            (self._name(piece.tensors["integers"]), self._name(piece.tensors["scales"]), sum(piece.rows)) for piece in self.pieces
+        ]
+        return np.array(rows, np.int64), self._name(torch.tensor([self.pieces[0].group])), 0
+
+    def _dense(self) -> tuple[np.ndarray, int, int]:
+        if self.stacked is not None:
+            table = [(self._name(weight.t()), 0, len(weight)) for weight in self.stacked]
+            return np.array(table, np.int64), 0, self._name(self.stacked.transpose(1, 2))
+        first, rows = self.pieces[0].weight.detach(), sum(piece.out_features for piece in self.pieces)
+        whole = first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+        last = self.pieces[-1].weight
+        assert last.data_ptr() == whole[rows - len(last) :].data_ptr(), "share_storage comes first"
+        return np.array([(self._name(whole.t()), 0, rows)], np.int64), 0, 0
+
+
 @dataclass
 class _Layer:
     """One decoder layer: arrays that share the parameters' memory, and its products."""
@@ -85,38 +127,37 @@ class _Layer:
     mlp_norm: np.ndarray
     query_norm: np.ndarray
     key_norm: np.ndarray
-    qkv: Product
-    output: Product
-    gate_up: Product | None  # dense mlp
-    down: Product | None
-    experts: EngineExperts | None
-    gate: np.ndarray | None  # router [E, H]
+    qkv: _Weights
+    output: _Weights
+    gate_up: _Weights
+    down: _Weights
+    width: int  # of the mlp
+    gate: np.ndarray | None  # router [E, H]; None: a dense mlp
     normalize: bool
 
 
 class _Scratch:
-    """Buffers of one part; `take` gives a tensor and the array over the same memory, cut to the rows of this forward."""
+    """Buffers of one part, by name; rows are rounded up to ROW_BLOCK and hold what was there before."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._whole: dict[str, torch.Tensor] = {}
         self._cut: dict[tuple[str, int], tuple[torch.Tensor, np.ndarray]] = {}
 
-    def take(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, np.ndarray]:
-        """([rows rounded up to ROW_BLOCK, columns], [rows, columns]); rows beyond hold what was there before."""
-        found = self._cut.get((name, rows))
-        if found is not None:
-            return found
-        padded = -(-rows // ROW_BLOCK) * ROW_BLOCK
-        whole = self._whole.get(name)
-        if whole is None or len(whole) < padded:
-            whole = self._whole[name] = torch.zeros(padded, columns, dtype=self.dtype)
-            self._cut = {key: value for key, value in self._cut.items() if key[0] != name}
-        if len(self._cut) > 4096:
-            self._cut.clear()
-        tensor = whole[:padded]
-        self._cut[name, rows] = tensor, as_array(tensor)[:rows]
-        return self._cut[name, rows]
+    def take(self, name: str, rows: int, columns: int) -> np.ndarray:
+        """[rows rounded up, columns]"""
+        return self.take_both(name, rows, columns)[1]
+
+    def take_both(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, np.ndarray]:
+        """The same memory as a tensor and as an array."""
+        padded = -(-rows // cpu_kernels.ROW_BLOCK) * cpu_kernels.ROW_BLOCK
+        if (name, padded) not in self._cut:
+            whole = self._whole.get(name)
+            if whole is None or len(whole) < padded:
+                whole = self._whole[name] = torch.zeros(padded, columns, dtype=self.dtype)
+                self._cut = {key: value for key, value in self._cut.items() if key[0] != name}
+            self._cut[name, padded] = whole[:padded], as_array(whole[:padded])
+        return self._cut[name, padded]
 
 
 class FusedDecoder:
@@ -130,16 +171,11 @@ class FusedDecoder:
         self.head_dim = decoder.layers[0].self_attn.head_dim
         self.epsilon = np.float32(config.rms_norm_eps)
         self.scale = np.float32(decoder.layers[0].self_attn.scaling)
-        self.moe_layers = sum(layer.experts is not None for layer in self.layers)
+        self.moe_layers = sum(layer.gate is not None for layer in self.layers)
         self.embedding = as_array(decoder.embed_tokens.weight)
         self.last_norm = as_array(decoder.norm.weight)
         self.routes = np.zeros((0, 0, 0), dtype=np.int64)  # [L, N, K] of the last forward
-        # weights that are decoded for each use would be decoded by every part
-        self.splits = not any(
-            isinstance(weight, TransientWeight)
-            for layer in self.layers
-            for weight in (layer.experts.gate_up + layer.experts.down if layer.experts is not None else [])
-        )
+        self.splits = not any(layer.gate_up.transient for layer in self.layers)  # every part would decode all experts
         self._scratch: list[_Scratch] = []
         self._no_rows = np.zeros((1, self.hidden), self.embedding.dtype)
 
@@ -208,108 +244,90 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Normed hidden states [N rounded up, H] of a part; routes [L, N, K] are written."""
         count, size = len(tokens), self.hidden
-        _, hidden = scratch.take("hidden", count, size)
+        hidden = scratch.take("hidden", count, size)[:count]
         np.take(self.embedding, tokens, axis=0, out=hidden)
-        normed_t, normed = scratch.take("normed", count, size)
-        all_heads = self.heads + 2 * self.groups
-        qkv_t, qkv = scratch.take("qkv", count, all_heads * self.head_dim)
-        seen_t, seen = scratch.take("seen", count, self.heads * self.head_dim)
-        qkv, seen = qkv.reshape(count, all_heads, 2, -1), seen.reshape(count, self.heads, -1)
-        mixed_t, mixed = scratch.take("mixed", count, size)
+        normed_t, normed = scratch.take_both("normed", count, size)
+        qkv = scratch.take("qkv", count, (self.heads + 2 * self.groups) * self.head_dim)
+        seen = scratch.take("seen", count, self.heads * self.head_dim)
+        mixed = scratch.take("mixed", count, size)
         one_place, one_share = np.arange(count).reshape(-1, 1), np.ones((count, 1), np.float32)
-        place, share = one_place[:, :0], one_share[:, :0]
-        added = self._no_rows
+        added, place, share = self._no_rows, one_place[:, :0], one_share[:, :0]
         moe = 0
         for layer, (keys, values) in zip(self.layers, caches, strict=True):
-            cpu_kernels.add_norm(hidden, added, place, share, layer.attention_norm, self.epsilon, normed)
-            layer.qkv(normed_t, qkv_t)
-            cpu_kernels.attend(
-                qkv, layer.query_norm, layer.key_norm, self.epsilon, angles[0], angles[1], slot, position, self.scale,
-                keys, values, seen,
+            failed = cpu_kernels.attention_block(
+                hidden, added, place, share, layer.attention_norm, self.epsilon, normed, qkv, *layer.qkv.arguments()[:2],
+                layer.query_norm, layer.key_norm, angles[0], angles[1], slot, position, self.scale, keys, values, seen,
+                *layer.output.arguments()[:2], mixed, layer.mlp_norm,
             )  # fmt: skip
-            layer.output(seen_t, mixed_t)
-            cpu_kernels.add_norm(hidden, mixed, one_place, one_share, layer.mlp_norm, self.epsilon, normed)
-            if layer.experts is None:
-                added, place, share = self._dense(scratch, layer, normed_t, count), one_place, one_share
+            _check(failed)
+            if layer.gate is None:
+                place, share = one_place, one_share
+                both, inner = scratch.take("both", count, 2 * layer.width), scratch.take("inner", count, layer.width)
+                added = scratch.take("added", count, size)
+                up, down = layer.gate_up.arguments(), layer.down.arguments()
+                _check(cpu_kernels.dense_block(normed, *up[:2], both, inner, *down[:2], added))
             else:
                 added, place, share = self._experts(scratch, layer, normed, routes[moe])
                 moe += 1
         cpu_kernels.add_norm(hidden, added, place, share, self.last_norm, self.epsilon, normed)
         return normed_t
 
-    def _dense(self, scratch: _Scratch, layer: _Layer, normed: torch.Tensor, count: int) -> np.ndarray:
-        assert layer.gate_up is not None and layer.down is not None
-        width = self.decoder.config.intermediate_size
-        both_t, both = scratch.take("both", count, 2 * width)
-        inner_t, inner = scratch.take("inner", count, width)
-        added_t, added = scratch.take("added", count, self.hidden)
-        layer.gate_up(normed, both_t)
-        cpu_kernels.gate_activation(both, inner)
-        layer.down(inner_t, added_t)
-        return added
-
     def _experts(
         self, scratch: _Scratch, layer: _Layer, normed: np.ndarray, index: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(rows of all experts in expert order [P, H], place [N, K], share [N, K]); index [N, K] is written."""
-        experts, gate = layer.experts, layer.gate
-        assert experts is not None and gate is not None
-        count, width = len(normed), experts.down[0].columns
-        counts = np.empty(len(experts.down), np.int64)
-        place, share = np.empty((count, self.top_k), np.int64), np.empty((count, self.top_k), np.float32)
-        cpu_kernels.route(normed, gate, layer.normalize, index, share, place, counts)
-        sizes, first = experts.layout(counts, ROW_BLOCK)
-        pairs = sum(sizes)
-        rows_t, rows = scratch.take("rows", pairs, self.hidden)
-        both_t, both = scratch.take("both", pairs, 2 * width)
-        inner_t, inner = scratch.take("inner", pairs, width)
-        added_t, added = scratch.take("added", pairs, self.hidden)
+        """(rows of all experts [P, H], place [N, K], share [N, K]); index [N, K] is written."""
+        assert layer.gate is not None
+        experts, pairs = len(layer.gate), index.size
+        place, share = np.empty(index.shape, np.int64), np.empty(index.shape, np.float32)
+        room = cpu_kernels.room_for_experts(pairs, experts)
+        rows_t, rows = scratch.take_both("rows", room, self.hidden)
+        both_t, both = scratch.take_both("both", room, 2 * layer.width)
+        inner_t, inner = scratch.take_both("inner", room, layer.width)
+        added_t, added = scratch.take_both("expert rows", room, self.hidden)
+        if not layer.gate_up.transient:
+            up, down = layer.gate_up.arguments(), layer.down.arguments()
+            _check(
+                cpu_kernels.expert_block(
+                    normed, layer.gate, layer.normalize, index, share, place, rows, both, inner, added, *up, *down
+                )
+            )
+            return added, place, share
+        counts, sizes, first = (np.empty(experts, np.int64) for _ in range(3))
+        cpu_kernels.route(normed, layer.gate, layer.normalize, index, share, place, counts)
+        cpu_kernels.expert_layout(counts, 0, sizes, first)
         cpu_kernels.spread(normed, index, first, place, rows)
-        products(experts.gate_up, experts.stacked[0], rows_t[:pairs], sizes, both_t[:pairs])
-        cpu_kernels.gate_activation(both, inner)
-        products(experts.down, experts.stacked[1], inner_t[:pairs], sizes, added_t[:pairs])
+        expert_products(layer.gate_up.pieces, rows_t[:pairs], sizes.tolist(), both_t[:pairs])
+        cpu_kernels.gate_activation(both[:pairs], inner[:pairs])
+        expert_products(layer.down.pieces, inner_t[:pairs], sizes.tolist(), added_t[:pairs])
         return added, place, share
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise RuntimeError("torch could not compute a matmul of the engine; its message is above")
 
 
 def _layer(module: Any) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
-    experts = getattr(mlp, "experts", None)
+    experts: EngineExperts | None = getattr(mlp, "experts", None)
+    if experts is None:
+        gate_up, down = _Weights([mlp.gate_proj, mlp.up_proj]), _Weights([mlp.down_proj])
+    else:
+        gate_up = _Weights(experts.gate_up, experts.stacked[0])
+        down = _Weights(experts.down, experts.stacked[1])
     return _Layer(
         attention_norm=as_array(module.input_layernorm.weight),
         mlp_norm=as_array(module.post_attention_layernorm.weight),
         query_norm=as_array(attention.q_norm.weight).reshape(2, -1),
         key_norm=as_array(attention.k_norm.weight).reshape(2, -1),
-        qkv=_product([attention.q_proj, attention.k_proj, attention.v_proj]),
-        output=_product([attention.o_proj]),
-        gate_up=_product([mlp.gate_proj, mlp.up_proj]) if experts is None else None,
-        down=_product([mlp.down_proj]) if experts is None else None,
-        experts=experts,
+        qkv=_Weights([attention.q_proj, attention.k_proj, attention.v_proj]),
+        output=_Weights([attention.o_proj]),
+        gate_up=gate_up,
+        down=down,
+        width=mlp.config.intermediate_size if experts is None else experts.down[0].columns,
         gate=as_array(mlp.gate.weight) if experts is not None else None,
         normalize=experts is not None and bool(mlp.gate.norm_topk_prob),
     )
-
-
-def _product(linears: list[Any]) -> Product:
-    """x -> the outputs of these layers beside each other: one matmul when their weights lie above each other in memory."""
-    if any(isinstance(linear, EngineLinear) for linear in linears):
-
-        def apart(x: torch.Tensor, out: torch.Tensor) -> None:
-            torch.cat([linear(x) for linear in linears], dim=1, out=out)
-
-        return apart
-    rows = sum(linear.out_features for linear in linears)
-    first = linears[0].weight.detach()
-    stacked = first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
-    step = 0
-    for linear in linears:
-        assert linear.weight.data_ptr() == stacked[step:].data_ptr(), "share_storage comes first"
-        step += linear.out_features
-    transposed = stacked.t()
-
-    def together(x: torch.Tensor, out: torch.Tensor) -> None:
-        torch.mm(x, transposed, out=out)
-
-    return together
 
 
 @lru_cache(maxsize=4)

@@ -58,7 +58,11 @@ class ResidentWeight:
         raise NotImplementedError
 
     def load(self, fresh: Tensors) -> None:
-        self.tensors = fresh
+        """In place once there is something: compiled code knows the tensors by their addresses."""
+        if not self.tensors:
+            self.tensors = fresh
+        for key, tensor in fresh.items():
+            self.tensors[key].copy_(tensor)
 
     def differences(self, fresh: Tensors) -> list[str]:
         """Names of resident tensors whose bits differ from a fresh repack of what was received."""
