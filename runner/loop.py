@@ -10,6 +10,7 @@ from typing import Any
 
 from runner import mismatch
 from runner.algorithms.advantages import compute_advantages
+from runner.decisions import EVENT, Decisions
 from runner.evaluation import evaluate
 from runner.rollout.collect import Collector, Interrupted, Rollout
 from runner.rollout.protocol import RolloutPool
@@ -34,6 +35,7 @@ class Components:
     sync: WeightSync
     tracker: Tracker
     watcher: Watcher
+    decisions: Decisions
     save: Callable[[int], None]  # checkpoint after this many finished steps
     should_stop: Callable[[], bool]
 
@@ -43,10 +45,11 @@ def train(c: Components, first_step: int) -> str:
     step, saved = first_step, -1
     outcome = "completed"
     while step < c.cfg.steps:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), c.pool.state()
         try:
             metrics = _step(c, step)
         except Interrupted:
+            c.pool.load_state(before)  # the step is done again from its beginning
             outcome = "interrupted"
             break
         metrics["perf/step_time"] = time.perf_counter() - started
@@ -77,11 +80,8 @@ def train(c: Components, first_step: int) -> str:
 def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
-    decided = c.pool.state()
     with _clock(metrics, "perf/rollout_time"):
         rollout = c.collector.collect(step)
-    if (state := c.pool.state()) != decided:
-        c.tracker.event("pool_decision", f"step {step + 1}: the rollout pool decided {state}", {"step": step, "state": state})
     metrics |= rollout.metrics | c.pool.metrics()
     batch = _make_batch(c.cfg, rollout)
     if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
@@ -95,6 +95,10 @@ def _step(c: Components, step: int) -> dict[str, float]:
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
+    if decision := c.decisions.at_end_of(step, c.pool):
+        c.tracker.event(
+            EVENT, f"after step {step + 1}: the rollout pool decided {decision}", {"step": step, "decision": decision}
+        )
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
 

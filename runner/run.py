@@ -17,6 +17,7 @@ import torch
 from hydra.utils import get_class
 
 from runner import checkpoint, preflight
+from runner.decisions import Decisions
 from runner.errors import UserError
 from runner.folder import RunFolder, open_folder
 from runner.loop import Components, train
@@ -104,14 +105,18 @@ def _run(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> 
             watcher.load_state(state["watch"])
             first_step = state["step"]
         elif cfg.warm_start.enabled:
+            untouched = pool.state()
             warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
+            pool.load_state(untouched)  # a cached warm start measures nothing
 
         def save(step: int) -> None:
             state = {"pool": pool.state(), "watch": watcher.state()}
             checkpoint.save(folder.path, step, state, trainer.save, cfg.checkpoint.keep)
 
         sync()
-        return train(Components(cfg, trainer, pool, collector, sync, tracker, watcher, save=save, should_stop=stop), first_step)
+        decisions = Decisions(folder.path, first_step)
+        parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, save=save, should_stop=stop)
+        return train(parts, first_step)
     finally:
         pool.close()
         trainer.close()

@@ -185,8 +185,10 @@ def test_speculation_that_is_slower_is_switched_off_for_good() -> None:
         speculation.record(None, zero, tokens=10, seconds=0.020)
         speculation._plain_turn = True
         speculation.record(None, zero, tokens=10, seconds=0.010)
+    assert speculation.enabled  # until the end of the run's step
+    decision = pool.decide()
+    assert decision is not None and decision["disabled"] and not speculation.enabled and pool.decide() is None
     state = pool.state()
-    assert state["speculation"]["disabled"] and not speculation.enabled
     for _ in range(50):
         speculation.record(None, zero, tokens=10, seconds=1.0)
     assert pool.state() == state
@@ -200,9 +202,10 @@ def test_speculation_that_is_slower_is_switched_off_for_good() -> None:
 def test_a_measured_run_reaches_a_decision_from_both_kinds_of_steps() -> None:
     cfg = config("model=tiny_dense", "precision=bf16", "speculative=ngram", "speculative.auto_disable_after_steps=4")
     pool, _ = make_pool(cfg)
-    assert pool.state() == {"speculation": None}
+    assert pool.decide() is None
     list(pool.generate(requests(8, max_response_tokens=20)))
-    decision = pool.state()["speculation"]
+    decision = pool.decide()
+    assert decision is not None
     slower = decision["seconds_per_token_speculative"] > decision["seconds_per_token_plain"]
     assert decision["disabled"] == slower and decision["seconds_per_token_plain"] > 0
 

@@ -137,10 +137,17 @@ class LocalPool:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        return {"speculation": self.engine.speculation.decision}
+        return {"speculation": self.engine.speculation.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.engine.speculation.decision = state["speculation"]
+        self.engine.speculation.load_state(state["speculation"])
+
+    def decide(self) -> dict[str, Any] | None:
+        """Whether speculation goes on, once both kinds of steps have been timed."""
+        return self.engine.speculation.decide()
+
+    def apply(self, decision: dict[str, Any]) -> None:
+        self.engine.speculation.apply(decision)
 
     def close(self) -> None:
         self.engine.cache = None

@@ -23,8 +23,9 @@ class Speculation:
     """Plain decoding, and what every method shares: counters and the recorded decision.
 
     While it is undecided (auto_disable), engine steps alternate between proposing and plain decoding, so that both are
-    timed on the same batch; after `decide_after` steps of each kind the seconds per emitted token are compared. Once
-    switched off it stays off: the decision is part of the pool's state, and a resumed run repeats it.
+    timed on the same batch; after `decide_after` steps of each kind the seconds per emitted token are compared. The
+    verdict takes effect when `decide` is called, at the end of a step of the run, and is final. All but the seconds is
+    counted, so that a resumed run alternates as the first one did; it repeats the recorded decision (decisions.py).
     """
 
     max_tokens = 0
@@ -32,8 +33,9 @@ class Speculation:
     def __init__(self, auto_disable: bool = False, decide_after: int = 0) -> None:
         self.auto_disable, self.decide_after = auto_disable, decide_after
         self.decision: dict[str, Any] | None = None
+        self.verdict: dict[str, Any] | None = None  # a decision that is not yet in effect
         self.counters: dict[str, float] = defaultdict(float)
-        self._timed = {True: [0, 0, 0.0], False: [0, 0, 0.0]}  # proposing or not: steps, tokens, seconds
+        self._timed: dict[bool, list[Any]] = {True: [0, 0, 0.0], False: [0, 0, 0.0]}  # proposing: steps, tokens, seconds
 
     # -- what a method implements ------------------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ class Speculation:
 
     @property
     def _measuring(self) -> bool:
-        return self.auto_disable and self.decision is None and self.max_tokens > 0
+        return self.auto_disable and self.decision is None and self.verdict is None and self.max_tokens > 0
 
     def propose(self, slots: Slots) -> Proposal | None:
         """Proposals for the running rows, cut so that none reaches past a row's limit; None: decode plainly."""
@@ -87,16 +89,34 @@ class Speculation:
         timed[1] += tokens
         timed[2] += seconds
         if min(self._timed[True][0], self._timed[False][0]) >= self.decide_after:
-            self._decide()
+            self._compare()
 
-    def _decide(self) -> None:
+    def _compare(self) -> None:
         per_token = {kind: seconds / max(tokens, 1) for kind, (_, tokens, seconds) in self._timed.items()}
-        self.decision = {
+        self.verdict = {
             "disabled": per_token[True] > per_token[False],
             "seconds_per_token_speculative": per_token[True],
             "seconds_per_token_plain": per_token[False],
             "steps_of_each_kind": self.decide_after,
         }
+
+    def decide(self) -> dict[str, Any] | None:
+        """Put the verdict into effect, if there is one that is not; returns it."""
+        if self.verdict is None:
+            return None
+        self.apply(self.verdict)
+        return self.decision
+
+    def apply(self, decision: dict[str, Any]) -> None:
+        self.decision, self.verdict = dict(decision), None
+
+    def state(self) -> dict[str, Any]:
+        timed = {"speculative": list(self._timed[True]), "plain": list(self._timed[False])}
+        return {"decision": self.decision, "verdict": self.verdict, "timed": timed}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.decision, self.verdict = state["decision"], state["verdict"]
+        self._timed = {True: list(state["timed"]["speculative"]), False: list(state["timed"]["plain"])}
 
     def metrics(self) -> dict[str, float]:
         """`rollout/spec_*` since the last call; accept_length counts the tokens of a step of a row that had proposals."""

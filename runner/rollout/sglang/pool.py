@@ -259,6 +259,12 @@ class SglangPool:
     def load_state(self, state: dict[str, Any]) -> None:
         pass  # servers make no decisions that a resumed run has to repeat
 
+    def decide(self) -> dict[str, Any] | None:
+        return None
+
+    def apply(self, decision: dict[str, Any]) -> None:
+        raise ValueError(f"an SGLang pool decides nothing, yet the run recorded {decision}")
+
     def close(self, *, keep_logs: bool = False) -> None:
         """Stop every server and remove what was written. Safe to call again."""
         if self._loop.loop.is_closed():
