@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,30 @@ def family(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def settled(running: Any) -> Any:
+    """The pool with both engines up and the same weights in each; counters at zero."""
+    engines = running.pool._fleet.engines
+    wait_for(lambda: all(engine.up for engine in engines))
+    running.fresh()
+    assert all(engine.synced == running.pool._fleet.updates for engine in engines)
+    running.pool.metrics()
+    return running.pool
+
+
 def gone(processes: list[psutil.Process], seconds: float = 15.0) -> bool:
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 def test_both_engines_work_and_groups_stay_together(two_engines: Any) -> None:
-    two_engines.fresh()
-    pool = two_engines.pool
+    pool = settled(two_engines)
     list(pool.generate(requests(32, same_prompt=4)))
     homes = list(pool._fleet._homes.values())
     assert {engine.server.index for engine in homes[-8:]} == {0, 1}
@@ -62,8 +78,7 @@ def test_both_engines_work_and_groups_stay_together(two_engines: Any) -> None:
 
 def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: Any) -> None:
     """kill -9 of one of two: its requests are asked for again, it comes back, and has the current weights."""
-    pool = two_engines.pool
-    two_engines.fresh()
+    pool = settled(two_engines)
     other, items = exported(two_engines.cfg, seed=2)
     two_engines.sync(items, 1)
     wanted = requests(48, same_prompt=4, max_response_tokens=100)
@@ -83,9 +98,7 @@ def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: 
     metrics = pool.metrics()
     assert metrics["rollout/engine_restarts"] == 1 and metrics["rollout/requests_retried"] >= 1
     assert gone(processes), "the dead engine's scheduler outlived it"
-    deadline = time.monotonic() + 120
-    while victim.synced != pool._fleet.updates and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: victim.synced == pool._fleet.updates)
     victim_only = [pool._loop.submit(_direct(victim, request)) for request in wanted[:3]]
     for request, answer in zip(wanted, victim_only, strict=False):
         key = (request.prompt_id, request.sample_index)
@@ -100,13 +113,8 @@ async def _direct(engine: Any, request: Any) -> list[int]:
 
 
 def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
-    pool = two_engines.pool
-    two_engines.fresh()
-    pool.metrics()
+    pool = settled(two_engines)
     victim = pool._fleet.engines[1]
-    deadline = time.monotonic() + 120
-    while not victim.up and time.monotonic() < deadline:
-        time.sleep(0.2)
     for process in family(victim.server.pid)[1:]:
         process.send_signal(signal.SIGSTOP)  # the HTTP server still answers, the scheduler does not
     samples = by_key(list(pool.generate(requests(16, max_response_tokens=40))))
@@ -115,15 +123,12 @@ def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
 
 
 def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) -> None:
-    pool = two_engines.pool
-    two_engines.fresh()
+    pool = settled(two_engines)
     victim = pool._fleet.engines[0]
     os.kill(victim.server.pid, signal.SIGKILL)
     other, items = exported(two_engines.cfg, seed=3)
     two_engines.sync(items, 7)
-    deadline = time.monotonic() + 120
-    while victim.synced != pool._fleet.updates and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: victim.synced == pool._fleet.updates)
     request = requests(1, temperature=0.0)[0]
     tokens = pool._loop.submit(_direct(victim, request)).result(timeout=60)
     (expected,) = pool.generate([request])
@@ -132,7 +137,7 @@ def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) ->
 
 
 def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_engines: Any) -> None:
-    pool = two_engines.pool
+    pool = settled(two_engines)
     server = pool._fleet.engines[1].server
     key = pool._fleet._api_key
     for path, body in (

@@ -1,21 +1,21 @@
 """The process of one SGLang server: `python -m runner.rollout.sglang.entry`, started by server.py and by nobody else.
 
-Reads one line of JSON from stdin: {"server_args": {...}, "api_key": "...", "parent": pid}. The key travels there because
-arguments and environments of a process can be read by others and end up in logs. stdin then stays open: its end is the
-end of the driver, however it died, and takes this process and its children along.
+Reads one line of JSON from stdin: {"server_args": {...}, "api_key": "..."}. The key travels there because arguments and
+environments of a process can be read by others and end up in logs. stdin then stays open: its end is the end of the driver,
+however it died. A guard process waits for it and takes the whole process group along, the scheduler and detokenizer included:
+those ask the kernel to end them with their parent, but only late in their own start.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
+import select
 import signal
 import sys
-import threading
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+GUARD_SECONDS = 0.3  # between looks at whether the server itself still lives
 VERSION = "0.5.23"  # the plugin hooks private functions of exactly this version
 
 
@@ -24,8 +24,7 @@ def main() -> int:
     if not line:
         return 1
     asked: dict[str, Any] = json.loads(line)
-    _die_with(asked["parent"])
-    threading.Thread(target=_wait_for_end_of_driver, daemon=True).start()
+    _start_guard()
     import sglang
 
     if sglang.__version__ != VERSION:
@@ -49,17 +48,17 @@ def main() -> int:
     return 0
 
 
-def _die_with(parent: int) -> None:
-    """SIGKILL when the driver's thread that started us ends; the kernel sees to it even if no Python code runs any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        sys.exit(1)
-
-
-def _wait_for_end_of_driver() -> None:
-    while os.read(0, 4096):
-        pass
-    os.killpg(0, signal.SIGKILL)  # server.py starts us in a session of our own: our children are all of the group
+def _start_guard() -> None:
+    """Fork, before anything large is imported, a process that kills our group when the driver or we end."""
+    server = os.getpid()
+    if os.fork():
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        return
+    while os.getppid() == server:
+        readable, _, _ = select.select([0], [], [], GUARD_SECONDS)
+        if readable and not os.read(0, 4096):
+            break
+    os.killpg(0, signal.SIGKILL)  # server.py started us in a session of our own
 
 
 if __name__ == "__main__":

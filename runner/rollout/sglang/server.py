@@ -18,14 +18,13 @@ from runner.errors import UserError
 
 STUBS = Path(__file__).parent / "stubs"
 LOG_TAIL_BYTES = 200_000
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 6.0  # SGLang looks every 5 s whether it was asked to end
 
 
 class Server:
     """`start` returns as soon as the process runs; whether it answers is the client's to find out.
 
-    The process ends with this one, however this one ends: see entry.py. `start` must be called from a thread that lives as
-    long as the server shall (PR_SET_PDEATHSIG follows the thread).
+    The process ends with this one, however this one ends: see entry.py.
     """
 
     def __init__(self, index: int, arguments: dict[str, Any], *, host: str, api_key: str, log: Path, threads: int) -> None:
@@ -61,7 +60,7 @@ class Server:
                 env=self._environment(),
                 start_new_session=True,  # Ctrl-C on the terminal is the driver's to handle
             )
-        asked = {"server_args": {**self.arguments, **ports}, "api_key": self._api_key, "parent": os.getpid()}
+        asked = {"server_args": {**self.arguments, **ports}, "api_key": self._api_key}
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once; `failure` says why
             self._process.stdin.write(json.dumps(asked).encode() + b"\n")
