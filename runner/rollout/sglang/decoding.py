@@ -55,8 +55,7 @@ class Generation:
         self.routes: list[torch.Tensor] = []
         self.rows = 0
         self.spans: list[WeightSpan] = []
-        self.info: dict[str, Any] = {}
-        self.cached_tokens = 0
+        self.drafts = {"steps": 0, "accepted": 0, "proposed": 0}
 
     @property
     def where(self) -> str:
@@ -116,10 +115,10 @@ class Generation:
             self._extend_span(version_of(version), start + first, start + last)
         self.tokens += new
         self.logprobs += logprobs
-        self.cached_tokens += int(meta.get("cached_tokens") or 0)
-        for name in ("spec_accept_length", "spec_verify_ct"):
-            if name in meta:
-                self.info[name] = self.info.get(name, 0) + meta[name]
+        if meta.get("spec_verify_ct"):  # engine steps with drafts; each gives the accepted drafts and one token more
+            self.drafts["steps"] += int(meta["spec_verify_ct"])
+            self.drafts["accepted"] += int(meta["spec_num_correct_drafts"])
+            self.drafts["proposed"] += int(meta["spec_num_proposed_drafts"])
         return str(reason["type"])
 
     def _extend_span(self, version: int, start: int, stop: int) -> None:
@@ -147,7 +146,6 @@ class Generation:
             finish_reason=finish_reason,
             routes=torch.cat(self.routes) if self.routes else None,
             weight_spans=self.spans,
-            info=dict(self.info),
         )
 
 

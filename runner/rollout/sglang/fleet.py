@@ -148,6 +148,8 @@ class Fleet:
             if reason == "abort" and len(generation.tokens) < generation.room:
                 self.counters["continued"] += 1
                 continue
+            for name, count in generation.drafts.items():
+                self.counters[f"draft_{name}"] += count
             return generation.sample(Status.completed if reason == "stop" else Status.truncated, reason)
 
     async def _abort(self, engine: Engine, rid: str) -> None:

@@ -238,7 +238,7 @@ class SglangPool:
         )
 
     def metrics(self) -> dict[str, float]:
-        """`perf/rollout_*` and the pool's own counts since the last call."""
+        """`perf/rollout_*`, `rollout/spec_*` and the pool's own counts since the last call."""
         counters = self._fleet.counters
         metrics = {
             "perf/rollout_tokens": float(self._tokens),
@@ -247,6 +247,9 @@ class SglangPool:
             "rollout/requests_retried": counters["failures"],
             "rollout/requests_continued": counters["continued"],
         }
+        if counters["draft_proposed"]:
+            metrics["rollout/spec_accept_length"] = 1 + counters["draft_accepted"] / counters["draft_steps"]
+            metrics["rollout/spec_accept_rate"] = counters["draft_accepted"] / counters["draft_proposed"]
         if self._seconds:
             metrics["perf/rollout_tokens_per_second"] = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0

@@ -1,0 +1,48 @@
+"""Servers of other kinds on a CPU, each started once: block FP8, and greedy n-gram speculation with routes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import config, exported, reference_logprobs, reference_routes, requests
+
+pytestmark = pytest.mark.sglang
+
+
+def test_fp8_blocks_compute_with_their_effective_weights() -> None:
+    from runner.rollout.sglang import SglangPool
+
+    cfg = config("sglang", "model=tiny_moe", "precision=fp8_rollout")
+    pool = SglangPool(cfg)
+    try:
+        built, items = exported(cfg)
+        assert pool.update_weights(0, iter(items)).problems == []
+        assert sum(form == "fp8" for form in pool.describe().formats.values()) == len(pool.plan.quantized) > 0
+        for sample in pool.generate(requests(6)):
+            torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-3, rtol=0)
+    finally:
+        pool.close()
+
+
+def test_greedy_ngram_speculation_changes_neither_tokens_nor_routes() -> None:
+    """Training refuses speculation on a CPU, because SGLang verifies greedily there; at temperature 0 that is exact."""
+    from runner.rollout.sglang import SglangPool
+
+    cfg = config("sglang", "model=tiny_moe", "precision=bf16")
+    cfg.speculative = config("local", "speculative=ngram").speculative
+    pool = SglangPool(cfg)
+    try:
+        built, items = exported(cfg)
+        assert pool.update_weights(0, iter(items)).problems == []
+        samples = list(pool.generate(requests(8, temperature=0.0, max_response_tokens=60)))
+        for sample in samples:
+            with torch.no_grad():
+                greedy = built(sample.tokens[None]).logits[0].argmax(-1)[sample.prompt_length - 1 : -1]
+            assert torch.equal(sample.response_tokens, greedy)
+            torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
+            theirs = reference_routes(built, sample.tokens)
+            assert torch.equal(sample.routes.long().sort(-1).values, theirs.sort(-1).values)
+        metrics = pool.metrics()
+        assert metrics["rollout/spec_accept_length"] > 1.0 and 0 < metrics["rollout/spec_accept_rate"] <= 1.0
+    finally:
+        pool.close()
