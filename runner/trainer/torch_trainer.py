@@ -312,9 +312,8 @@ class TorchTrainer:
 
     def _freeze_reference(self) -> None:
         if self.cfg.algorithm.kl_coef:
-            self._reference = {name: master.detach().to(self.dtype) for name, master in self.optimizer.masters.items()}
-            if not self.optimizer.has_masters:
-                self._reference = {name: row.clone() for name, row in self._reference.items()}
+            # copies: with base_dtype=float32 the masters have the weights' dtype, and a view would follow the policy
+            self._reference = {name: row.detach().to(self.dtype, copy=True) for name, row in self.optimizer.masters.items()}
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:

@@ -22,7 +22,10 @@ RANKS = {"single": 1, "mix4": 4}
 WIDE: dict[str, object] = {"hidden_size": 64, "num_heads": 4, "expert_ffn_size": 64}
 MODELS: dict[str, dict[str, object]] = {
     "moe": {**MOE, **WIDE, "num_layers": 3, "num_kv_heads": 2, "tied_embeddings": False},
-    "dense": {**DENSE, **WIDE, "num_layers": 3, "num_kv_heads": 2, "num_dense_layers": 3, "expert_ffn_size": 0, "vocab_size": 273},
+    "dense": {
+        **DENSE, **WIDE, "num_layers": 3, "num_kv_heads": 2, "num_dense_layers": 3, "expert_ffn_size": 0,
+        "vocab_size": 273,  # padded to 274 with tp 2
+    },
     "mla": {**MLA, **WIDE, "num_kv_heads": 4, "kv_lora_rank": 32},
     "mla_q": {**MLA, **WIDE, "num_kv_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32},
     "mtp": {

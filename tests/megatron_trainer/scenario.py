@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from runner.models.vocabulary import PAD_ID
 from runner.samples import Batch
 from runner.schema import Config
 from runner.trainer.megatron import MegatronTrainer
@@ -24,10 +25,9 @@ class Result:
 
 
 def batch(cfg: Config, seed: int = 0, size: int = 8) -> Batch:
-    """Token 0 pads transformers' embedding, which then has no gradient; real samples do not contain it."""
+    """Random samples, with routes where they are replayed; one of them holds the padding token."""
     made = random_batch(cfg, size=size, seed=seed, routes=cfg.router_replay.trainer and bool(cfg.model.num_experts))
-    for sample in made.samples:
-        sample.tokens = sample.tokens.clamp_min(1)
+    made.samples[0].tokens[2] = PAD_ID
     return made
 
 
@@ -55,12 +55,12 @@ def run(trainer: Any, cfg: Config, steps: int = 2) -> Result:
 
 
 def assert_close(ours: Result, theirs: Result, *, logprob: float, relative: float, weight: float) -> None:
-    """Tolerances: absolute for logprobs and weights, relative for gradient norms and losses."""
+    """Tolerances: absolute for logprobs and weights, relative for gradient norms, entropies and losses (of 0.01 and more)."""
     assert (ours.logprobs - theirs.logprobs).abs().max() <= logprob
     for mine, other in zip(ours.metrics, theirs.metrics, strict=True):
         assert mine.keys() == other.keys()
         for name in ("train/loss", "train/entropy_loss", "train/grad_norm"):
-            assert abs(mine[name] - other[name]) <= relative * max(abs(other[name]), 1e-3), name
+            assert abs(mine[name] - other[name]) <= relative * max(abs(other[name]), 1e-2), name
     assert ours.weights.keys() == theirs.weights.keys()
     for name, tensor in ours.weights.items():
         assert tensor.shape == theirs.weights[name].shape, name

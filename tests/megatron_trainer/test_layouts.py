@@ -90,10 +90,10 @@ def test_losses_over_whole_sequences_and_several_updates() -> None:
         cfg = megatron_config("moe", layout, **changes)
         with megatron(cfg) as trainer:
             results.append(run(trainer, cfg))
-    _assert_same(results[1], results[0])
+    assert_close(results[1], results[0], logprob=3e-6, relative=1e-3, weight=0.05)
     assert results[0].metrics[0]["train/tis_clipfrac"] > 0 and results[0].metrics[1]["train/kl_loss"] > 0
     torch_cfg = config(MODELS["moe"], **changes)
-    _assert_same(results[0], run(TorchTrainer(torch_cfg), torch_cfg))
+    assert_close(results[0], run(TorchTrainer(torch_cfg), torch_cfg), logprob=3e-6, relative=2e-3, weight=0.05)
 
 
 def test_fewer_samples_than_data_parallel_ranks() -> None:

@@ -31,6 +31,23 @@ class PolicyModel(GPTModel):
     """A GPT whose last stage returns hidden states [S, 1, H] behind the last norm: scores.py computes logprobs from them in
     chunks, so that logits of all tokens never exist."""
 
+    padding_idx: int | None = None
+
+    def _preprocess(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The padding token's embedding gets no gradient, as in transformers (`nn.Embedding(padding_idx=...)`).
+
+        Its row starts at zero, where RMSNorm's Jacobian is 1 / sqrt(eps): one sampled padding token would give a gradient
+        of thousands, and clipping would then undo the whole step.
+        """
+        embedded, *rest = super()._preprocess(input_ids, *args, **kwargs)
+        if embedded is not None and self.padding_idx is not None:
+            padding = (input_ids == self.padding_idx).transpose(0, 1).unsqueeze(-1)
+            if self.config.sequence_parallel:
+                group = parallel_state.get_tensor_model_parallel_group()
+                padding = padding.chunk(group.size())[group.rank()]
+            embedded = torch.where(padding, embedded.detach(), embedded)
+        return embedded, *rest
+
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
@@ -78,7 +95,7 @@ def transformer_config(cfg: Config, hf_config: dict[str, Any]) -> TransformerCon
     return MLATransformerConfig(**values | arguments.rope_scaling(hf_config))
 
 
-def build_gpt(cfg: Config, config: TransformerConfig) -> GPTModel:
+def build_gpt(cfg: Config, config: TransformerConfig, hf_config: dict[str, Any]) -> GPTModel:
     """This pipeline stage's layers, on the rank's device in the base dtype, weights not yet loaded."""
     RouterReplay.clear_global_router_replay_instances()  # Megatron keeps them in a class-wide list
     model = PolicyModel(
@@ -88,6 +105,7 @@ def build_gpt(cfg: Config, config: TransformerConfig) -> GPTModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         **arguments.gpt_model(cfg),
     )
+    model.padding_idx = hf_config.get("pad_token_id")
     if arguments.Device.of(cfg).cuda:
         model.cuda(torch.cuda.current_device())
     _own_expert_replicas(model)

@@ -22,7 +22,7 @@ Read = Callable[[str], torch.Tensor]  # HF name -> weight [out, in], dequantized
 
 
 def open_weights(cfg: Config, family: Family) -> tuple[Read, dict[str, Any]]:
-    """(reader of single weights, the checkpoint's config.json; {} for a random start).
+    """(reader of single weights, the checkpoint's config.json, or the family's for a random start).
 
     A random start draws what trainer=torch draws from the same seed, in fp32, rounded to the base dtype.
     """
@@ -30,7 +30,7 @@ def open_weights(cfg: Config, family: Family) -> tuple[Read, dict[str, Any]]:
     if model.hf_checkpoint is None:
         built = build_model(model, dtype=torch.float32, seed=cfg.seed)
         weights = dict(disk_tensors(family, model, named_weights(model, built)))
-        return weights.__getitem__, {}
+        return weights.__getitem__, family.hf_config(model)
     source = open_source(_folder(model.hf_checkpoint))
     architectures = source.config.get("architectures") or []
     if not set(architectures) & set(family.architectures):

@@ -49,7 +49,7 @@ class Worker:
         self.version = self.schedule_step = 0
         read, hf_config = open_weights(cfg, self.family)
         self.transformer = model.transformer_config(cfg, hf_config)
-        self.model = model.build_gpt(cfg, self.transformer)
+        self.model = model.build_gpt(cfg, self.transformer, hf_config)
         self.places = model.places(cfg, self.family, self.model)
         model.load_weights(cfg, self.model, self.places, read)
         self.passengers = {name: read(name).to(torch.bfloat16) for name in export.passengers(cfg, self.family)}
