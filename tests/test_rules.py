@@ -92,9 +92,17 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b parallelism.rollout_gpus=4", "parallelism.rollout_gpus", "colocated", "colocate=false"),
     ("model=qwen3_30b trainer=torch", "trainer", "one process", "trainer=megatron"),
     ("model=qwen3_30b rollout=local", "rollout", "one engine on one device", "rollout=sglang"),
-    ("model=qwen3_30b parallelism.colocate=false", "rollout.weight_transport", "CUDA IPC", "weight_transport=distributed"),
+    ("model=qwen3_30b parallelism.colocate=false", "rollout.weight_transport", "memory of one host", "weight_transport=distributed"),
     ("model=qwen3_235b cluster.nodes=4", "cluster.nodes", "64 GPUs are needed", "cluster.nodes=8"),
     ("model=qwen3_235b cluster=local cluster.nodes=8", "cluster.nodes", "one machine", "cluster=ray"),
+    # Megatron
+    ("model=qwen3_30b trainer.router_fusion=true", "trainer.router_fusion", "ignores replayed routes", "router_fusion=false"),
+    ("model=qwen3_30b trainer.moe_token_dispatcher=allgather", "trainer.moe_token_dispatcher", "packed", "alltoall"),
+    ("model=qwen3_30b trainer.distributed_optimizer=false", "trainer.overlap_param_gather", "distributed", "=false"),
+    ("model=qwen3_30b precision.qat_placement=forward", "precision.qat_placement", "no main_grad", "in_place"),
+    ("model=qwen3_30b parallelism.tp=8", "parallelism.tp", "at least one", "parallelism.tp=4"),
+    ("trainer=megatron precision=fp8", "precision", "need CUDA", "trainer=torch"),
+    ("trainer=megatron trainer.precision_aware_optimizer=true", "trainer.precision_aware_optimizer", "needs CUDA", "=false"),
     # the loop
     ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p", "whole distribution", "top_p=1.0"),
     ("rollout.sampling.top_k=50", "rollout.sampling.top_k", "whole distribution", "top_k=-1"),

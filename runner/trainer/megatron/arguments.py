@@ -325,6 +325,12 @@ def check(cfg: Config) -> Family:
             key="precision",
             fix="precision=int4_qat or bf16 here, or trainer=torch, which simulates FP8",
         )
+    if cfg.precision.train.format is Format.nvfp4:
+        raise UserError(
+            "NVFP4 has a scale over a whole weight, which Megatron fuses and divides",
+            key="precision",
+            fix="precision=mxfp4_qat or int4_qat, or trainer=torch",
+        )
     if model.vision:
         raise UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
     everything(cfg)
