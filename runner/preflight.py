@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 
 from runner.errors import UserError, UserErrors
-from runner.schema import Config, Format, JsonlTaskConfig, Role
+from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
 
 PACKAGES = {  # option -> (module, name to install, what it is for)
     "trainer=megatron": ("megatron.core", "megatron-core", "Megatron's trainer ranks"),
     "rollout=sglang": ("sglang", "sglang (make setup-sglang)", "the SGLang servers"),
 }
+
+RDMA = Path("/sys/class/infiniband")
 
 
 def check(cfg: Config) -> None:
@@ -79,21 +81,42 @@ def _packages(cfg: Config) -> list[UserError]:
 
 
 def _engines(cfg: Config) -> list[UserError]:
-    """SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
-    live update of packed INT4 would be unpacked wrongly. A config of this kind can be planned, not run."""
+    """What the SGLang pool cannot do yet, though it can be planned.
+
+    SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
+    live update of packed INT4 would be unpacked wrongly.
+    """
+    if not isinstance(cfg.rollout, SglangRolloutConfig):
+        return []
+    errors = []
     roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
     dense = [role.name for role in roles if role is not Role.routed_expert]
-    if cfg.rollout.name != "sglang" or cfg.precision.rollout.format is not Format.int4 or not dense:
-        return []
-    if not cfg.parallelism.rollout_gpus:
-        return []
-    return [
-        UserError(
-            f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
-            key="precision.roles",
-            fix="precision=fp8 or bf16, rollout=local, or precision.roles=[routed_expert] on a mixture of experts",
+    if cfg.precision.rollout.format is Format.int4 and dense and cfg.parallelism.rollout_gpus:
+        errors.append(
+            UserError(
+                f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
+                key="precision.roles",
+                fix="precision=fp8 or bf16, rollout=local, or precision.roles=[routed_expert] on a mixture of experts",
+            )
         )
-    ]
+    if cfg.rollout.weight_transport == "p2p":
+        has = "has RDMA devices, but" if RDMA.is_dir() and any(RDMA.iterdir()) else "has no RDMA device, and"
+        errors.append(
+            UserError(
+                f"this machine {has} writing into engines' GPU memory is not verified by this version",
+                key="rollout.weight_transport",
+                fix="rollout.weight_transport=distributed or disk_delta",
+            )
+        )
+    if cfg.cluster.nodes > 1:
+        errors.append(
+            UserError(
+                f"the SGLang pool starts its servers on one machine, the run has {cfg.cluster.nodes} nodes",
+                key="cluster.nodes",
+                fix="a parallelism of one node",
+            )
+        )
+    return errors
 
 
 def _files(cfg: Config) -> list[UserError]:

@@ -136,6 +136,13 @@ def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:
         preflight.check(cfg)
 
 
+def test_transports_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UserErrors, match="NCCL cannot broadcast between two processes on one GPU"):
+        load("recipe=qwen3_30b_int4", "rollout.weight_transport=distributed")
+    with pytest.raises(UserErrors, match="no RDMA device|not verified by this version"):
+        preflight.check(load("model=tiny_moe", *CPU, "rollout.weight_transport=p2p"))
+
+
 def test_cuda_graphs_that_do_not_cover_the_concurrency_are_a_warning() -> None:
     cfg = load("recipe=qwen3_30b_int4")
     assert arguments.warnings(cfg) == []

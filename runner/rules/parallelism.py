@@ -155,7 +155,7 @@ def engines(cfg: Config) -> Iterator[UserError]:
     rollout = cfg.rollout
     if isinstance(rollout, SglangRolloutConfig) and rollout.weight_transport == "tensor" and not par.colocate:
         yield UserError(
-            "weight_transport=tensor hands over GPU memory by CUDA IPC, which needs trainer and engines on the same GPUs",
+            "weight_transport=tensor goes through the memory of one host, where trainer and engines share its GPUs",
             key="rollout.weight_transport",
             fix="rollout.weight_transport=distributed",
         )

@@ -54,6 +54,12 @@ def limits(cfg: Config) -> Iterator[UserError]:
     if cfg.rollout.use_router:
         reason = "SGLang's router drops recorded routes" if cfg.router_replay.rollout else "the pool balances its engines itself"
         yield UserError(reason, key="rollout.use_router", fix="rollout.use_router=false")
+    if cfg.rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not arguments.on_cpu(cfg):
+        yield UserError(
+            "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
+            key="rollout.weight_transport",
+            fix="rollout.weight_transport=tensor, or parallelism.colocate=false",
+        )
     if cfg.rollout.cpu_engines < 1:
         yield UserError(f"{cfg.rollout.cpu_engines} servers", key="rollout.cpu_engines", fix="rollout.cpu_engines=1")
     if arguments.on_cpu(cfg) and cfg.model.kv_lora_rank:

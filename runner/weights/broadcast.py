@@ -6,6 +6,7 @@ anew for every session, so an engine that was started again needs no place in an
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -47,13 +48,22 @@ class Piece:
 def join(meeting: Meeting, rank: int) -> Any:
     """The process group; blocks until all `size` ranks are there. Raises torch's DistError when they are not in time."""
     timeout = timedelta(seconds=meeting.timeout_seconds)
-    store = dist.TCPStore(meeting.host, meeting.port, meeting.size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    store = open_store(meeting.host, meeting.port, meeting.size, rank == 0, timeout)
     prefixed = dist.PrefixStore("runner-weights", store)
     if meeting.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(prefixed, rank, meeting.size, options)
     return dist.ProcessGroupGloo(prefixed, rank, meeting.size, timeout)
+
+
+def open_store(host: str, port: int, size: int, is_master: bool, timeout: timedelta) -> Any:
+    """A TCPStore whose server listens on `host` alone; torch's own choice is every interface of the machine."""
+    listener = None
+    if is_master:
+        opened = socket.create_server((host, port), backlog=max(128, size))
+        listener = opened.detach()
+    return dist.TCPStore(host, port, size, is_master, timeout, wait_for_workers=False, master_listen_fd=listener)
 
 
 def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Piece]:

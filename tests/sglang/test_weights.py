@@ -165,3 +165,31 @@ def test_a_plan_that_the_engine_does_not_follow_stops_the_start(sglang_fp32: Any
     finally:
         pool.plan = plan
     pool._audit()
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_other_pause_modes_keep_requests_inside_the_server(sglang_fp32: Any, mode: str) -> None:
+    """The server itself goes on with a sample: over a cache of the new weights (retract) or of both (in_place: mixed)."""
+    pool = sglang_fp32.pool
+    built = sglang_fp32.fresh()
+    other, items = exported(sglang_fp32.cfg, seed=2)
+    settings = pool._fleet.settings
+    pool._fleet.settings = dataclasses.replace(settings, pause_mode=mode)
+    pool.metrics()
+    try:
+        short, long = requests(1, max_response_tokens=4, routes=False), requests(4, max_response_tokens=200, routes=False)
+        run = pool.generate([*short, *[dataclasses.replace(r, prompt_id=f"long{i}") for i, r in enumerate(long)]])
+        next(run)
+        sglang_fp32.sync(items, 1)
+        samples = list(run)
+    finally:
+        pool._fleet.settings = settings
+    assert len(by_key(samples)) == 4 and pool.metrics()["rollout/requests_continued"] == 0
+    for sample in samples:
+        old, new = sample.weight_spans
+        assert (old.version, old.start, new.version, new.stop) == (0, 0, 1, 200) and old.stop == new.start
+        before = reference_logprobs(built, sample)[: old.stop]
+        torch.testing.assert_close(sample.rollout_logprobs[: old.stop], before, atol=1e-4, rtol=0)
+        after = (sample.rollout_logprobs - reference_logprobs(other, sample))[new.start + 1 :].abs().max()
+        assert after < 1e-4 if mode == "retract" else after > 1e-3
+    sglang_fp32.fresh()

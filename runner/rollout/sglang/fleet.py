@@ -83,6 +83,7 @@ class Fleet:
         self._updating = asyncio.Lock()
         self._homes: OrderedDict[str, Engine] = OrderedDict()
         self._tasks: list[asyncio.Task[None]] = []
+        self._aborting: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def start(self) -> None:
@@ -141,7 +142,9 @@ class Fleet:
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
                 continue
             except asyncio.CancelledError:
-                self._tasks.append(asyncio.create_task(self._abort(engine, body["rid"])))
+                aborting = asyncio.create_task(self._abort(engine, body["rid"]))
+                self._aborting.add(aborting)
+                aborting.add_done_callback(self._aborting.discard)
                 raise
             finally:
                 engine.outstanding -= cost

@@ -1,14 +1,32 @@
-"""Hooks for every device: no key in a log."""
+"""Hooks for every device: no key in a log, no port that is open to the network."""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.weights import broadcast
+
 
 def register() -> None:
     HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_keys, HookType.AFTER)
+    _local_store()
+
+
+def _local_store() -> None:
+    """An engine's processes meet at a store of torch's, which listens on every interface although its address is loopback."""
+    from torch.distributed import rendezvous
+
+    original = rendezvous._create_c10d_store
+
+    def create(host: str, port: int, rank: int, size: int, timeout: timedelta, use_libuv: bool = True) -> Any:
+        if host not in ("127.0.0.1", "localhost"):
+            return original(host, port, rank, size, timeout, use_libuv)
+        return broadcast.open_store("127.0.0.1", port, size, rank == 0, timeout)
+
+    rendezvous._create_c10d_store = create
 
 
 def _without_keys(result: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
