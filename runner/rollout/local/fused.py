@@ -93,6 +93,10 @@ class _Weights:
         """Weights that have a matmul of their own, outside compiled code."""
         return not self.packed and any(isinstance(piece, Int4Weight | TransientWeight) for piece in self.pieces)
 
+    def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x [M, in] -> out [M, all outputs], by the pieces' own matmuls."""
+        torch.cat([piece(x) if isinstance(piece, nn.Linear) else piece.linear(x) for piece in self.pieces], dim=1, out=out)
+
     def arguments(self) -> tuple[np.ndarray, int, int]:
         if self._named is None:
             self._named = self._pack() if self.packed else self._dense()
@@ -144,11 +148,7 @@ class _Scratch:
         self._whole: dict[str, torch.Tensor] = {}
         self._cut: dict[tuple[str, int], tuple[torch.Tensor, np.ndarray]] = {}
 
-    def take(self, name: str, rows: int, columns: int) -> np.ndarray:
-        """[rows rounded up, columns]"""
-        return self.take_both(name, rows, columns)[1]
-
-    def take_both(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, np.ndarray]:
+    def take(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, np.ndarray]:
         """The same memory as a tensor and as an array."""
         padded = -(-rows // cpu_kernels.ROW_BLOCK) * cpu_kernels.ROW_BLOCK
         if (name, padded) not in self._cut:
@@ -175,7 +175,9 @@ class FusedDecoder:
         self.embedding = as_array(decoder.embed_tokens.weight)
         self.last_norm = as_array(decoder.norm.weight)
         self.routes = np.zeros((0, 0, 0), dtype=np.int64)  # [L, N, K] of the last forward
-        self.splits = not any(layer.gate_up.transient for layer in self.layers)  # every part would decode all experts
+        self.splits = not any(  # every part would decode all weights
+            weights.transient for layer in self.layers for weights in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        )
         self._scratch: list[_Scratch] = []
         self._no_rows = np.zeros((1, self.hidden), self.embedding.dtype)
 
@@ -244,28 +246,44 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Normed hidden states [N rounded up, H] of a part; routes [L, N, K] are written."""
         count, size = len(tokens), self.hidden
-        hidden = scratch.take("hidden", count, size)[:count]
+        hidden = scratch.take("hidden", count, size)[1][:count]
         np.take(self.embedding, tokens, axis=0, out=hidden)
-        normed_t, normed = scratch.take_both("normed", count, size)
-        qkv = scratch.take("qkv", count, (self.heads + 2 * self.groups) * self.head_dim)
-        seen = scratch.take("seen", count, self.heads * self.head_dim)
-        mixed = scratch.take("mixed", count, size)
+        normed_t, normed = scratch.take("normed", count, size)
+        qkv_t, qkv = scratch.take("qkv", count, (self.heads + 2 * self.groups) * self.head_dim)
+        seen_t, seen = scratch.take("seen", count, self.heads * self.head_dim)
+        mixed_t, mixed = scratch.take("mixed", count, size)
         one_place, one_share = np.arange(count).reshape(-1, 1), np.ones((count, 1), np.float32)
         added, place, share = self._no_rows, one_place[:, :0], one_share[:, :0]
         moe = 0
         for layer, (keys, values) in zip(self.layers, caches, strict=True):
-            failed = cpu_kernels.attention_block(
-                hidden, added, place, share, layer.attention_norm, self.epsilon, normed, qkv, *layer.qkv.arguments()[:2],
-                layer.query_norm, layer.key_norm, angles[0], angles[1], slot, position, self.scale, keys, values, seen,
-                *layer.output.arguments()[:2], mixed, layer.mlp_norm,
-            )  # fmt: skip
-            _check(failed)
+            if layer.qkv.transient or layer.output.transient:
+                cpu_kernels.add_norm(hidden, added, place, share, layer.attention_norm, self.epsilon, normed)
+                layer.qkv.multiply(normed_t, qkv_t)
+                cpu_kernels.attend(
+                    qkv.reshape(len(qkv), -1, 2, self.head_dim // 2), layer.query_norm, layer.key_norm, self.epsilon, *angles,
+                    slot, position, self.scale, keys, values, seen.reshape(len(seen), self.heads, -1),
+                )  # fmt: skip
+                layer.output.multiply(seen_t, mixed_t)
+                cpu_kernels.add_norm(hidden, mixed, one_place, one_share, layer.mlp_norm, self.epsilon, normed)
+            else:
+                failed = cpu_kernels.attention_block(
+                    hidden, added, place, share, layer.attention_norm, self.epsilon, normed, qkv, *layer.qkv.arguments()[:2],
+                    layer.query_norm, layer.key_norm, *angles, slot, position, self.scale, keys, values, seen,
+                    *layer.output.arguments()[:2], mixed, layer.mlp_norm,
+                )  # fmt: skip
+                _check(failed)
             if layer.gate is None:
                 place, share = one_place, one_share
-                both, inner = scratch.take("both", count, 2 * layer.width), scratch.take("inner", count, layer.width)
-                added = scratch.take("added", count, size)
-                up, down = layer.gate_up.arguments(), layer.down.arguments()
-                _check(cpu_kernels.dense_block(normed, *up[:2], both, inner, *down[:2], added))
+                both_t, both = scratch.take("both", count, 2 * layer.width)
+                inner_t, inner = scratch.take("inner", count, layer.width)
+                added_t, added = scratch.take("added", count, size)
+                if layer.gate_up.transient or layer.down.transient:
+                    layer.gate_up.multiply(normed_t, both_t)
+                    cpu_kernels.gate_activation(both, inner)
+                    layer.down.multiply(inner_t, added_t)
+                else:
+                    up, down = layer.gate_up.arguments(), layer.down.arguments()
+                    _check(cpu_kernels.dense_block(normed, *up[:2], both, inner, *down[:2], added))
             else:
                 added, place, share = self._experts(scratch, layer, normed, routes[moe])
                 moe += 1
@@ -280,10 +298,10 @@ class FusedDecoder:
         experts, pairs = len(layer.gate), index.size
         place, share = np.empty(index.shape, np.int64), np.empty(index.shape, np.float32)
         room = cpu_kernels.room_for_experts(pairs, experts)
-        rows_t, rows = scratch.take_both("rows", room, self.hidden)
-        both_t, both = scratch.take_both("both", room, 2 * layer.width)
-        inner_t, inner = scratch.take_both("inner", room, layer.width)
-        added_t, added = scratch.take_both("expert rows", room, self.hidden)
+        rows_t, rows = scratch.take("rows", room, self.hidden)
+        both_t, both = scratch.take("both", room, 2 * layer.width)
+        inner_t, inner = scratch.take("inner", room, layer.width)
+        added_t, added = scratch.take("expert rows", room, self.hidden)
         if not layer.gate_up.transient:
             up, down = layer.gate_up.arguments(), layer.down.arguments()
             _check(

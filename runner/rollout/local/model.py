@@ -18,7 +18,7 @@ from runner.rollout.local.attention import ATTENTION, LENGTH_BUCKET, KVCache, St
 from runner.rollout.local.experts import EngineExperts, EngineLinear
 from runner.rollout.local.fused import FusedDecoder, share_storage, stackable, unsupported
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
-from runner.rollout.local.weights import DenseWeight, Int4Weight, ResidentWeight, resident_weight
+from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
 from runner.schema import ModelConfig
 
 
@@ -52,10 +52,6 @@ class EngineModel:
                 for linears in stackable(layer):
                     share_storage(linears)
         self._install()
-        if not self.not_fused and any(
-            isinstance(module, EngineLinear) and not isinstance(module.resident, Int4Weight) for module in self.decoder.modules()
-        ):
-            self.not_fused = "linear layers outside the experts that are neither dense nor packed INT4"
         self.fused = None if self.not_fused else FusedDecoder(self.decoder, self.head, dtype, model.experts_top_k)
         self._fused_last = False
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
