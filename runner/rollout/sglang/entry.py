@@ -39,7 +39,7 @@ def main() -> int:
     from runner.rollout.sglang import plugin
 
     if not plugin.registered:
-        print("error: SGLang did not load runner's plugin: make setup-sglang installs its entry point", file=sys.stderr)
+        print("error: SGLang did not load runner's plugin (above is why, or make setup-sglang installs it)", file=sys.stderr)
         return 1
     try:
         run_server(ServerArgs(**asked["server_args"], api_key=asked["api_key"]))

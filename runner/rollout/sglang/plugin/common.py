@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from datetime import timedelta
 from typing import Any
 
@@ -17,8 +18,7 @@ def register() -> None:
 
 def _local_store() -> None:
     """An engine's processes meet at a store of torch's, which listens on every interface although its address is loopback."""
-    from torch.distributed import rendezvous
-
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
     original = rendezvous._create_c10d_store
 
     def create(host: str, port: int, rank: int, size: int, timeout: timedelta, use_libuv: bool = True) -> Any:
