@@ -88,3 +88,19 @@ def flipped(item: ExportedTensor, part: str) -> ExportedTensor:
     parts = {name: tensor.clone() for name, tensor in item.parts.items()}
     parts[part].reshape(-1).view(torch.uint8)[5] ^= 1
     return ExportedTensor(item.name, item.format, parts)
+
+
+class Running:
+    """A pool, its config, and the weights that a test starts from."""
+
+    def __init__(self, pool: Any, cfg: Config) -> None:
+        self.pool, self.cfg = pool, cfg
+        self.model, self.items = exported(cfg)
+
+    def fresh(self, version: int = 0) -> torch.nn.Module:
+        self.sync(self.items, version)
+        return self.model
+
+    def sync(self, items: list[ExportedTensor], version: int) -> None:
+        report = self.pool.update_weights(version, iter(items))
+        assert report.problems == []

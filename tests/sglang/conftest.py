@@ -6,31 +6,11 @@ A test leaves a pool with any weights; it brings its own with `fresh`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import torch
-from cases import config, exported
+from cases import Running, config
 
 from runner.rollout.local import LocalPool
-from runner.samples import ExportedTensor
-from runner.schema import Config
-
-
-class Running:
-    """A pool, its config, and the weights that a test starts from."""
-
-    def __init__(self, pool: Any, cfg: Config) -> None:
-        self.pool, self.cfg = pool, cfg
-        self.model, self.items = exported(cfg)
-
-    def fresh(self, version: int = 0) -> torch.nn.Module:
-        self.sync(self.items, version)
-        return self.model
-
-    def sync(self, items: list[ExportedTensor], version: int) -> None:
-        report = self.pool.update_weights(version, iter(items))
-        assert report.problems == []
 
 
 @pytest.fixture(scope="session")

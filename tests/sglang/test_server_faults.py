@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from cases import by_key, config, exported, reference_logprobs, requests
+from cases import Running, by_key, config, exported, reference_logprobs, requests
 
 from runner import folder
 from runner.errors import UserError
@@ -29,8 +29,6 @@ pytestmark = pytest.mark.sglang
 
 @pytest.fixture(scope="module")
 def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from conftest import Running
-
     from runner.rollout.sglang import SglangPool
 
     before = folder._current

@@ -10,7 +10,6 @@ import torch
 from cases import by_key, config, exported, flipped, reference_logprobs, reference_routes, requests
 
 from runner.errors import UserError
-from runner.rollout.sglang.fleet import EngineUpdate
 
 pytestmark = pytest.mark.sglang
 
@@ -41,13 +40,19 @@ def test_shares_that_changed(sglang_int4: Any) -> None:
     assert other.arrived == len(others) and other.resident_checked == sglang_int4.cfg.mismatch.residency_tensors
 
 
+def _answer_of(pool: Any) -> Any:
+    from runner.rollout.sglang.fleet import EngineUpdate  # SGLang's packages are not installed everywhere
+
+    return EngineUpdate(pool._fleet.engines[0])
+
+
 def _resident_check(running: Any, names: list[str], change: Any) -> list[str]:
     """Load the items, then ask the residency check about a set of files in which `change` was made."""
     running.fresh()
     pool = running.pool
     changed = [change(item) if item.name in names else item for item in running.items]
     other = pool._weight_writer().write(99, iter(changed), None)
-    update = EngineUpdate(pool._fleet.engines[0])
+    update = _answer_of(pool)
     parts = other.parts_of(names)
     try:
         pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
@@ -81,7 +86,7 @@ def test_effective_weights_that_were_not_derived_again_are_found(sglang_int4: An
     pool = sglang_int4.pool
     _, others = exported(sglang_int4.cfg, seed=2)
     other = pool._weight_writer().write(99, iter(others), None)
-    update = EngineUpdate(pool._fleet.engines[0])
+    update = _answer_of(pool)
     parts = other.parts_of(["model.layers.1.mlp.experts.3.down_proj.weight"])
     try:
         pool._loop.run(pool._fleet._send("load", [update], other, list(other.digests), digests=other.digests))
@@ -102,7 +107,7 @@ def test_names_that_the_engine_does_not_know_are_found(sglang_fp32: Any) -> None
         item, name="model.layers.0.mystery.weight", parts={"model.layers.0.mystery.weight": torch.ones(3, 4)}
     )
     other = pool._weight_writer().write(99, iter([strange]), None)
-    update = EngineUpdate(pool._fleet.engines[0])
+    update = _answer_of(pool)
     try:
         pool._loop.run(pool._fleet._send("check", [update], other, list(strange.parts), parts=list(strange.parts), repacked=[]))
     finally:
