@@ -92,7 +92,12 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b parallelism.rollout_gpus=4", "parallelism.rollout_gpus", "colocated", "colocate=false"),
     ("model=qwen3_30b trainer=torch", "trainer", "one process", "trainer=megatron"),
     ("model=qwen3_30b rollout=local", "rollout", "one engine on one device", "rollout=sglang"),
-    ("model=qwen3_30b parallelism.colocate=false", "rollout.weight_transport", "memory of one host", "weight_transport=distributed"),
+    (
+        "model=qwen3_30b parallelism.colocate=false",
+        "rollout.weight_transport",
+        "memory of one host",
+        "weight_transport=distributed",
+    ),
     ("model=qwen3_235b cluster.nodes=4", "cluster.nodes", "64 GPUs are needed", "cluster.nodes=8"),
     ("model=qwen3_235b cluster=local cluster.nodes=8", "cluster.nodes", "one machine", "cluster=ray"),
     # Megatron

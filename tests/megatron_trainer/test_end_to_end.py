@@ -1,0 +1,49 @@
+"""The command line with Megatron ranks: a short run, its resume, its INT4 export, and what audit says about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.megatron
+
+ROOT = Path(__file__).parents[2]
+
+
+def _runner(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "runner", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.timeout(600)
+def test_run_resume_export_audit(tmp_path: Path) -> None:
+    overrides = [
+        "trainer=megatron", "parallelism=cpu_tp2", "tracking=none", f"outputs_dir={tmp_path}", "run_name=tp2", "steps=2",
+        "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "checkpoint.interval_steps=1",
+        "warm_start.max_steps=10", "warm_start.check_interval_steps=10", "warm_start.stop_at_reward=0.0",
+        "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=1", "mismatch.decompose_samples=4",
+    ]  # fmt: skip
+    _runner(*overrides)
+    folder = tmp_path / "tp2"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["train/nan_steps"] == 0
+        assert row["train/train_rollout_logprob_abs_diff"] < 0.05, "the engine computes with other weights than the trainer"
+        assert row["router_replay/disagreement"] < 0.2
+    _runner(f"resume={folder}", "steps=3", f"outputs_dir={tmp_path}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and json.loads((folder / "status.json").read_text())["state"] == "completed"
+    _runner("export", f"run={folder}", f"target={tmp_path / 'int4'}", "format=int4", "parallelism=single")
+    _runner("export", f"run={folder}", f"target={tmp_path / 'bf16'}", "format=bf16")
+    converted = tmp_path / "converted"
+    _runner("convert", f"source={tmp_path / 'bf16'}", f"target={converted}", "precision=int4_qat", "precision.group_size=32")
+    assert "no differences" in _runner("audit", str(tmp_path / "int4"), str(converted)).stdout
