@@ -383,6 +383,7 @@ class WatchRuleConfig:
     above: Optional[float] = MISSING
     below: Optional[float] = MISSING
     jump_ratio: Optional[float] = MISSING  # value over its running mean of earlier steps; under 1: fires below it
+    jump_floor: Optional[float] = MISSING  # a jump to less than this is noise
     drop_against_baseline: Optional[float] = MISSING  # absolute, against `baseline_run` at the same step
     patience_steps: int = MISSING  # consecutive steps that must break the rule
     action: WatchAction = MISSING

@@ -5,6 +5,7 @@ A rule (config group `watch`) compares one metric with a bound or with its own p
     above, below            fixed bounds
     jump_ratio              the value over the running mean of the `window_steps` earlier values that kept the rule;
                             a ratio of 1 or more fires above it (a jump), one under 1 fires below it (a collapse)
+    jump_floor              a jump to a value under it does not count: three times next to nothing is next to nothing
     drop_against_baseline   how far the value may lie under `watch.baseline_run` at the same step; without a baseline
                             run such a rule is idle
 
@@ -109,7 +110,9 @@ class Watcher:
             return f"is below {rule.below:g}"
         if rule.jump_ratio is not None and len(state.history) >= self.window:
             mean = sum(state.history) / len(state.history)
-            jumped = value > rule.jump_ratio * mean if rule.jump_ratio >= 1 else value < rule.jump_ratio * mean
+            jumped = value > max(rule.jump_ratio * mean, rule.jump_floor or 0.0)
+            if rule.jump_ratio < 1:
+                jumped = value < rule.jump_ratio * mean
             if mean > 0 and jumped:
                 return (
                     f"is {value / mean:.2g} x its mean over {self.window} earlier steps, {mean:.4g} (bound {rule.jump_ratio:g} x)"
@@ -139,6 +142,8 @@ def _check_rule(name: str, rule: WatchRuleConfig) -> None:
         raise UserError("the rule has no bound", key=key, fix=f"set one of {', '.join(bounds)}, or {key}.enabled=false")
     if rule.jump_ratio is not None and not (rule.jump_ratio > 0 and math.isfinite(rule.jump_ratio)):
         raise UserError(f"jump_ratio {rule.jump_ratio} is not positive", key=key, fix="2 fires at a doubling, 0.5 at a halving")
+    if rule.jump_floor is not None and (rule.jump_ratio is None or rule.jump_ratio < 1):
+        raise UserError("jump_floor belongs to a jump_ratio of 1 or more", key=key, fix=f"{key}.jump_floor=null")
     if rule.patience_steps < 1:
         raise UserError(f"patience_steps {rule.patience_steps} is less than 1", key=key, fix=f"{key}.patience_steps=1")
 

@@ -21,7 +21,7 @@ NUMERICS = {"mismatch/quantization_abs": 0.0, "mismatch/routing_abs": 0.0, "mism
 
 
 def rule(metric: str, **changes: Any) -> schema.WatchRuleConfig:
-    values: dict[str, Any] = dict.fromkeys(("above", "below", "jump_ratio", "drop_against_baseline"))
+    values: dict[str, Any] = dict.fromkeys(("above", "below", "jump_ratio", "jump_floor", "drop_against_baseline"))
     values |= {"metric": metric, "patience_steps": 1, "action": schema.WatchAction.warn, "enabled": True}
     return schema.WatchRuleConfig(**(values | changes))
 
@@ -49,6 +49,13 @@ def test_bounds() -> None:
     watcher = Watcher(config(a=rule("m", above=1.0), b=rule("n", below=0.5)))
     assert fired(watcher, "m", [0.9, 1.0, 1.1]) == [2]
     assert fired(watcher, "n", [0.6, 0.5, 0.4]) == [2]
+
+
+def test_a_jump_below_the_floor_is_noise() -> None:
+    watcher = Watcher(config(a=rule("m", jump_ratio=3.0, jump_floor=1e-3)))
+    assert fired(watcher, "m", [1e-5] * 4 + [9e-4, 1e-5, 1e-5, 1e-5, 2e-3]) == [8]
+    with pytest.raises(UserError, match="jump_floor"):
+        Watcher(config(a=rule("m", above=1.0, jump_floor=1e-3)))
 
 
 def test_fires_once_per_episode_after_patience() -> None:
