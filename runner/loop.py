@@ -96,9 +96,8 @@ def _step(c: Components, step: int) -> dict[str, float]:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
     if decision := c.decisions.at_end_of(step, c.pool):
-        c.tracker.event(
-            EVENT, f"after step {step + 1}: the rollout pool decided {decision}", {"step": step, "decision": decision}
-        )
+        message = f"after step {step + 1}: {decision['summary']}"
+        c.tracker.event(EVENT, message, {"step": step, "decision": decision})
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
 

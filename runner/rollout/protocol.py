@@ -68,7 +68,8 @@ class RolloutPool(Protocol):
     def load_state(self, state: dict[str, Any]) -> None: ...
 
     def decide(self) -> dict[str, Any] | None:
-        """At the end of a step: put a decision that was measured into effect and return it; None when there is none."""
+        """At the end of a step: put a decision that was measured into effect and return it; None when there is none.
+        Its `summary` is the line that the user reads."""
         ...
 
     def apply(self, decision: dict[str, Any]) -> None:

@@ -93,8 +93,11 @@ class Speculation:
 
     def _compare(self) -> None:
         per_token = {kind: seconds / max(tokens, 1) for kind, (_, tokens, seconds) in self._timed.items()}
+        disabled = per_token[True] > per_token[False]
+        times = f"{1e6 * per_token[True]:.1f} us per token with it, {1e6 * per_token[False]:.1f} without"
         self.verdict = {
-            "disabled": per_token[True] > per_token[False],
+            "summary": f"speculation {'off' if disabled else 'stays on'}: {times}",
+            "disabled": disabled,
             "seconds_per_token_speculative": per_token[True],
             "seconds_per_token_plain": per_token[False],
             "steps_of_each_kind": self.decide_after,
