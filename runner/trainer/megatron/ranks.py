@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
+from runner.folder import logs_of_this_run
 from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
 
@@ -51,7 +52,7 @@ class LocalRanks:
 
     def _spawn(self, rank: int) -> None:
         ours, theirs = socket.socketpair()
-        with theirs, self.log(rank).open("wb") as output:
+        with theirs, self.log(rank).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
                 env=os.environ | arguments.environment(self.cfg),
@@ -64,8 +65,8 @@ class LocalRanks:
         self._connections.append(Connection(ours.detach()))
 
     def log(self, rank: int) -> Path:
-        """Everything that a rank printed."""
-        return Path(self._scratch.name) / f"rank_{rank}.log"
+        """Everything that a rank printed; in the run's logs/ where there is a run."""
+        return (logs_of_this_run() or Path(self._scratch.name)) / f"trainer_rank_{rank}.log"
 
     @property
     def pids(self) -> list[int]:

@@ -410,5 +410,7 @@ def initialize(cfg: Config, rank: int, rendezvous: str, local_rank: int = 0) -> 
         cpu_shim.install()
     timeout = timedelta(seconds=arguments.trainer_config(cfg).rank_timeout_seconds)
     dist.init_process_group(device.backend, init_method=rendezvous, rank=rank, world_size=cfg.parallelism.ranks, timeout=timeout)
-    parallel_state.initialize_model_parallel(**arguments.parallel_state(cfg), distributed_timeout_minutes=timeout.seconds / 60)
+    parallel_state.initialize_model_parallel(
+        **arguments.parallel_state(cfg), distributed_timeout_minutes=timeout.total_seconds() / 60
+    )
     model_parallel_cuda_manual_seed(cfg.seed)
