@@ -50,6 +50,7 @@ def die_with_parent() -> None:
 def _start(connection: Connection) -> Any:
     """Build the worker from the first message; None when that failed (the driver has been told)."""
     cfg, rank, rendezvous, local_rank = wire.receive(connection)
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # Megatron imports it where it can; only the driver logs
     try:
         from runner.trainer.megatron import worker
 
