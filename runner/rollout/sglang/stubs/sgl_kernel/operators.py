@@ -217,23 +217,24 @@ def _parent(node: int, chosen: list[int], parents: list[int], topk: int, count: 
 
 def verify_tree_greedy_cpu(
     predicts: torch.Tensor, accept_index: torch.Tensor, accept_token_num: torch.Tensor, candidates: torch.Tensor,
-    retrieve_index: torch.Tensor, next_token: torch.Tensor, next_sibling: torch.Tensor, target_predict: torch.Tensor,
+    retrive_index: torch.Tensor, retrive_next_token: torch.Tensor, retrive_next_sibling: torch.Tensor,
+    target_predict: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Follow the target's argmax down each tree as far as drafts agree with it."""
+    """Follow the target's argmax down each tree as far as drafts agree with it. SGLang passes these names, so spelt."""
     wanted = target_predict.flatten()
     for row in range(candidates.shape[0]):
-        last = int(retrieve_index[row, 0])
+        last = int(retrive_index[row, 0])
         accept_index[row, 0] = last
         accepted, current = 0, 0
         for _ in range(1, accept_index.shape[1]):
-            current = int(next_token[row, current])
+            current = int(retrive_next_token[row, current])
             while current != -1 and int(candidates[row, current]) != int(wanted[last]):
-                current = int(next_sibling[row, current])
+                current = int(retrive_next_sibling[row, current])
             if current == -1:
                 break
             predicts[last] = wanted[last]
             accepted += 1
-            last = int(retrieve_index[row, current])
+            last = int(retrive_index[row, current])
             accept_index[row, accepted] = last
         accept_token_num[row] = accepted
         predicts[last] = wanted[last]
