@@ -26,6 +26,7 @@ from runner.weights.stream import SealedTensor, seal, wire_bytes
 
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
+PREFIX = "runner-weights-"  # then the process id of the driver
 BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
 
 
@@ -139,7 +140,16 @@ def shared_memory_folder(needed_bytes: int) -> Path:
     root: str | None = None
     if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 3 * needed_bytes:
         root = str(shared)
-    return Path(tempfile.mkdtemp(prefix="runner-weights-", dir=root))
+    _remove_abandoned(Path(root or tempfile.gettempdir()))
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Folders of drivers that were killed: shared memory is not given back by itself."""
+    for folder in root.glob(f"{PREFIX}*-*"):
+        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
