@@ -78,7 +78,7 @@ def test_losses_over_whole_sequences_and_several_updates() -> None:
     changes: dict[str, object] = {
         "algorithm.estimator": Estimator.gspo,
         "algorithm.correction": Correction.mis,
-        "algorithm.correction_high": 50.0,
+        "algorithm.correction_high": 2.0,
         "algorithm.updates_per_rollout": 2,
         "algorithm.entropy_coef": 0.01,
         "algorithm.kl_coef": 0.05,
@@ -91,7 +91,7 @@ def test_losses_over_whole_sequences_and_several_updates() -> None:
         with megatron(cfg) as trainer:
             results.append(run(trainer, cfg))
     assert_close(results[1], results[0], logprob=3e-6, relative=1e-3, weight=0.05)
-    assert results[0].metrics[0]["train/tis_clipfrac"] > 0 and results[0].metrics[1]["train/kl_loss"] > 0
+    assert max(row["train/tis_clipfrac"] for row in results[0].metrics) > 0 and results[0].metrics[1]["train/kl_loss"] > 0
     torch_cfg = config(MODELS["moe"], **changes)
     assert_close(results[0], run(TorchTrainer(torch_cfg), torch_cfg), logprob=3e-6, relative=2e-3, weight=0.05)
 
