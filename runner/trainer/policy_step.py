@@ -12,7 +12,9 @@ import torch
 
 from runner.algorithms import correction, losses
 from runner.errors import UserError
+from runner.samples import Batch
 from runner.schema import AlgorithmConfig
+from runner.trainer.microbatch import MicroBatch
 
 
 @dataclass
@@ -44,6 +46,28 @@ class TokenRows:
     num_samples: int
     old_logprobs: torch.Tensor | None
     ref_logprobs: torch.Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch, micro: MicroBatch) -> TokenRows:
+        """The rows of the samples that a micro-batch of `batch` holds."""
+
+        def gather(rows: list[torch.Tensor] | None) -> torch.Tensor | None:
+            return None if rows is None else micro.gather(rows)
+
+        return cls(
+            advantages=micro.gather(batch.advantages),
+            mask=micro.gather([sample.loss_mask for sample in batch.samples]),
+            rollout_logprobs=micro.gather([sample.rollout_logprobs for sample in batch.samples]),
+            sample_ids=micro.sample_ids,
+            num_samples=len(micro.indices),
+            old_logprobs=gather(batch.old_logprobs),
+            ref_logprobs=gather(batch.ref_logprobs),
+        )
+
+
+def counted_tokens(batch: Batch) -> float:
+    """Tokens inside the loss masks, at least 1: the normalizer of an optimizer step."""
+    return max(float(sum(int(sample.loss_mask.sum()) for sample in batch.samples)), 1.0)
 
 
 def micro_batch_loss(

@@ -242,24 +242,14 @@ class TorchTrainer:
     def _accumulate(self, batch: Batch, replay: bool, sums: policy_step.Sums) -> dict[int, torch.Tensor]:
         """Forward and backward of every micro-batch; returns the detached logprobs of each sample."""
         samples = batch.samples
-        masks = [sample.loss_mask for sample in samples]
-        normalizer = max(float(sum(int(mask.sum()) for mask in masks)), 1.0)
-        rollout = [sample.rollout_logprobs for sample in samples]
+        normalizer = policy_step.counted_tokens(batch)
         collected: dict[int, torch.Tensor] = {}
         for micro in self._micro_batches([(sample.tokens, sample.prompt_length) for sample in samples]):
             with self._replaying(samples, micro, replay) as current:
                 scores = self._forward(micro, batch.temperature)
                 if current is not None:
                     current.first_pass = False  # the backward may recompute
-                rows = policy_step.TokenRows(
-                    advantages=micro.gather(batch.advantages),
-                    mask=micro.gather(masks),
-                    rollout_logprobs=micro.gather(rollout),
-                    sample_ids=micro.sample_ids,
-                    num_samples=len(micro.indices),
-                    old_logprobs=None if batch.old_logprobs is None else micro.gather(batch.old_logprobs),
-                    ref_logprobs=None if batch.ref_logprobs is None else micro.gather(batch.ref_logprobs),
-                )
+                rows = policy_step.TokenRows.of(batch, micro)
                 loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
                 loss.backward()
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):

@@ -210,24 +210,14 @@ class Worker:
 
     def _accumulate(self, batch: Batch, sums: policy_step.Sums) -> Rows:
         samples = batch.samples
-        masks = [sample.loss_mask for sample in samples]
-        normalizer = max(float(sum(int(mask.sum()) for mask in masks)), 1.0)
-        rollout = [sample.rollout_logprobs for sample in samples]
+        normalizer = policy_step.counted_tokens(batch)
         collected: Rows = {}
 
         def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
             micro = packed.micro
             if not micro.indices:
                 return scores.logprobs.sum()  # padding only: no tokens, but a graph for every collective of the backward
-            rows = policy_step.TokenRows(
-                advantages=micro.gather(batch.advantages),
-                mask=micro.gather(masks),
-                rollout_logprobs=micro.gather(rollout),
-                sample_ids=micro.sample_ids,
-                num_samples=len(micro.indices),
-                old_logprobs=None if batch.old_logprobs is None else micro.gather(batch.old_logprobs),
-                ref_logprobs=None if batch.ref_logprobs is None else micro.gather(batch.ref_logprobs),
-            )
+            rows = policy_step.TokenRows.of(batch, micro)
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
                 collected[index] = row.cpu()
             return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
