@@ -20,7 +20,7 @@ from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor, WeightStream
-from runner.schema import Convention, Format
+from runner.schema import Convention, Format, GridConfig
 
 _SUFFIXES = ("_packed", "_scale_inv", "_global_scale", "_scale", "_shape", "_zero_point", "_g_idx")
 
@@ -49,26 +49,14 @@ def forbidden(label: str, plan: PrecisionPlan) -> list[str]:
 def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str = "engine") -> list[str]:
     """A plan against what an engine says it computes with."""
     try:
-        tensors = {name: _described(Format[kind], description) for name, kind in description.formats.items()}
+        convention = Convention[description.convention]
+        tensors = {
+            name: TensorFormat.of(GridConfig(Format[kind], description.group_size, convention))
+            for name, kind in description.formats.items()
+        }
     except KeyError as error:
         return [f"{label} computes with an unknown format {error}"]
     return audit(("run", plan), (label, PrecisionPlan(tensors, plan.parameters)))
-
-
-def _described(kind: Format, description: EngineDescription) -> TensorFormat:
-    match kind:
-        case Format.int4 | Format.int8:
-            return TensorFormat.integer(
-                4 if kind is Format.int4 else 8, description.group_size, Convention[description.convention]
-            )
-        case Format.bf16:
-            return TensorFormat.bf16()
-        case Format.fp8:
-            return TensorFormat.fp8()
-        case Format.mxfp4:
-            return TensorFormat.mxfp4()
-        case Format.nvfp4:
-            return TensorFormat.nvfp4()
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
