@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import reference_routes
 
 from runner import compose
 from runner.errors import UserError
@@ -85,18 +86,6 @@ def test_greedy_tokens_equal_transformers_generate(model: str) -> None:
         assert samples[request.prompt_id, 0].tokens.tolist() == reference[0].tolist()
 
 
-def reference_routes(built: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """[T, L, K] that transformers' own routers choose."""
-    chosen: list[torch.Tensor] = []
-    routers = [module.gate for module in built.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
-    hooks = [router.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for router in routers]
-    with torch.no_grad():
-        built(tokens[None])
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(chosen, 1)
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("speculative", ["none", "ngram"])
 def test_logprobs_and_routes_equal_transformers(model: str, speculative: str) -> None:
@@ -116,7 +105,7 @@ def test_logprobs_and_routes_equal_transformers(model: str, speculative: str) ->
             assert model == "tiny_dense"
         else:
             assert sample.routes.dtype == torch.uint8
-            ours, theirs = sample.routes.long(), reference_routes(built, sample.tokens)[:-1]
+            ours, theirs = sample.routes.long(), reference_routes(built, sample.tokens)
             assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
 
 

@@ -71,18 +71,6 @@ def reference_logprobs(built: torch.nn.Module, sample: Sample, temperature: floa
     return scored.gather(-1, sample.response_tokens[:, None])[:, 0]
 
 
-def reference_routes(built: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """[T - 1, L, K] that transformers' own routers choose."""
-    chosen: list[torch.Tensor] = []
-    routers = [module.gate for module in built.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
-    hooks = [router.register_forward_hook(lambda _m, _i, out: chosen.append(out[2])) for router in routers]
-    with torch.no_grad():
-        built(tokens[None])
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(chosen, 1)[:-1]
-
-
 def flipped(item: ExportedTensor, part: str) -> ExportedTensor:
     """One low bit of one value differs; the original stays as it is."""
     parts = {name: tensor.clone() for name, tensor in item.parts.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import config, exported, reference_logprobs, reference_routes, requests
+from cases import config, exported, reference_logprobs, requests
+from reference import reference_routes
 
 from runner import compose
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import by_key, config, exported, flipped, reference_logprobs, reference_routes, requests
+from cases import by_key, config, exported, flipped, reference_logprobs, requests
+from reference import reference_routes
 
 from runner.errors import UserError
 
