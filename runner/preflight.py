@@ -12,9 +12,9 @@ from pathlib import Path
 from runner.errors import UserError, UserErrors
 from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
 
-PACKAGES = {  # option -> (module, name to install, what it is for)
-    "trainer=megatron": ("megatron.core", "megatron-core", "Megatron's trainer ranks"),
-    "rollout=sglang": ("sglang", "sglang (make setup-sglang)", "the SGLang servers"),
+PACKAGES = {  # option -> (module, what installs it, what needs it)
+    "trainer=megatron": ("megatron.core", "make setup", "Megatron's trainer ranks need megatron-core"),
+    "rollout=sglang": ("sglang", "make setup-sglang", "the servers need SGLang"),
 }
 
 RDMA = Path("/sys/class/infiniband")
@@ -72,8 +72,8 @@ def _packages(cfg: Config) -> list[UserError]:
         if not installed(module):
             errors.append(UserError(f"this version of runner does not have it yet ({module})", key=option))
         elif option in PACKAGES and not installed(PACKAGES[option][0]):
-            _, package, purpose = PACKAGES[option]
-            errors.append(UserError(f"{purpose} need the package {package}, which is not installed", key=option))
+            _, install, need = PACKAGES[option]
+            errors.append(UserError(f"{need}, which is not installed", key=option, fix=install))
     if cfg.cluster.launcher != "local" and not installed(f"runner.cluster.{cfg.cluster.launcher}"):
         module = f"runner.cluster.{cfg.cluster.launcher}"
         errors.append(UserError(f"this version of runner does not have it yet ({module})", key=f"cluster={cfg.cluster.name}"))
