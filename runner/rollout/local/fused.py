@@ -31,7 +31,7 @@ from runner.rollout.local.weights import Int4Weight, TransientWeight
 
 LAYERS = ("Qwen3MoeDecoderLayer", "Qwen3DecoderLayer")  # transformers' classes that are computed here
 ROWS_PER_PART = 16  # fewer are not worth a thread
-MAX_PARTS = 4  # parts share the interpreter lock: more would wait for it (an estimate)
+MAX_PARTS = 4  # an estimate: parts were measured on 2 cores only
 
 
 def unsupported(decoder: Any, dtype: torch.dtype, device: torch.device) -> str:
