@@ -34,7 +34,9 @@ def format_number(value: float, digits: int = 4) -> str:
         return str(value)
     if value == 0:
         return "0"
-    if abs(value) >= 1e4 or abs(value) < 1e-4:
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    if abs(value) >= 1e6 or abs(value) < 1e-4:
         text = f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e+")
         return text.replace(".00e", "e")
     if float(value).is_integer():
