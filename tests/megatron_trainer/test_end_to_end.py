@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ import pytest
 pytestmark = pytest.mark.megatron
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
 def _runner(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-m", "runner", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -47,3 +50,26 @@ def test_run_resume_export_audit(tmp_path: Path) -> None:
     converted = tmp_path / "converted"
     _runner("convert", f"source={tmp_path / 'bf16'}", f"target={converted}", "precision=int4_qat", "precision.group_size=32")
     assert "no differences" in _runner("audit", str(tmp_path / "int4"), str(converted)).stdout
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    """A terminal sends Ctrl-C, and a scheduler SIGTERM, to the driver and to its ranks alike: the ranks still have to save."""
+    command = [
+        sys.executable, "-m", "runner", "trainer=megatron", "tracking=none", f"outputs_dir={tmp_path}", "run_name=group",
+        "steps=1000", "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=4", "checkpoint.interval_steps=0",
+        "warm_start.enabled=false", "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=0",
+    ]  # fmt: skip
+    folder, log = tmp_path / "group", tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
+        )
+    metrics = folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=120) == 130, log.read_text()[-2000:]
+    assert "is complete. Continue with" in log.read_text()
+    assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"

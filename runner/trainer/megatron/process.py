@@ -27,7 +27,8 @@ def main(descriptor: int) -> int:
     """Serve one driver; returns when it closes the connection."""
     die_with_parent()
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where a silent rank stands, into its log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it finishes the step, saves, and closes us
+    for number in (signal.SIGINT, signal.SIGTERM):  # the driver's to handle: it finishes the step, saves, and closes us
+        signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     connection = Connection(descriptor)
     try:

@@ -60,6 +60,7 @@ class LocalRanks:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group
             )
         self._processes.append(process)
         self._connections.append(Connection(ours.detach()))
