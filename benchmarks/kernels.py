@@ -1,6 +1,6 @@
 """Speed of the INT4 kernels against copy bandwidth, eager torch and compressed-tensors, on this machine.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--experts 8 --out 1024 --in 2048] [--group-size 32] [--minimum 10]
+    python -m benchmarks.kernels [--device cpu|cuda] [--experts 8 --out 1024 --in 2048] [--group-size 32] [--minimum 10]
 
 Prints the copy bandwidth first (bytes read plus bytes written), then per kernel GB/s of bf16 input, traffic as a share of
 the copy, and the ratio to eager torch. The last line is quantize + pack against compressed-tensors' own; with
@@ -30,6 +30,7 @@ from runner.precision import int4, kernels
 from runner.schema import Convention
 
 ROUNDS = 7
+EXPERTS = {"cpu": 8, "cuda": 256}  # of 4 MB each: on a GPU far more than its cache holds, and long beside a launch
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -75,7 +76,7 @@ def compressed_tensors_pack(weight: torch.Tensor, group_size: int) -> Callable[[
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts", type=int, help="default: 8 on a CPU, 256 on a GPU")
     parser.add_argument("--out", type=int, default=1024)
     parser.add_argument("--in", dest="columns", type=int, default=2048)
     parser.add_argument("--group-size", type=int, default=32)
@@ -86,7 +87,8 @@ def main() -> int:
     kernels.load()
 
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(options.experts, options.out, options.columns, generator=generator) * 0.02).bfloat16().to(device)
+    experts = options.experts or EXPERTS[device]
+    weight = (torch.randn(experts, options.out, options.columns, generator=generator) * 0.02).bfloat16().to(device)
     changed, target = weight.clone(), torch.empty_like(weight)
     packed, scale = kernels.quantize_pack(weight, group, convention)
     reference, _ = int4.quantize(weight, group, convention)
