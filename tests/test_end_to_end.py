@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runner.decisions import EVENT
+
 pytestmark = pytest.mark.slow
 
 SMALL = [
@@ -68,6 +70,57 @@ def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, 
     whole, resumed = _metrics(tmp_path / "whole"), _metrics(tmp_path / "killed")
     assert [row["step"] for row in resumed] == list(range(6))
     assert resumed == whole
+
+
+# The program with a made-up clock: an engine step that proposes takes argv[1] times the seconds per token of one that does not.
+CLOCKED = """
+import sys
+from runner.rollout.local.speculation import Speculation
+record, factor = Speculation.record, float(sys.argv.pop(1))
+def made_up(self, proposal, kept, tokens, seconds):
+    record(self, proposal, kept, tokens, tokens * (1.0 if self._plain_turn else factor))
+Speculation.record = made_up
+from runner.__main__ import main
+sys.exit(main())
+"""
+INTERVAL = 3  # steps between checkpoints
+DECIDE_AFTER = 45  # engine steps of each kind: reached in the step after the first checkpoint
+
+
+def _clocked(factor: float, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", CLOCKED, str(factor), *arguments]
+
+
+def _decisions(run: Path) -> list[tuple[int, bool]]:
+    """(step, disabled) of every complete line of events.jsonl that records one."""
+    path = run / "events.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    return [(row["data"]["step"], row["data"]["decision"]["disabled"]) for row in rows if row["kind"] == EVENT]
+
+
+def test_a_kill_after_a_decision_and_before_a_checkpoint_repeats_the_decision(tmp_path: Path) -> None:
+    """The clock of the resumed process says that proposing is the faster way; the killed one had recorded the opposite."""
+    overrides = [f"checkpoint.interval_steps={INTERVAL}", "evaluation.interval_steps=0", "speculative.auto_disable=true"]
+    overrides += [f"speculative.auto_disable_after_steps={DECIDE_AFTER}"]
+    whole, killed = (_command(tmp_path, name, *overrides)[3:] for name in ("whole", "killed"))
+    _run(_clocked(2.0, *whole))
+    process = subprocess.Popen(_clocked(2.0, *killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not _decisions(tmp_path / "killed"):
+        assert process.poll() is None and time.monotonic() < deadline, "no decision was recorded"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ((step, disabled),) = _decisions(tmp_path / "killed")
+    saved = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert disabled and INTERVAL <= step < 2 * INTERVAL - 1
+    assert saved == [f"step_{INTERVAL:06d}"]  # the decision stands in events.jsonl alone
+    _run(_clocked(0.5, f"resume={tmp_path / 'killed'}"))
+    assert set(_decisions(tmp_path / "killed")) == {(step, True)} == set(_decisions(tmp_path / "whole"))
+    resumed = _metrics(tmp_path / "killed")
+    assert resumed == _metrics(tmp_path / "whole")
+    assert [row["rollout/spec_enabled"] for row in resumed] == [float(i <= step) for i in range(6)]
 
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
