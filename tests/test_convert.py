@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from convert_sources import model, read_all, write_shards, write_source
 from safetensors.torch import load_file
 
@@ -66,13 +69,10 @@ def test_every_tensor_is_what_encode_gives_and_comes_back(tmp_path: Path, family
     plan = PrecisionPlan.with_format(config, tensor_format, default_roles(config))
     expected: dict[str, torch.Tensor] = {}
     effective: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        if plan.tensors[name].quantized:
-            exported = formats.encode(name, weight, tensor_format)
-            expected |= exported.parts
-            effective[name] = formats.decode(exported, tensor_format)
-        else:
-            expected[name] = effective[name] = weight
+    for exported in formats.encode_all(weights.items(), plan):
+        name = exported.name
+        expected |= exported.parts
+        effective[name] = formats.decode(exported, tensor_format) if plan.tensors[name].quantized else weights[name]
     assert_same(written, expected)
     run(tmp_path / "target", tmp_path / "back", TensorFormat.bf16())
     assert_same(read_all(tmp_path / "back"), effective)
@@ -111,6 +111,18 @@ def test_index_config_and_other_files(tmp_path: Path) -> None:
     assert set(snapshot(target)) == expected  # no journal is left
     count, before, after = report.layers["routed_expert: int4 group 32 exact"]
     assert count == 2 * 4 * 3 and before == count * 64 * 64 * 2 and after == count * (64 * 64 // 2 + 64 * 2 * 2 + 16)
+
+
+def test_weights_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None:
+    """Engines that read every *.safetensors would take bf16 leftovers for the target's weights."""
+    weights = write_source(tmp_path / "source", model("qwen3"), shards=3)
+    write_shards(tmp_path / "source", weights, 2)  # the three files stay
+    report = run(tmp_path / "source", tmp_path / "target")
+    assert sorted(path.name for path in (tmp_path / "target").glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert any("3 safetensors files that the index does not name were left out" in note for note in report.notes)
 
 
 def test_a_single_file_checkpoint_and_one_worker(tmp_path: Path) -> None:
@@ -156,6 +168,23 @@ def test_quantized_parts_in_different_shards_come_back(tmp_path: Path) -> None:
     write_shards(tmp_path / "int4", scattered, 4)
     run(tmp_path / "int4", tmp_path / "again", TensorFormat.bf16())
     assert_same(read_all(tmp_path / "again"), read_all(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_nvfp4_weights_that_engines_fuse_share_a_global_scale_across_shards(tmp_path: Path, family: str) -> None:
+    """SGLang refuses other checkpoints. Every weight lies in another shard than the ones before and after it."""
+    config = model(family)
+    weights = write_source(tmp_path / "source", config)
+    write_shards(tmp_path / "source", {name: weights[name] for name in [*list(weights)[::2], *list(weights)[1::2]]}, 2)
+    report = run(tmp_path / "source", tmp_path / "target", TensorFormat.nvfp4())
+    written, plan = read_all(tmp_path / "target"), PrecisionPlan.with_format(config, TensorFormat.nvfp4(), default_roles(config))
+    assert_same(written, {name: part for e in formats.encode_all(weights.items(), plan) for name, part in e.parts.items()})
+    scales = {name.removesuffix(".weight_global_scale"): float(s) for name, s in written.items() if name.endswith("global_scale")}
+    pairs = [(scale, scales[name.replace("gate_proj", "up_proj")]) for name, scale in scales.items() if "gate_proj" in name]
+    assert pairs and all(gate == up for gate, up in pairs) and len({gate for gate, _ in pairs}) > 1
+    assert report.read_bytes == sum(tensor.numel() * 2 for tensor in weights.values())  # what is looked at twice counts once
+    warned = [note for note in report.notes if "transformers 5.19" in note]
+    assert len(warned) == (family == "qwen3_moe")
 
 
 # -- a kill ---------------------------------------------------------------------------------------------------------
@@ -402,6 +431,30 @@ def test_fp8_checkpoint_that_lists_no_exceptions(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
     exported = ExportedTensor(name, "fp8", formats.encode(name, weights[name], TensorFormat.fp8()).parts)
     assert torch.equal(back[name], formats.decode(exported, TensorFormat.fp8()))
+
+
+def test_an_asymmetric_int4_checkpoint_comes_back(source: Path, tmp_path: Path) -> None:
+    """As llm-compressor's W4A16_ASYM: compressed-tensors' own integers, scales and zero points, and what it reads there."""
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=32)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    tensors, expected = read_all(source), {}
+    names = [name for name in tensors if ".mlp." in name]
+    for name in names:
+        weight = tensors.pop(name) + 0.01
+        grouped = weight.unflatten(1, (-1, 32))
+        scale, zero_point = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
+        state = compressor.compress({"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}, scheme)
+        assert zero_point.abs().max() > 0
+        expected[name] = compressor.decompress(dict(state), scheme)["weight"]
+        tensors |= {name.replace("weight", part): value.data for part, value in state.items()}
+    write_shards(source, tensors, 3)
+    group = {"targets": ["Linear"], "weights": args.model_dump(mode="json")}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    edit_config(source, quantization_config=quantization | {"ignore": ["lm_head", "re:.*self_attn.*"]})
+    run(source, tmp_path / "bf16", TensorFormat.bf16())
+    back = read_all(tmp_path / "bf16")
+    assert_same({name: back[name] for name in names}, expected)
 
 
 def test_missing_scale_of_a_quantized_weight(source: Path, tmp_path: Path) -> None:

@@ -59,9 +59,10 @@ def fake_quantized_logits(folder: Path, config: ModelConfig, plan: PrecisionPlan
     tokens = torch.arange(40).reshape(2, 20) * 7 % 272
     built = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
     with torch.no_grad():
-        for name, view in disk_tensors(family_of(config), config, built.state_dict().items()):
-            if name in plan.quantized:
-                formats.quantize_dequantize_(view, plan.tensors[name], name=name)
+        views = dict(disk_tensors(family_of(config), config, built.state_dict().items()))
+        quantized = [(name, view) for name, view in views.items() if name in plan.quantized]
+        for exported in formats.encode_all(quantized, plan):
+            views[exported.name].copy_(formats.decode(exported, plan.tensors[exported.name]))
         return built, built(tokens).logits
 
 

@@ -14,12 +14,16 @@ from safetensors import safe_open
 from tiny_models import BASE, MLA, MOE
 from transformers import AutoTokenizer
 
+from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.models import FAMILIES, family_of, num_parameters
 from runner.models.build import build_model, disk_tensors, memory_tensors, memory_view, named_weights, save_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE
-from runner.schema import ModelConfig, Role
+from runner.precision import formats
+from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Convention, ModelConfig, Role
 
 SMALL = BASE | {"hidden_size": 32, "ffn_size": 96, "vocab_size": VOCAB_SIZE, "initializer_range": 0.02}
 
@@ -305,6 +309,34 @@ def test_checkpoint_loads_and_wrong_numbers_are_named(tmp_path: Path) -> None:
         build(make("moe", "qwen3_moe", **(MOE | {"expert_ffn_size": 128}), hf_checkpoint=str(tmp_path)))
     with pytest.raises(UserError, match="Qwen3MoeForCausalLM"):
         build(make("moe", "qwen3", hf_checkpoint=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8", "nvfp4"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_quantized_checkpoint_starts_as_its_dequantized_weights(tmp_path: Path, family: str, kind: str) -> None:
+    """In any family and format, although transformers keeps some packed and computes others wrongly."""
+    sizes = MOE if family == "qwen3_moe" else {}
+    original = make("tiny", family, **sizes)
+    built = build(original)
+    buffers = {name: buffer.tolist() for name, buffer in built.named_buffers()}
+    built.bfloat16().save_pretrained(tmp_path / "bf16")
+    byte_tokenizer().save_pretrained(tmp_path / "bf16")
+    weights = dict(disk_tensors(family_of(original), original, named_weights(original, built)))
+    tensor_format = {"int4": TensorFormat.int4(32, Convention.kimi), "fp8": TensorFormat.fp8(), "nvfp4": TensorFormat.nvfp4()}[
+        kind
+    ]
+    roles = {Role.routed_expert if sizes else Role.dense_mlp}
+    convert(tmp_path / "bf16", tmp_path / kind, tensor_format, lambda _: roles, workers=1)
+    started = make("tiny", family, **sizes, hf_checkpoint=str(tmp_path / kind))
+    from_disk = build(started)
+    assert {name: buffer.tolist() for name, buffer in from_disk.named_buffers()} == buffers
+    loaded = dict(disk_tensors(family_of(started), started, named_weights(started, from_disk)))
+    plan = PrecisionPlan.with_format(original, tensor_format, roles)
+    assert loaded.keys() == weights.keys()
+    for exported in formats.encode_all(weights.items(), plan):
+        assert torch.equal(loaded[exported.name], formats.decode(exported, plan.tensors[exported.name]).float()), exported.name
+    save_config(started, tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 
 
 def test_unreadable_checkpoint_is_a_user_error(tmp_path: Path) -> None:

@@ -15,10 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import UserError
+from runner.models import Parameter
 from runner.precision import fp8, int4
-from runner.precision.formats import Scales, TensorFormat, decode, encode, integers, quantize_dequantize, quantize_dequantize_
+from runner.precision.formats import (
+    TensorFormat,
+    decode,
+    encode,
+    encode_all,
+    integers,
+    quantize_dequantize,
+    quantize_dequantize_,
+)
+from runner.precision.plan import PrecisionPlan
 from runner.samples import ExportedTensor
-from runner.schema import Convention, Format
+from runner.schema import Convention, Format, Role
 
 ALL_FORMATS = [
     *(TensorFormat.int4(group, convention) for group in (32, -1) for convention in Convention),
@@ -266,24 +276,38 @@ def test_stacked_experts_equal_one_by_one(tensor_format: TensorFormat) -> None:
         assert torch.equal(bits(scales.scale[i]), bits(one_scales.scale))
 
 
-@pytest.mark.parametrize("tensor_format", [TensorFormat.int4(32, Convention.exact), TensorFormat.fp8(), TensorFormat.mxfp4()])
-def test_scales_of_a_piece_of_a_stack(tensor_format: TensorFormat) -> None:
-    stack = random_weight(2, 512, 256)
-    _, scales = quantize_dequantize(stack, tensor_format)
-    for start, stop in ((0, 256), (256, 512)):
-        piece = scales.piece(tensor_format, 1, start, stop)
-        direct = encode("m.weight", stack[1, start:stop], tensor_format)
-        kept = encode("m.weight", stack[1, start:stop], tensor_format, piece)
-        assert all(torch.equal(bits(direct.parts[key]), bits(kept.parts[key])) for key in direct.parts)
+FUSED = ["m.gate_proj.weight", "m.up_proj.weight"]
 
 
-def test_pieces_that_a_scale_spans_are_refused() -> None:
-    stack = random_weight(2, 192, 256)
-    for tensor_format in (TensorFormat.fp8(), TensorFormat.nvfp4(), TensorFormat.fp8("tensor")):
-        _, scales = quantize_dequantize(stack, tensor_format)
-        assert isinstance(scales, Scales)
-        with pytest.raises(UserError, match="as a view"):
-            scales.piece(tensor_format, 0, 96, 192)
+def fused_plan() -> PrecisionPlan:
+    parameters = {name: Parameter(name, Role.dense_mlp, (64, 256), fused="m.gate_up_proj") for name in FUSED}
+    parameters["m.down_proj.weight"] = Parameter("m.down_proj.weight", Role.dense_mlp, (64, 256))
+    return PrecisionPlan(dict.fromkeys(parameters, TensorFormat.nvfp4()), parameters)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 3.0])
+def test_weights_that_engines_fuse_share_their_nvfp4_global_scale(size: float) -> None:
+    """Together they have the scales and codes of the two stacked into one matrix, whatever the other one's size is."""
+    gate, up, down = (random_weight(64, 256, seed=seed) for seed in range(3))
+    weights = {FUSED[0]: gate, "m.down_proj.weight": down, FUSED[1]: (up.float() * size).bfloat16()}
+    encoded = {exported.name: exported for exported in encode_all(weights.items(), fused_plan())}
+    whole = encode("m.weight", torch.cat([weights[name] for name in FUSED]), TensorFormat.nvfp4()).parts
+    for start, name in zip((0, 64), FUSED, strict=True):
+        parts = encoded[name].parts
+        assert torch.equal(parts[f"{name}_global_scale"], whole["m.weight_global_scale"])
+        for part in ("packed", "scale"):
+            assert torch.equal(bits(parts[f"{name}_{part}"]), bits(whole[f"m.weight_{part}"][start : start + 64]))
+    alone = encode("m.down_proj.weight", down, TensorFormat.nvfp4())
+    assert all(torch.equal(bits(part), bits(encoded["m.down_proj.weight"].parts[key])) for key, part in alone.parts.items())
+
+
+def test_fused_weights_that_are_bad_or_missing_are_named() -> None:
+    gate, up = random_weight(64, 256), random_weight(64, 256)
+    with pytest.raises(UserError, match=r"m\.gate_proj\.weight: what shares a global scale with it is missing"):
+        list(encode_all([(FUSED[0], gate)], fused_plan()))
+    up[3, 3] = float("nan")
+    with pytest.raises(UserError, match=r"m\.up_proj\.weight: holds NaN"):
+        list(encode_all(zip(FUSED, (gate, up), strict=True), fused_plan()))
 
 
 @every_format

@@ -18,6 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 from tiny_models import BASE, MLA, MOE
 
+from runner import compose
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.precision.audit import (
@@ -28,7 +29,7 @@ from runner.precision.audit import (
     compare_streams,
     read_checkpoint,
 )
-from runner.precision.formats import encode
+from runner.precision.formats import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
@@ -79,6 +80,31 @@ def test_default_roles(model: ModelConfig) -> None:
     assert list(plan.tensors) == list(table)
     wanted = {name for name, p in table.items() if p.role in roles_of(plan) and len(p.shape) == 2}
     assert set(plan.quantized) == wanted and wanted
+
+
+@every_model
+def test_what_engines_fuse_shares_a_global_scale_where_the_format_has_one(model: ModelConfig) -> None:
+    roles = {Role.attention, Role.routed_expert if model.num_experts else Role.dense_mlp}
+    plan = PrecisionPlan.with_format(model, TensorFormat.nvfp4(), roles)
+    together = {plan.fused_with(name) for name in plan.quantized}
+    prefix = "model.layers.1.mlp.experts.2" if model.num_experts else "model.layers.1.mlp"
+    assert (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight") in together
+    assert (f"{prefix}.down_proj.weight",) in together
+    attention = [names for names in together if "layers.1.self_attn" in names[0] and len(names) > 1]
+    qkv = tuple(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
+    assert attention == ([] if model is MOONLIGHT else [qkv])  # latent attention without a low rank for queries fuses nothing
+    int4 = default_plan(model)
+    assert all(int4.fused_with(name) == (name,) for name in int4.tensors)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (compose.CONFIG_DIR / "model").glob("*.yaml")))
+def test_every_shipped_model_has_a_plan_that_reads_back(name: str) -> None:
+    model = compose.load([f"model={name}"]).config.model
+    plan, role = default_plan(model), Role.routed_expert if model.num_experts else Role.dense_mlp
+    wanted = {p.name for p in family_of(model).parameters(model) if p.role is role and len(p.shape) == 2}
+    assert plan.quantized.keys() == wanted
+    again = PrecisionPlan.from_quantization_config(model, json.loads(json.dumps(plan.quantization_config())))
+    assert again.tensors == plan.tensors
 
 
 def test_roles_by_config() -> None:
@@ -168,6 +194,42 @@ def test_what_is_not_understood_never_passes_as_bf16(config: dict[str, Any], mes
         PrecisionPlan.from_quantization_config(DENSE, config)
 
 
+def foreign(**weights: Any) -> dict[str, Any]:
+    """A compressed-tensors config as llm-compressor writes it, for every Linear but lm_head."""
+    base = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": base | weights, "input_activations": None}
+    container = weights.pop("container", "pack-quantized")
+    return {"quant_method": "compressed-tensors", "format": container, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"num_bits": 3}, "int3 weights"),
+        ({"type": "float", "group_size": 64}, "float4 weights, strategy group, group_size 64"),
+        ({"type": "float", "strategy": "tensor_group", "group_size": 32}, "strategy tensor_group, group_size 32"),
+        ({"type": "float", "num_bits": 8, "strategy": "block", "block_structure": [64, 64]}, r"block_structure is \[64, 64\]"),
+        ({"actorder": "group"}, "activation order 'group'"),
+        ({"num_bits": 8, "container": "int-quantized"}, "container int-quantized"),
+    ],
+)
+def test_grids_of_another_program_that_cannot_be_read_are_named(weights: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PrecisionPlan.from_quantization_config(DENSE, foreign(**weights))
+
+
+def test_how_a_foreign_int4_checkpoint_differs_from_the_run_is_named() -> None:
+    """Every Linear, attention too, asymmetric in groups of 64, where the run has the mlp symmetric in groups of 32."""
+    config = foreign(symmetric=False, group_size=64)
+    theirs = PrecisionPlan.from_quantization_config(DENSE, config)
+    assert {t.symmetric for t in theirs.quantized.values()} == {False}
+    found = default_plan(DENSE).differences(theirs)
+    named = ("attention: run bf16, checkpoint int4", "group_size run 32, checkpoint 64", "run symmetric, checkpoint asymmetric")
+    for words in named:
+        assert sum(words in line for line in found) == 1, found
+    assert len(found) == 3
+
+
 def test_an_ignored_gate_does_not_swallow_gate_proj() -> None:
     """modules_to_not_convert holds whole dotted components, not substrings."""
     config = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head", "mlp.gate"]}
@@ -197,9 +259,8 @@ def write_config(folder: Path, quantization_config: dict[str, Any] | None) -> No
 
 def stream(plan: PrecisionPlan, seed: int = 0) -> Iterator[ExportedTensor]:
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in plan.parameters.items():
-        weight = torch.randn(*parameter.shape, generator=generator).bfloat16()
-        yield encode(name, weight, plan.tensors[name])
+    weights = ((n, torch.randn(*p.shape, generator=generator).bfloat16()) for n, p in plan.parameters.items())
+    return encode_all(weights, plan)
 
 
 def change(plan: PrecisionPlan, pattern: str, **fields: Any) -> PrecisionPlan:
@@ -331,6 +392,20 @@ def test_stored_tensors_that_differ_from_the_plan(defect: str, tmp_path: Path) -
     save_file(tensors, folder / "model.safetensors")
     problems = audit_checkpoint(plan, folder)
     assert len(problems) == 1 and expected in problems[0] and f"{module}.weight" in problems[0]
+
+
+def test_fused_weights_with_global_scales_of_their_own(tmp_path: Path) -> None:
+    """NVFP4 as a converter writes it that goes weight by weight: engines refuse it, or compute up_proj with gate_proj's scale."""
+    plan = PrecisionPlan.with_format(SPARSE, TensorFormat.nvfp4(), {Role.routed_expert})
+    folder = checkpoint(tmp_path / "a", plan)
+    assert audit_checkpoint(plan, folder) == []
+    tensors: dict[str, torch.Tensor] = {}
+    for exported in read_checkpoint(folder):
+        tensors |= exported.parts
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight_global_scale"] *= 2
+    save_file(tensors, folder / "model.safetensors")
+    problems = audit_checkpoint(plan, folder)
+    assert len(problems) == 1 and "share no global scale: model.layers.1.mlp.experts.2.gate_up_proj" in problems[0]
 
 
 def test_a_checkpoint_on_the_grid_that_another_program_documents(tmp_path: Path) -> None:

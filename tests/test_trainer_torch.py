@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,19 +293,20 @@ def test_learning_rate_schedules() -> None:
         learning_rate(optimizer, 9, 14)
 
 
+@pytest.mark.parametrize("architecture", [MOE, DENSE], ids=["moe", "dense"])
 @pytest.mark.parametrize("format", ["int4", "mxfp4", "nvfp4", "fp8"])
-def test_export_equals_encoding_every_weight_by_itself(format: str) -> None:
+def test_export_equals_encoding_every_weight_by_itself(format: str, architecture: dict[str, Any]) -> None:
     """Same integers and scales from stored scales, from a stack, and from bf16(master) alone."""
-    from runner.precision.formats import encode
+    from runner.precision.formats import encode_all
+    from runner.precision.plan import PrecisionPlan
 
-    trainer = TorchTrainer(cfg := config(format=format))
+    trainer = TorchTrainer(cfg := config(architecture, format=format))
     trainer.step(batch(cfg))
-    plain = {exported.name: exported for exported in trainer.export("bf16")}
-    plan = trainer._rollout_layout.formats
-    for name, pieces in trainer._rollout_layout.pieces.items():
-        for piece in pieces:
-            assert plain[piece.name].format == "bf16"
-            plain[piece.name] = encode(piece.name, plain[piece.name].parts[piece.name], plan[name])
+    masters = list(trainer.export("bf16"))
+    assert {exported.format for exported in masters} == {"bf16"}
+    weights = ((exported.name, exported.parts[exported.name]) for exported in masters)
+    plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
+    plain = {exported.name: exported for exported in encode_all(weights, plan)}
     for exported in trainer.export():
         expected = plain[exported.name]
         assert exported.format == expected.format

@@ -32,7 +32,7 @@ from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format, ModelConfig, Role
 
-LAYOUT_VERSION = 1  # of the written bytes: raise it when a change here would give other bytes for the same identity
+LAYOUT_VERSION = 2  # of the written bytes: raise it when a change here would give other bytes for the same identity
 BLOCK_BYTES = 4 << 20  # of a weight that one worker converts at a time
 SPACE_MARGIN = 64 << 20  # for headers, index and the file system's own use
 
@@ -208,18 +208,20 @@ def _convert_job(job: Job, tensors: list[torch.Tensor], writer: ShardWriter) -> 
             _check_finite(job.name, tensors[0])
             writer.write(job.name, tensors[0])
         case Action.encode:
-            _encode(job, tensors[0], writer)
+            _encode(job, tensors, writer)
         case Action.pack:
             _pack(job, tensors[1], tensors[2], writer)
         case Action.decode:
             _decode(job, {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}, writer)
 
 
-def _encode(job: Job, weight: torch.Tensor, writer: ShardWriter) -> None:
+def _encode(job: Job, tensors: list[torch.Tensor], writer: ShardWriter) -> None:
     """Row block by row block where a row's (or a 128-row block's) result depends on nothing else."""
-    rows = _rows_per_block(job.tensor_format, weight)
+    weight, rows = tensors[0], _rows_per_block(job.tensor_format, tensors[0])
+    fused = {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}
+    scales = formats.fused_scales(fused, job.tensor_format).get(job.name)
     for start in range(0, weight.shape[0], rows):
-        exported = formats.encode(job.name, weight[start : start + rows], job.tensor_format)
+        exported = formats.encode(job.name, weight[start : start + rows], job.tensor_format, scales)
         for name, part in exported.parts.items():
             if name.endswith(".weight_shape"):
                 if start == 0:

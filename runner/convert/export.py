@@ -144,9 +144,9 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
         partial.mkdir(parents=True)
         shards = _Shards(partial)
         missing = set(plan.parameters)
-        for name, weight in weights:
-            missing.discard(name)
-            shards.add(formats.encode(name, weight, plan.format_of(name)) if name.endswith(".weight") else _plain(name, weight))
+        for exported in formats.encode_all(weights, plan):
+            missing.discard(exported.name)
+            shards.add(exported)
         if missing:
             raise UserError(f"{len(missing)} weights are not in the checkpoint, first {min(missing)}", key="run")
         size = shards.finish()
@@ -158,11 +158,6 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return size
-
-
-def _plain(name: str, tensor: torch.Tensor) -> ExportedTensor:
-    """Biases, norms and routers' selection biases in the dtype they have."""
-    return ExportedTensor(name, Format.bf16.name, {name: tensor})
 
 
 def _add_quantization_config(plan: PrecisionPlan, path: Path) -> None:

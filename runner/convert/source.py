@@ -73,10 +73,14 @@ class Source:
 
     def other_files(self) -> list[Path]:
         """Everything else in the folder (tokenizer, chat template, remote code), relative to it; subfolders too."""
-        mine = {*self.shards, INDEX, CONFIG}
+        mine = {*self.shards, *self.stray_shards(), INDEX, CONFIG}
         found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
         relative = (path.relative_to(self.folder) for path in found)
         return [path for path in relative if str(path) not in mine and path.parts[0] not in SKIPPED_FOLDERS]
+
+    def stray_shards(self) -> list[str]:
+        """Weights that the index does not name: engines that read every *.safetensors would take them for the target's."""
+        return sorted({path.name for path in self.folder.glob("*.safetensors")} - set(self.shards))
 
 
 def open_source(folder: Path) -> Source:

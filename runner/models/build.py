@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.initialization import no_init_weights
 
+from runner.convert.reading import local_folder, read_weight
+from runner.convert.source import open_source
 from runner.errors import UserError
 from runner.models import family_of, mimo_torch
 from runner.models.family import Family
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
+from runner.precision.plan import PrecisionPlan, nested_quantization_config
 from runner.schema import ModelConfig
 
 __all__ = [
@@ -76,6 +80,8 @@ def _from_checkpoint(
                 key=key,
                 fix="choose the model group or the family that matches the checkpoint",
             )
+        if getattr(config, "quantization_config", None):
+            return _from_quantized(model, family, auto_class, config, dtype, kernels)
         built, report = auto_class.from_pretrained(
             model.hf_checkpoint,
             config=config,
@@ -97,6 +103,26 @@ def _from_checkpoint(
             key=key,
             fix="use a complete checkpoint; weights are never filled in at random",
         )
+    return built
+
+
+def _from_quantized(
+    model: ModelConfig, family: Family, auto_class: Any, config: Any, dtype: torch.dtype, kernels: dict[str, str]
+) -> PreTrainedModel:
+    """The bf16 model of a quantized checkpoint, dequantized here, whose decoding is tested bit for bit.
+
+    transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
+    """
+    assert model.hf_checkpoint is not None
+    source = open_source(local_folder(model.hf_checkpoint))
+    plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
+    del config.quantization_config
+    with no_init_weights():
+        built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+    _check_table(model, family, built)
+    with torch.no_grad():
+        for name, view in disk_tensors(family, model, named_weights(model, built)):
+            view.copy_(read_weight(source, plan, name))
     return built
 
 
@@ -165,10 +191,13 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
 
 
 def save_config(model: ModelConfig, folder: Path) -> None:
-    """Write config.json and the tokenizer files, so that an engine can start from this folder without weights."""
+    """Write config.json, without a quantization_config, and the tokenizer files: an engine can start from it without weights."""
     mimo_torch.register()
     if model.hf_checkpoint is None:
         AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
     else:
-        AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code).save_pretrained(folder)
+        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
+        if hasattr(config, "quantization_config"):  # the checkpoint's; what is written beside this file says its own
+            del config.quantization_config
+        config.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)

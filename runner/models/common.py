@@ -80,7 +80,8 @@ def grouped_query_attention(model: ModelConfig, prefix: str, layer: int | None, 
     }
     for projection, shape in shapes.items():
         name = f"{prefix}.self_attn.{projection}"
-        yield Parameter(f"{name}.weight", Role.attention, shape, layer)
+        fused = None if projection == "o_proj" else f"{prefix}.self_attn.qkv_proj"
+        yield Parameter(f"{name}.weight", Role.attention, shape, layer, fused=fused)
         if model.attention_bias and (projection != "o_proj" or output_bias):
             yield Parameter(f"{name}.bias", Role.attention, shape[:1], layer)
     if model.qk_norm:
@@ -92,8 +93,8 @@ def gated_mlp(
     prefix: str, hidden: int, ffn: int, role: Role, layer: int | None, expert: int | None = None
 ) -> Iterator[Parameter]:
     """gate_proj, up_proj `[ffn, hidden]` and down_proj `[hidden, ffn]` under `prefix` (without a dot at its end)."""
-    yield Parameter(f"{prefix}.gate_proj.weight", role, (ffn, hidden), layer, expert)
-    yield Parameter(f"{prefix}.up_proj.weight", role, (ffn, hidden), layer, expert)
+    for projection in ("gate_proj", "up_proj"):
+        yield Parameter(f"{prefix}.{projection}.weight", role, (ffn, hidden), layer, expert, f"{prefix}.gate_up_proj")
     yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert)
 
 

@@ -90,7 +90,9 @@ def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[P
     queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
 
     def matrix(name: str, rows: int, columns: int) -> Parameter:
-        return Parameter(f"{prefix}.{name}.weight", Role.attention, (rows, columns), layer)
+        together = model.q_lora_rank and name in ("q_a_proj", "kv_a_proj_with_mqa")
+        fused = f"{prefix}.fused_qkv_a_proj_with_mqa" if together else None
+        return Parameter(f"{prefix}.{name}.weight", Role.attention, (rows, columns), layer, fused=fused)
 
     def bias(name: str, rows: int) -> Iterator[Parameter]:
         if model.attention_bias:

@@ -14,13 +14,17 @@ from runner.schema import ModelConfig, Role
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight as it lies in an HF checkpoint (experts one by one)."""
+    """One weight as it lies in an HF checkpoint (experts one by one).
+
+    `fused` names the matrix that engines lay it into together with other weights: they want one NVFP4 global scale for it.
+    """
 
     name: str  # "model.layers.0.mlp.experts.3.gate_proj.weight"
     role: Role
     shape: tuple[int, ...]  # [out, in] for matrices
     layer: int | None = None
     expert: int | None = None
+    fused: str | None = None  # "model.layers.0.mlp.experts.3.gate_up_proj"
 
 
 @dataclass(frozen=True)

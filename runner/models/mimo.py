@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from runner.models import common
@@ -59,5 +60,5 @@ def _mtp_layer(model: ModelConfig, prefix: str, layer: int) -> Iterator[Paramete
         yield Parameter(f"{prefix}.{norm}.weight", Role.mtp, (hidden,), layer)
     yield Parameter(f"{prefix}.input_proj.weight", Role.mtp, (hidden, 2 * hidden), layer)
     for parameter in _decoder_layer(model, prefix, layer):
-        yield Parameter(parameter.name, Role.mtp, parameter.shape, layer)
+        yield replace(parameter, role=Role.mtp)
     yield Parameter(f"{prefix}.final_layernorm.weight", Role.mtp, (hidden,), layer)

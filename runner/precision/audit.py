@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from runner.errors import UserError
 from runner.precision import fp8, int4
 from runner.precision.fp4 import unpack as unpack_fp4
-from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
+from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, nested_quantization_config, shorten
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor, WeightStream
@@ -120,11 +120,7 @@ def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json")
-    config = json.loads(path.read_text())
-    for holder in (config, config.get("text_config") or {}):
-        if "quantization_config" in holder:
-            return holder["quantization_config"]
-    return None
+    return nested_quantization_config(json.loads(path.read_text()))
 
 
 def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint") -> list[str]:
@@ -140,6 +136,7 @@ def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint
         found.append(f"{label} config.json: {error.problem}")
     seen: set[str] = set()
     groups: dict[str, list[str]] = {}
+    fused: dict[str, set[float]] = {}
     for exported in read_checkpoint(folder):
         seen.add(exported.name)
         if exported.name not in plan.tensors:
@@ -147,6 +144,13 @@ def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint
             continue
         for problem in tensor_problems(exported, plan.tensors[exported.name], plan.parameters[exported.name].shape):
             groups.setdefault(f"{plan.parameters[exported.name].role.name}: {problem}", []).append(exported.name)
+        together = plan.parameters[exported.name].fused
+        shared = exported.parts.get(f"{exported.name}_global_scale")
+        if together is not None and shared is not None:
+            fused.setdefault(together, set()).add(float(shared))
+    apart = [matrix for matrix, scales in fused.items() if len(scales) > 1]
+    if apart:
+        groups["weights that engines fuse share no global scale"] = apart
     missing = [name for name in plan.tensors if name not in seen]
     if missing:
         groups["missing"] = missing

@@ -6,7 +6,7 @@ integers and scales wherever it is quantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -14,11 +14,22 @@ import torch
 from runner.errors import UserError
 from runner.precision import fp4, fp8, int4, kernels
 from runner.precision.checks import WeightError
+from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Convention, Format
 
-__all__ = ["Scales", "TensorFormat", "decode", "encode", "module_of", "quantize_dequantize", "quantize_dequantize_"]
+__all__ = [
+    "Scales",
+    "TensorFormat",
+    "decode",
+    "encode",
+    "encode_all",
+    "fused_scales",
+    "module_of",
+    "quantize_dequantize",
+    "quantize_dequantize_",
+]
 
 T = TypeVar("T")
 
@@ -32,22 +43,6 @@ class Scales(NamedTuple):
 
     scale: torch.Tensor
     global_scale: torch.Tensor | None = None
-
-    def piece(self, tensor_format: TensorFormat, expert: int, start: int, stop: int) -> Scales:
-        """The scales of memory[expert, start:stop] of a stack [E, out, in]: those of one on-disk weight.
-
-        Raises UserError where a scale spans the cut (fp8 blocks that `start` splits, per-tensor scales): quantize such
-        stacks piece by piece, as views.
-        """
-        rows = self.scale.shape[-2] if self.scale.dim() > 2 else 0
-        if tensor_format.strategy == "block":
-            block = tensor_format.group_size
-            if start % block or (stop % block and -(-stop // block) < rows):
-                raise UserError(f"rows {start}:{stop} cut a {block} x {block} fp8 block: quantize each piece as a view")
-            return Scales(self.scale[expert, start // block : -(-stop // block)])
-        if tensor_format.format is Format.nvfp4 or tensor_format.strategy == "tensor":
-            raise UserError("a per-tensor scale belongs to one on-disk weight: quantize each piece as a view")
-        return Scales(self.scale[expert, start:stop])
 
 
 def module_of(name: str) -> str:
@@ -70,6 +65,19 @@ def _convention(tensor_format: TensorFormat, name: str) -> Convention:
     return tensor_format.convention
 
 
+def fused_scales(weights: Mapping[str, torch.Tensor], tensor_format: TensorFormat) -> dict[str, Scales]:
+    """Scales of the weights [..., out, in] that engines lay into one matrix (`PrecisionPlan.fused_with`), under one global scale.
+
+    {} for formats without a global scale: their weights have the scales that they have alone. SGLang and vLLM keep one
+    global scale per matrix, so weights that disagree about it are refused there, or computed with another one's.
+    """
+    if not tensor_format.has_global_scale:
+        return {}
+    amax = torch.stack([_named(name, fp4.nvfp4_amax, weight) for name, weight in weights.items()]).amax(0)
+    shared = fp4.nvfp4_global_scale(amax)
+    return {name: Scales(fp4.nvfp4_scales(weight, shared), shared.clone()) for name, weight in weights.items()}
+
+
 def encode(name: str, weight: torch.Tensor, tensor_format: TensorFormat, scales: Scales | None = None) -> ExportedTensor:
     """One weight [out, in] in its on-disk form (see `runner.samples.ExportedTensor`).
 
@@ -85,6 +93,29 @@ def encode(name: str, weight: torch.Tensor, tensor_format: TensorFormat, scales:
         return ExportedTensor(name, Format.bf16.name, {name: weight.detach().to(torch.bfloat16)})
     tensor_format.check_shape(name, tuple(weight.shape))
     return ExportedTensor(name, tensor_format.format.name, _named(name, _encode_parts, name, weight, tensor_format, scales))
+
+
+def encode_all(weights: Iterable[tuple[str, torch.Tensor]], plan: PrecisionPlan) -> Iterator[ExportedTensor]:
+    """(on-disk name, tensor) pairs in the plan's formats, as they come; biases and the like keep their dtype.
+
+    Weights that share a global scale wait for each other. UserError for names that the plan does not have, and for weights
+    whose partners never come.
+    """
+    waiting: dict[str, torch.Tensor] = {}
+    for name, weight in weights:
+        if not name.endswith(".weight"):
+            yield ExportedTensor(name, Format.bf16.name, {name: weight})
+            continue
+        tensor_format = plan.format_of(name)
+        waiting[name] = weight
+        fused = plan.fused_with(name)
+        if all(other in waiting for other in fused):
+            together = {other: waiting.pop(other) for other in fused}
+            scales = fused_scales(together, tensor_format)
+            for other, tensor in together.items():
+                yield encode(other, tensor, tensor_format, scales.get(other))
+    if waiting:
+        raise UserError(f"{', '.join(waiting)}: what shares a global scale with it is missing")
 
 
 def _encode_parts(name: str, weight: torch.Tensor, tf: TensorFormat, scales: Scales | None) -> dict[str, torch.Tensor]:
@@ -176,8 +207,8 @@ def quantize_dequantize(
 ) -> tuple[torch.Tensor, Scales | None]:
     """(effective weight in bf16 [..., out, in], its scales; None for bf16), out of place.
 
-    nvfp4 and per-tensor fp8 take one global scale per matrix of a stack [E, out, in]; fp8 blocks start at row 0: pass a
-    stack of fused weights piece by piece (`weight[:, start:stop]`) in these formats.
+    nvfp4 and per-tensor fp8 take one global scale per matrix of a stack [E, out, in], which for nvfp4 is what fused weights
+    want; fp8 blocks start at row 0: pass a stack of fused weights piece by piece (`weight[:, start:stop]`) in fp8.
     """
     if not tensor_format.quantized:
         return weight.detach().to(torch.bfloat16), None
@@ -204,17 +235,20 @@ def _pair(result: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, Scal
     return result[0], Scales(result[1])
 
 
-def quantize_dequantize_(weight: torch.Tensor, tensor_format: TensorFormat, name: str = "weight") -> Scales | None:
+def quantize_dequantize_(
+    weight: torch.Tensor, tensor_format: TensorFormat, name: str = "weight", scales: Scales | None = None
+) -> Scales | None:
     """The QAT step: replace a weight (bf16, or fp32 without masters) by its effective values, in place.
 
     Returns the scales, to be kept for `encode`; None for bf16. `name` is for the error on NaN. The weight may be a view
-    of a stack, as long as it may be written.
+    of a stack, as long as it may be written. `scales` given: those are used (`fused_scales`).
     """
     if tensor_format.format is Format.int4:
         tensor_format.check_shape(name, tuple(weight.shape))
         convention = _convention(tensor_format, name)
-        return Scales(_named(name, kernels.quantize_dequantize_, weight, tensor_format.group_size, convention))
-    values, scales = quantize_dequantize(weight, tensor_format, name=name)
+        kept = scales.scale if scales else None
+        return Scales(_named(name, kernels.quantize_dequantize_, weight, tensor_format.group_size, convention, kept))
+    values, scales = quantize_dequantize(weight, tensor_format, scales, name)
     with torch.no_grad():
         weight.copy_(values)
     return scales

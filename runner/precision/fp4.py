@@ -7,7 +7,7 @@ codes per byte, the first value in the low nibble.
 
 MXFP4   e8m0 = 127 + floor(log2(amax)) - 2, one more where amax has a mantissa of 1.75 and above; clamped to 0..254
         scale = 2^(e8m0 - 127);  code of w / scale;  dequantized = bf16(value * scale)
-NVFP4   global = fp32(448 * 6 / amax of the tensor) (1 where that is not finite)
+NVFP4   global = fp32(448 * 6 / amax of the tensor, or of all that share it) (1 where that is not finite)
         scale  = e4m3(clamp(fp32(global * bf16(amax of the group / 6)))), 0.125 where that is zero
         code of fp32(w) / (scale / global);  dequantized = bf16(value * fp32(scale / global))
 
@@ -87,16 +87,29 @@ def dequantize_mxfp4(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (grouped * e8m0_to_float(scale).unsqueeze(-1)).to(torch.bfloat16).flatten(-2)
 
 
-def nvfp4_scales(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 group scales [..., out, in / 16], fp32 global scale [..., 1])."""
+def _nvfp4_amax(weight: torch.Tensor) -> torch.Tensor:
+    """bf16 [..., out, in / 16]; raises WeightError on NaN and infinities."""
     amax = groups_of(as_bf16(weight), NVFP4_GROUP).abs().amax(-1)
     check_amax(amax, BF16_MAX)
-    largest = amax.flatten(-2).amax(-1, keepdim=True).clamp(min=torch.finfo(torch.bfloat16).tiny)
-    global_scale = (E4M3_MAX * FP4_MAX / largest).float()
-    global_scale = torch.where(torch.isfinite(global_scale), global_scale, torch.ones_like(global_scale))
-    local = global_scale.unsqueeze(-1) * (amax / FP4_MAX).float()
+    return amax
+
+
+def nvfp4_amax(weight: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each matrix, bf16 [..., 1]; of weights that share a global scale, take the largest."""
+    return _nvfp4_amax(weight).flatten(-2).amax(-1, keepdim=True)
+
+
+def nvfp4_global_scale(amax: torch.Tensor) -> torch.Tensor:
+    """fp32 global scale [..., 1] of the weights whose largest magnitude this is."""
+    global_scale = (E4M3_MAX * FP4_MAX / amax.clamp(min=torch.finfo(torch.bfloat16).tiny)).float()
+    return torch.where(torch.isfinite(global_scale), global_scale, torch.ones_like(global_scale))
+
+
+def nvfp4_scales(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """e4m3 group scales [..., out, in / 16] under a global scale [..., 1]."""
+    local = global_scale.unsqueeze(-1) * (_nvfp4_amax(weight) / FP4_MAX).float()
     scale = local.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return torch.where(scale.float() == 0, torch.full_like(local, 0.125), scale.float()).to(torch.float8_e4m3fn), global_scale
+    return torch.where(scale.float() == 0, torch.full_like(local, 0.125), scale.float()).to(torch.float8_e4m3fn)
 
 
 def _nvfp4_factor(scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -109,7 +122,8 @@ def quantize_nvfp4(
     """Weight [..., out, in] -> (codes uint8, e4m3 scales, fp32 global scale [..., 1]); both scales given: kept."""
     grouped = groups_of(as_bf16(weight), NVFP4_GROUP)
     if scale is None or global_scale is None:
-        scale, global_scale = nvfp4_scales(weight)
+        global_scale = nvfp4_global_scale(nvfp4_amax(weight))
+        scale = nvfp4_scales(weight, global_scale)
     else:
         check_amax(grouped.abs().amax(-1), BF16_MAX)
         if scale.shape != grouped.shape[:-1]:

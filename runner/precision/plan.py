@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.models.family import Parameter
-from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
+from runner.precision.tensor_format import FP8_BLOCK, MXFP4_GROUP, NVFP4_GROUP, TensorFormat
 from runner.schema import Convention, Format, GridConfig, ModelConfig, PrecisionConfig, Role
 
 Side = Literal["train", "rollout"]
@@ -28,6 +29,7 @@ _CT_FORMATS = {
     Format.nvfp4: "nvfp4-pack-quantized",
 }
 _CT_SCALE_DTYPES = {Format.mxfp4: "torch.uint8", Format.nvfp4: "torch.float8_e4m3fn"}
+_FP4 = {("group", MXFP4_GROUP): TensorFormat.mxfp4(), ("tensor_group", NVFP4_GROUP): TensorFormat.nvfp4()}
 _SHOWN = 3  # names listed per difference
 
 
@@ -108,6 +110,21 @@ class PrecisionPlan:
         }
         return PrecisionPlan(tensors, self.parameters)
 
+    def fused_with(self, name: str) -> tuple[str, ...]:
+        """This weight and those that share a global scale with it, in the table's order; alone where its format has none."""
+        parameter = self.parameters[name]
+        if parameter.fused is None or not self.format_of(name).has_global_scale:
+            return (name,)
+        return tuple(other for other in self._fused[parameter.fused] if self.tensors[other] == self.tensors[name])
+
+    @cached_property
+    def _fused(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.fused is not None:
+                found.setdefault(parameter.fused, []).append(name)
+        return found
+
     def format_of(self, name: str) -> TensorFormat:
         """Format of one on-disk weight; raises UserError for a name the family's table does not have."""
         try:
@@ -186,6 +203,14 @@ class PrecisionPlan:
                 role = self.parameters[name].role.name if name in self.parameters else "unknown role"
                 groups.setdefault(f"{role}: {reason}", []).append(name)
         return [f"{reason}: {shorten(found)}" for reason, found in groups.items()]
+
+
+def nested_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`quantization_config` of a config.json, wherever it is nested; None for a bf16 checkpoint."""
+    for holder in (config, config.get("text_config") or {}):
+        if "quantization_config" in holder:
+            return holder["quantization_config"]
+    return None
 
 
 def shorten(names: list[str]) -> str:
@@ -278,25 +303,27 @@ def _fp8_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
 
 
 def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
-    ignored = list(config.get("ignore") or [])
+    ignored = _matcher(config.get("ignore") or [])
     schemes = [
-        (list(scheme["targets"]), _ct_grid(scheme["weights"], config.get("format")))
+        ("Linear" in scheme["targets"], _matcher(scheme["targets"]), _ct_grid(scheme["weights"], config.get("format")))
         for scheme in config["config_groups"].values()
     ]
 
     def format_of(module: str) -> TensorFormat:
-        if not _matches(module, ignored):
-            for targets, grid in schemes:
-                if "Linear" in targets or _matches(module, targets):
+        if not ignored(module):
+            for every_linear, targeted, grid in schemes:
+                if every_linear or targeted(module):
                     return grid
         return TensorFormat.bf16()
 
     return format_of
 
 
-def _matches(module: str, entries: Iterable[str]) -> bool:
+def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
     """compressed-tensors' matching: an exact module name, or `re:` and a pattern matched from the start."""
-    return any(re.match(entry[3:], module) if entry.startswith("re:") else entry == module for entry in entries)
+    names = frozenset(entries)
+    patterns = [re.compile(entry[3:]) for entry in names if entry.startswith("re:")]
+    return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
 
 
 def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> TensorFormat:
@@ -322,11 +349,15 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
             scale_dtype=_plain_dtype(value("scale_dtype")),
         )
     if value("type") == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
+        block = value("block_structure")
+        if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
+            raise UserError(f"quantization_config: block_structure is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
         return TensorFormat.fp8(strategy)
-    if value("type") == "float" and bits == 4 and strategy in ("group", "tensor_group"):
-        return TensorFormat.mxfp4() if int(group) == 32 else TensorFormat.nvfp4()
+    if value("type") == "float" and bits == 4 and (strategy, group) in _FP4:
+        return _FP4[strategy, group]
     raise UserError(
-        f"quantization_config: {value('type')}{bits} weights, strategy {strategy}, container {container} cannot be read",
+        f"quantization_config: {value('type')}{bits} weights, strategy {strategy}, group_size {group}, container {container} "
+        "cannot be read",
         fix="convert the original bf16 checkpoint instead",
     )
 

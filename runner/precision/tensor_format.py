@@ -112,6 +112,11 @@ class TensorFormat:
         return self.format is not Format.bf16
 
     @property
+    def has_global_scale(self) -> bool:
+        """Whether one more scale covers the whole weight, or all the weights that engines lay into one matrix."""
+        return self.format is Format.nvfp4
+
+    @property
     def bits(self) -> int:
         return {Format.bf16: 16, Format.int8: 8, Format.fp8: 8}.get(self.format, 4)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from runner.errors import UserError
 from runner.models.family import Family
-from runner.precision.formats import Scales, encode, module_of, quantize_dequantize, quantize_dequantize_
+from runner.precision.formats import Scales, encode, fused_scales, module_of, quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
@@ -44,6 +44,7 @@ class WeightLayout:
         stacked = {parameter.name: parameter.pieces for parameter in family.stacked(model)}
         self.pieces: dict[str, list[Piece]] = {}
         self.formats: dict[str, TensorFormat] = {}
+        self._fused: dict[str, tuple[str, ...]] = {}
         for name, shape in shapes.items():
             if name in stacked:
                 self.pieces[name] = [Piece(*piece) for piece in stacked[name]]
@@ -53,12 +54,20 @@ class WeightLayout:
             if len(formats) > 1:
                 raise UserError(f"{name} holds weights of several formats: {', '.join(sorted(map(str, formats)))}")
             self.formats[name] = formats.pop()
+            if name not in stacked:  # a stacked parameter is what engines fuse
+                self._fused[name] = plan.fused_with(name)
 
     def unquantized(self) -> WeightLayout:
         """The same weights, all in bf16."""
         layout = object.__new__(WeightLayout)
         layout.pieces, layout.formats = self.pieces, dict.fromkeys(self.formats, TensorFormat.bf16())
+        layout._fused = {}
         return layout
+
+    def fused_scales(self, name: str, weight_of: Callable[[str], torch.Tensor]) -> dict[str, Scales]:
+        """Scales of this tensor and of those that share a global scale with it; {} where it has none or is alone in it."""
+        names = self._fused.get(name, ())
+        return fused_scales({other: weight_of(other) for other in names}, self.formats[name]) if len(names) > 1 else {}
 
     @property
     def quantized(self) -> list[str]:
@@ -67,7 +76,7 @@ class WeightLayout:
     def row_ranges(self, name: str) -> list[tuple[int, int]] | None:
         """Row ranges that must be quantized one by one because a scale spans rows; None: the whole tensor at once."""
         tensor_format, pieces = self.formats[name], self.pieces[name]
-        by_row = tensor_format.strategy in ("group", "channel") and tensor_format.format is not Format.nvfp4
+        by_row = tensor_format.strategy in ("group", "channel")
         if by_row or pieces[0].expert is None:
             return None
         return sorted({(piece.start, piece.stop) for piece in pieces})
@@ -92,16 +101,20 @@ class WeightQuantizer:
     @torch.no_grad()
     def quantize_(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Quantize in place every weight that the plan quantizes; `weights` hold bf16(master). Keeps the scales."""
+        fused: dict[str, Scales] = {}
         for name in self.layout.quantized:
+            if name not in fused:  # before the first of them changes
+                fused |= self.layout.fused_scales(name, weights.__getitem__)
             for rows, view in self.layout.parts(name, weights[name]):
-                scales = quantize_dequantize_(view, self.layout.formats[name], name=name)
+                scales = quantize_dequantize_(view, self.layout.formats[name], name, fused.pop(name, None))
                 assert scales is not None
                 self.scales[name, rows] = scales
 
-    def effective(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """qdq(bf16(weight)) in the dtype of `weight`, out of place."""
+    def effective(self, name: str, weight: torch.Tensor, weight_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """qdq(bf16(weight)) in the dtype of `weight`, out of place; `weight_of` finds those that share a global scale with it."""
         tensor_format = self.layout.formats[name]
-        parts = [quantize_dequantize(view, tensor_format, name=name)[0] for _, view in self.layout.parts(name, weight)]
+        scales = self.layout.fused_scales(name, weight_of).get(name)
+        parts = [quantize_dequantize(view, tensor_format, scales, name)[0] for _, view in self.layout.parts(name, weight)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(weight.dtype)
 
 
@@ -132,6 +145,7 @@ class ForwardFakeQuantization:
 
     def __init__(self, model: nn.Module, quantizer: WeightQuantizer) -> None:
         self.enabled = True
+        self._parameter = model.get_parameter
         by_module: dict[str, list[str]] = {}
         for name in quantizer.layout.quantized:
             module, _, attribute = name.rpartition(".")
@@ -148,7 +162,8 @@ class ForwardFakeQuantization:
             for attribute in attributes:
                 name = f"{module_name}.{attribute}"
                 effective = _StraightThrough.apply(
-                    module._parameters[attribute], lambda weight, name=name: quantizer.effective(name, weight)
+                    module._parameters[attribute],
+                    lambda weight, name=name: quantizer.effective(name, weight, self._parameter),
                 )
                 module.__dict__[attribute] = effective
             try:
@@ -177,7 +192,8 @@ def export_weights(
             for piece in pieces:
                 yield ExportedTensor(piece.name, Format.bf16.name, {piece.name: piece.of(weight).detach()})
         elif pieces[0].expert is None:
-            yield encode(pieces[0].name, weight, tensor_format, kept(name, None))
+            scales = kept(name, None) or layout.fused_scales(name, weights.__getitem__).get(name)
+            yield encode(pieces[0].name, weight, tensor_format, scales)
         elif layout.row_ranges(name) is None:
             stack = encode(f"{name}.weight", weight, tensor_format, kept(name, None))
             yield from (_cut(stack, name, piece) for piece in pieces)
@@ -186,8 +202,7 @@ def export_weights(
                 assert piece.expert is not None
                 scales = kept(name, (piece.start, piece.stop))
                 if scales is not None:
-                    shared = scales.global_scale
-                    scales = Scales(scales.scale[piece.expert], None if shared is None else shared[piece.expert])
+                    scales = Scales(scales.scale[piece.expert])
                 yield encode(piece.name, piece.of(weight), tensor_format, scales)
 
 
@@ -198,6 +213,8 @@ def _cut(stack: ExportedTensor, name: str, piece: Piece) -> ExportedTensor:
         suffix = part_name.removeprefix(f"{name}.")
         if suffix == "weight_shape":
             parts[f"{module}.{suffix}"] = torch.tensor([piece.stop - piece.start, int(part[-1])], dtype=torch.int64)
+        elif suffix == "weight_global_scale":
+            parts[f"{module}.{suffix}"] = part[piece.expert].clone()  # gate_proj and up_proj have the same
         else:
             parts[f"{module}.{suffix}"] = piece.of(part)
     return ExportedTensor(piece.name, stack.format, parts)
