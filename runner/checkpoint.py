@@ -41,7 +41,7 @@ def save(run_dir: Path, step: int, state: dict[str, Any], write: Callable[[Path]
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-        _sync_folder(root)
+        sync_to_disk(root)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise _disk_error(error, root) from error
@@ -110,8 +110,9 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,6 +7,7 @@ from hypothesis import settings
 settings.register_profile("runner", derandomize=True, deadline=None)
 settings.load_profile("runner")
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that send Ctrl-C would send it into the void.
+# A shell starts background jobs with SIGINT ignored, and children inherit that: tests that send Ctrl-C would send it
+# into the void.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -433,6 +433,24 @@ def test_fp8_checkpoint_that_lists_no_exceptions(tmp_path: Path) -> None:
     assert torch.equal(back[name], formats.decode(exported, TensorFormat.fp8()))
 
 
+@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+def test_fp8_blocks_by_their_other_name_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
+    """compressed-tensors writes block scales as .weight_scale; a weight larger than a row block must find its own."""
+    config = model("qwen3", ffn_size=320, num_layers=1)
+    write_source(tmp_path / "source", config)
+    run(tmp_path / "source", tmp_path / "fp8", TensorFormat.fp8())
+    run(tmp_path / "fp8", tmp_path / "expected", TensorFormat.bf16())
+    renamed = {name.replace("weight_scale_inv", "weight_scale"): part for name, part in read_all(tmp_path / "fp8").items()}
+    write_shards(tmp_path / "fp8", renamed, 3)
+    args = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "symmetric": True}
+    quantization = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head", "re:.*self_attn.*"]}
+    group = {"targets": ["Linear"], "weights": args, "input_activations": None}
+    edit_config(tmp_path / "fp8", quantization_config=quantization | {"config_groups": {"group_0": group}})
+    monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
+    run(tmp_path / "fp8", tmp_path / "back", TensorFormat.bf16())
+    assert_same(read_all(tmp_path / "back"), read_all(tmp_path / "expected"))
+
+
 def test_an_asymmetric_int4_checkpoint_comes_back(source: Path, tmp_path: Path) -> None:
     """As llm-compressor's W4A16_ASYM: compressed-tensors' own integers, scales and zero points, and what it reads there."""
     args = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=32)

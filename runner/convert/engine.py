@@ -257,9 +257,10 @@ def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> No
     """Row block by row block, except where zero points are packed along the rows."""
     rows, columns = job.outputs[0].shape
     step = _rows_of(BLOCK_BYTES, columns * 2) if job.tensor_format.symmetric else rows
+    blocks = job.tensor_format.strategy == "block"
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        block = parts if step >= rows else {name: _rows(name, part, start, stop, columns) for name, part in parts.items()}
+        block = parts if step >= rows else {name: _rows(name, part, start, stop, columns, blocks) for name, part in parts.items()}
         decoded = formats.decode(ExportedTensor(job.name, job.tensor_format.format.name, block), job.tensor_format)
         if tuple(decoded.shape) != (stop - start, columns):
             raise UserError(
@@ -269,13 +270,13 @@ def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> No
         writer.write(job.name, decoded, start if step < rows else None)
 
 
-def _rows(name: str, part: torch.Tensor, start: int, stop: int, columns: int) -> torch.Tensor:
-    """What rows [start, stop) of a weight need of one of its parts."""
+def _rows(name: str, part: torch.Tensor, start: int, stop: int, columns: int, blocks: bool) -> torch.Tensor:
+    """What rows [start, stop) of a weight need of one of its parts; `blocks`: a scale covers FP8_BLOCK rows."""
     if name.endswith(".weight_shape"):
         return torch.tensor([stop - start, columns])
     if part.numel() <= 1:  # a scale of the whole tensor
         return part
-    if name.endswith(".weight_scale_inv"):
+    if blocks and ".weight_scale" in name:  # compressed-tensors' name lacks the _inv
         return part[start // FP8_BLOCK : -(-stop // FP8_BLOCK)]
     return part[start:stop]
 

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoint import sync_to_disk
 from runner.errors import UserError
 
 JOURNAL = ".convert.jsonl"
@@ -104,20 +105,11 @@ class Partial:
         """Make the folder the target, in one rename; the journal goes last, so a kill before it loses nothing."""
         for path in self.folder.rglob("*"):
             if path.suffix != ".safetensors":  # shards are on the disk since they were finished
-                _sync(path)
-        _sync(self.folder)
+                sync_to_disk(path)
+        sync_to_disk(self.folder)
         self.folder.rename(self.target)
-        _sync(self.target.parent)
+        sync_to_disk(self.target.parent)
         (self.target / JOURNAL).unlink()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_space(folder: Path, needed: int) -> None:
