@@ -107,6 +107,19 @@ def test_every_shipped_model_has_a_plan_that_reads_back(name: str) -> None:
     assert again.tensors == plan.tensors
 
 
+def test_queries_of_a_low_rank_are_fused_with_the_compressed_keys() -> None:
+    """Kimi-K2's attention, as SGLang lays it out; Moonlight's queries have no low rank."""
+    kimi = replace(MOONLIGHT, q_lora_rank=32)
+    plan = PrecisionPlan.with_format(kimi, TensorFormat.nvfp4(), {Role.attention})
+    first = "model.layers.0.self_attn"
+    fused = (f"{first}.q_a_proj.weight", f"{first}.kv_a_proj_with_mqa.weight")
+    assert plan.fused_with(fused[0]) == plan.fused_with(fused[1]) == fused
+    assert {plan.fused_with(name) for name in plan.quantized if "layers.0" in name} == {
+        fused,
+        *((f"{first}.{name}.weight",) for name in ("q_b_proj", "kv_b_proj", "o_proj")),
+    }
+
+
 def test_roles_by_config() -> None:
     plan = PrecisionPlan.build(MOONLIGHT, precision([Role.attention, Role.shared_expert], group_size=16), "train")
     assert roles_of(plan) == {Role.attention, Role.shared_expert}
