@@ -45,18 +45,19 @@ def test_the_folder_holds_what_the_engine_got(model: dict[str, object], tmp_path
         assert all(torch.equal(written[n], part) for n, part in streamed.items())
 
 
-def test_int4_is_what_the_converter_makes_of_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["int4", "nvfp4"])
+def test_it_is_what_the_converter_makes_of_bf16(tmp_path: Path, format: str) -> None:
     cfg = config()
     _trained(cfg, tmp_path / "checkpoint")
     _written(cfg, tmp_path / "checkpoint", tmp_path / "bf16", "bf16")
-    _written(cfg, tmp_path / "checkpoint", tmp_path / "int4", "int4")
-    tensor_format = next(iter(export.plan_of(cfg, "int4").quantized.values()))
+    _written(cfg, tmp_path / "checkpoint", tmp_path / format, format)
+    tensor_format = next(iter(export.plan_of(cfg, format).quantized.values()))
 
     def roles(model: ModelConfig) -> list[object]:
         return list(quantized_roles(model, cfg.precision))
 
     convert(tmp_path / "bf16", tmp_path / "converted", tensor_format, roles, workers=1)  # type: ignore[arg-type]
-    assert compare_checkpoints(tmp_path / "int4", tmp_path / "converted") == []
+    assert compare_checkpoints(tmp_path / format, tmp_path / "converted") == []
 
 
 def test_shards_and_their_index_load_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runner import checkpoint
+from runner.convert.jobs import reader_notes
 from runner.convert.source import CONFIG, INDEX, SINGLE
 from runner.errors import UserError
 from runner.precision import formats
@@ -65,6 +66,8 @@ def main(argv: list[str]) -> int:
     seconds = time.perf_counter() - started
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{request.target}: {plan.summary()}, from {folder.parent.name} of {run}", markup=False)
+    for note in reader_notes(plan):
+        console.print(f"note: {note}", markup=False)
     console.print(f"{size / 1e6:.1f} MB in {seconds:.1f} s")
     return 0
 

@@ -119,7 +119,7 @@ def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
             fix="convert it to bf16 first (convert.format=bf16), or start from the bf16 checkpoint",
         )
     _check_table(source, plan.parameters)
-    jobs = Jobs({shard: [] for shard in source.shards}, _extra_notes(source, plan.parameters) + _reader_notes(plan))
+    jobs = Jobs({shard: [] for shard in source.shards}, _extra_notes(source, plan.parameters) + reader_notes(plan))
     for name, stored in source.tensors.items():
         parameter = plan.parameters.get(name)
         if parameter is None or not plan.tensors[name].quantized:
@@ -217,7 +217,7 @@ def _check_table(source: Source, parameters: Mapping[str, Parameter]) -> None:
             )
 
 
-def _reader_notes(plan: PrecisionPlan) -> list[str]:
+def reader_notes(plan: PrecisionPlan) -> list[str]:
     """Programs that read the written format wrongly, each seen to do so (tests/test_convert_proof.py)."""
     experts = [n for n, t in plan.quantized.items() if t.format is Format.nvfp4 and plan.parameters[n].role is Role.routed_expert]
     if not experts:
