@@ -224,7 +224,7 @@ def reader_notes(plan: PrecisionPlan) -> list[str]:
         return []
     return [
         "do not load this with transformers 5.19: it leaves out the weight_global_scale of NVFP4 experts and computes with wrong "
-        "weights; SGLang's and vLLM's layout is kept (one global scale for gate_proj and up_proj), and runner reads it"
+        "weights; runner reads it, and gate_proj and up_proj share one global scale, as SGLang demands"
     ]
 
 

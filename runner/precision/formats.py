@@ -68,8 +68,8 @@ def _convention(tensor_format: TensorFormat, name: str) -> Convention:
 def fused_scales(weights: Mapping[str, torch.Tensor], tensor_format: TensorFormat) -> dict[str, Scales]:
     """Scales of the weights [..., out, in] that engines lay into one matrix (`PrecisionPlan.fused_with`), under one global scale.
 
-    {} for formats without a global scale: their weights have the scales that they have alone. SGLang and vLLM keep one
-    global scale per matrix, so weights that disagree about it are refused there, or computed with another one's.
+    {} for formats without a global scale: their weights have the scales that they have alone. SGLang 0.5.23 keeps one global
+    scale per matrix and refuses weight-only checkpoints whose weights disagree about it (read in its source).
     """
     if not tensor_format.has_global_scale:
         return {}
