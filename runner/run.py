@@ -15,6 +15,7 @@ from types import FrameType
 import numpy as np
 import torch
 from hydra.utils import get_class
+from transformers import PreTrainedTokenizerBase
 
 from runner import checkpoint, preflight
 from runner.decisions import Decisions
@@ -23,12 +24,16 @@ from runner.folder import RunFolder, open_folder
 from runner.loop import Components, train
 from runner.models.build import load_tokenizer
 from runner.rollout.collect import Collector, Interrupted
-from runner.schema import Config
+from runner.rollout.protocol import RolloutPool
+from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks.protocol import Task
 from runner.tracking.tracker import Tracker, build_tracker
+from runner.trainer.protocol import Trainer, TrainerLost
 from runner.warm_start import warm_start
 from runner.watch import Watcher
+
+RESTART = "trainer_restart"  # kind of the event
 
 
 class StopSignal:
@@ -66,7 +71,7 @@ def main(cfg: Config, overrides: list[str]) -> int:
         outcome, message = "failed", ""
         started = time.perf_counter()
         try:
-            outcome = _run(cfg, folder, tracker, stop)
+            outcome = _supervise(cfg, folder, tracker, stop)
             message = _how_it_ended(outcome, folder.path)
         except Interrupted:
             outcome, message = "interrupted", "interrupted before the first step; nothing to resume"
@@ -82,44 +87,91 @@ def main(cfg: Config, overrides: list[str]) -> int:
     return {"completed": 0, "interrupted": 130}.get(outcome, 1)
 
 
-def _run(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> str:
-    _seed_everything(cfg.seed)
+def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> str:
+    """The run, begun again from its last checkpoint when the trainer is lost, at most `trainer.max_restarts` times.
+
+    The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
+    """
     tokenizer = load_tokenizer(cfg.model)
     task: Task = get_class(cfg.task._target_)(cfg.task, tokenizer)
-    stop_ids = (tokenizer.eos_token_id,)
-    trainer = get_class(cfg.trainer._target_)(cfg)
-    pool = get_class(cfg.rollout._target_)(cfg)
+    trainer = _build_trainer(cfg)
+    pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
+    untouched = pool.state()
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    collector = Collector(cfg, task, pool, decode, (tokenizer.eos_token_id,), stop, warn=partial(tracker.event, "warning"))
+    begin, restarts = folder.resumed_from, 0
     try:
-
-        def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-        collector = Collector(cfg, task, pool, decode, stop_ids, stop, warn=partial(tracker.event, "warning"))
-        sync = WeightSync(trainer, pool, _probe(cfg, task), tracker)
-        watcher = Watcher(cfg)
-        first_step = 0
-        if folder.resumed_from:
-            state = checkpoint.read_state(folder.resumed_from)
-            trainer.load(folder.resumed_from / "trainer")
-            pool.load_state(state["pool"])
-            watcher.load_state(state["watch"])
-            first_step = state["step"]
-        elif cfg.warm_start.enabled:
-            untouched = pool.state()
-            warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
-            pool.load_state(untouched)  # a cached warm start measures nothing
-
-        def save(step: int) -> None:
-            state = {"pool": pool.state(), "watch": watcher.state()}
-            checkpoint.save(folder.path, step, state, trainer.save, cfg.checkpoint.keep)
-
-        sync()
-        decisions = Decisions(folder.path, first_step)
-        parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, save=save, should_stop=stop)
-        return train(parts, first_step)
+        while True:
+            try:
+                pool.load_state(untouched)
+                return _run(cfg, folder.path, begin, trainer, collector, tokenizer, tracker, stop)
+            except TrainerLost as error:
+                restarts += 1
+                begin = _restart_point(cfg, folder.path, error, restarts, tracker)
+            trainer.close()
+            trainer = _build_trainer(cfg)
     finally:
         pool.close()
         trainer.close()
+
+
+def _build_trainer(cfg: Config) -> Trainer:
+    _seed_everything(cfg.seed)
+    trainer: Trainer = get_class(cfg.trainer._target_)(cfg)
+    return trainer
+
+
+def _restart_point(cfg: Config, run_dir: Path, error: TrainerLost, restarts: int, tracker: Tracker) -> Path | None:
+    """The checkpoint to go on from, None for the run's beginning; raises when there have been restarts enough."""
+    allowed = cfg.trainer.max_restarts if isinstance(cfg.trainer, MegatronTrainerConfig) else 0
+    if restarts > allowed:
+        how_often = f"after {restarts - 1} of {allowed} restarts (trainer.max_restarts): " if allowed else ""
+        raise TrainerLost(f"{how_often}{error.problem}", key=error.key, fix=error.fix) from error
+    begin = checkpoint.latest(run_dir) if checkpoint.complete(run_dir) else None
+    where = f"checkpoint {begin.name}" if begin else "the run's beginning: there is no checkpoint yet"
+    message = f"restart {restarts} of {allowed} from {where}, because {error.problem}"
+    tracker.event(RESTART, message, {"restarts": restarts, "from": begin.name if begin else None})
+    tracker.rewind(checkpoint.read_state(begin)["step"] if begin else 0)
+    return begin
+
+
+def _run(
+    cfg: Config,
+    run_dir: Path,
+    begin: Path | None,
+    trainer: Trainer,
+    collector: Collector,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker,
+    stop: StopSignal,
+) -> str:
+    """Steps from checkpoint `begin` on, or from a warm start; returns the outcome."""
+    pool = collector.pool
+    sync = WeightSync(trainer, pool, _probe(cfg, collector.task), tracker)
+    watcher = Watcher(cfg)
+    first_step = 0
+    if begin:
+        state = checkpoint.read_state(begin)
+        trainer.load(begin / "trainer")
+        pool.load_state(state["pool"])
+        watcher.load_state(state["watch"])
+        first_step = state["step"]
+    elif cfg.warm_start.enabled:
+        untouched = pool.state()
+        warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
+        pool.load_state(untouched)  # a cached warm start measures nothing
+
+    def save(step: int) -> None:
+        state = {"pool": pool.state(), "watch": watcher.state()}
+        checkpoint.save(run_dir, step, state, trainer.save, cfg.checkpoint.keep)
+
+    sync()
+    decisions = Decisions(run_dir, first_step)
+    parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, save=save, should_stop=stop)
+    return train(parts, first_step)
 
 
 def _seed_everything(seed: int) -> None:

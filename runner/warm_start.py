@@ -27,7 +27,7 @@ from runner.sync import WeightSync
 from runner.tasks.protocol import HasWorkedSolutions, Task
 from runner.tracking.folder import plain_config
 from runner.tracking.tracker import Tracker
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.protocol import Trainer
 
 CHECK_PROMPTS = 128  # training prompts sampled once each, at temperature 1, to measure success
 FORMAT = 1  # raised when a change of code makes older caches wrong
@@ -48,7 +48,7 @@ def cache_key(cfg: Config) -> str:
 
 def warm_start(
     cfg: Config,
-    trainer: TorchTrainer,
+    trainer: Trainer,
     collector: Collector,
     sync: WeightSync,
     tokenizer: PreTrainedTokenizerBase,
@@ -83,7 +83,7 @@ def warm_start(
 
 def _train(
     cfg: Config,
-    trainer: TorchTrainer,
+    trainer: Trainer,
     collector: Collector,
     sync: WeightSync,
     tokenizer: PreTrainedTokenizerBase,

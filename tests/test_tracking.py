@@ -62,6 +62,23 @@ def test_resume_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:
     assert [(row["attempt"], row["message"]) for row in events] == [(1, "kept as history"), (2, "second")]
 
 
+def test_rewinding_within_an_attempt(tmp_path: Path) -> None:
+    """A trainer that was lost: the same process goes back to a checkpoint."""
+    live = console.LiveConsole(tmp_path, 12, 0, Console(file=io.StringIO(), force_terminal=True, width=100))
+    tracker = CompositeTracker([JsonlTracker(tmp_path), StatusTracker(tmp_path), live])
+    for step in range(5):
+        tracker.log(step, {"rollout/raw_reward": float(step)})
+    tracker.rewind(3)
+    tracker.event("trainer_restart", "again", {})
+    assert [row["step"] for row in folder.read_metrics(tmp_path)] == [0, 1, 2]
+    assert list(live.rewards) == [step for step, _ in live.rows] == [0, 1, 2]
+    status = folder.read_status(tmp_path)
+    assert status is not None and status["step"] == 3 and status["attempt"] == 1
+    (event,) = folder.read_jsonl(tmp_path / "events.jsonl")
+    assert (event["attempt"], event["step"]) == (1, 3)
+    tracker.finish("completed", {})
+
+
 def test_damage_in_the_middle_names_its_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
     with pytest.raises(UserError, match="line 2"):

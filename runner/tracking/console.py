@@ -129,7 +129,7 @@ class LiveConsole(BaseTracker):
     def __init__(self, run_dir: Path, steps: int, first_step: int = 0, console: Console | None = None) -> None:
         self.run_dir = run_dir
         self.rows: list[tuple[int, dict[str, float]]] = []
-        self.rewards: list[float] = []
+        self.rewards: dict[int, float] = {}  # step -> of every step of this process
         self.evals: dict[str, float] = {}
         self.bars = Progress(
             TextColumn("{task.description}"),
@@ -157,8 +157,9 @@ class LiveConsole(BaseTracker):
             table.add_row(str(step + 1), *cells[: len(table.columns) - 1])
         lines: list[RenderableType] = [Text(str(self.run_dir), style="bold"), table]
         if self.rewards:
-            curve = sparkline(self.rewards, min(60, width - 24))
-            lines.append(Text.assemble(("reward ", "dim"), (curve, "green"), f" {self.rewards[-1]:.3f}"))
+            rewards = list(self.rewards.values())
+            curve = sparkline(rewards, min(60, width - 24))
+            lines.append(Text.assemble(("reward ", "dim"), (curve, "green"), f" {rewards[-1]:.3f}"))
         if self.evals:
             lines.append(Text("  ".join(f"{key} {value:.3f}" for key, value in self.evals.items())))
         return Group(*lines, self.bars)
@@ -169,9 +170,15 @@ class LiveConsole(BaseTracker):
         else:
             self.rows = [*self.rows, (step, dict(metrics))][-TABLE_ROWS:]
         if "rollout/raw_reward" in metrics:
-            self.rewards.append(metrics["rollout/raw_reward"])
+            self.rewards[step] = metrics["rollout/raw_reward"]
         self.evals.update(shown_evals(metrics))
         self.bars.update(self.step_bar, completed=step + 1)
+        self.live.update(self._picture())
+
+    def rewind(self, first_step: int) -> None:
+        self.rows = [(step, row) for step, row in self.rows if step < first_step]
+        self.rewards = {step: reward for step, reward in self.rewards.items() if step < first_step}
+        self.bars.update(self.step_bar, completed=first_step)
         self.live.update(self._picture())
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:

@@ -49,6 +49,10 @@ class Tracker(Protocol):
         """Something a reader of the run must know: a watch rule fired, a step was skipped, speculation went off."""
         ...
 
+    def rewind(self, first_step: int) -> None:
+        """The run goes back to a checkpoint: `first_step` is done next, and what was logged of it and later is dropped."""
+        ...
+
     def progress(self, label: str, total: int) -> Any:
         """A context manager that gives a `Progress` for a long part outside of the steps (warm start, evaluation)."""
         ...
@@ -75,6 +79,9 @@ class BaseTracker:
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         return
 
+    def rewind(self, first_step: int) -> None:
+        return
+
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         yield SilentProgress()
@@ -92,15 +99,18 @@ class JsonlTracker(BaseTracker):
 
     def __init__(self, run_dir: Path, first_step: int = 0, *, resumed: bool = False) -> None:
         self.run_dir = run_dir
-        self.step = first_step  # the step an event belongs to: the one that is being done
-        kept = [row for row in read_jsonl(run_dir / "metrics.jsonl") if row["step"] < first_step]
-        atomic_write(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        for path in (run_dir / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) >= first_step:
-                path.unlink()
         events = read_jsonl(run_dir / "events.jsonl") if resumed else []
         self.attempt = 1 + max((row["attempt"] for row in events), default=0)
         atomic_write(run_dir / "events.jsonl", "".join(json.dumps(row) + "\n" for row in events))
+        self.rewind(first_step)
+
+    def rewind(self, first_step: int) -> None:
+        self.step = first_step  # the step an event belongs to: the one that is being done
+        kept = [row for row in read_jsonl(self.run_dir / "metrics.jsonl") if row["step"] < first_step]
+        atomic_write(self.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        for path in (self.run_dir / "rollouts").glob("step_*.jsonl"):
+            if int(path.stem.removeprefix("step_")) >= first_step:
+                path.unlink()
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         path = self.run_dir / name
@@ -130,8 +140,11 @@ class StatusTracker(BaseTracker):
 
     def __init__(self, run_dir: Path, first_step: int = 0) -> None:
         self.run_dir = run_dir
+        self.rewind(first_step)
+
+    def rewind(self, first_step: int) -> None:
         self.steps_done = first_step
-        write_status(run_dir, "running", step=first_step)
+        write_status(self.run_dir, "running", step=first_step)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.steps_done = step + 1
@@ -181,6 +194,10 @@ class CompositeTracker:
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         for tracker in self.trackers:
             tracker.event(kind, message, data)
+
+    def rewind(self, first_step: int) -> None:
+        for tracker in self.trackers:
+            tracker.rewind(first_step)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:

@@ -7,10 +7,16 @@ from typing import Literal, Protocol
 
 import torch
 
+from runner.errors import UserError
 from runner.samples import Batch, WeightStream
 
 Weights = Literal["quantized", "master"]
 Routes = Literal["replayed", "own"]
+
+
+class TrainerLost(UserError):
+    """The processes of a trainer are gone, and with them all it learned since the last checkpoint. Another trainer can be built
+    and take up that checkpoint."""
 
 
 class Trainer(Protocol):
@@ -34,6 +40,10 @@ class Trainer(Protocol):
 
     def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
         """One supervised step for the warm start: (tokens [T], prompt length P) pairs, mean loss over response tokens."""
+        ...
+
+    def reset_optimizer(self) -> None:
+        """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
         ...
 
     def export(self, format: Literal["rollout", "bf16"] = "rollout") -> WeightStream:

@@ -18,12 +18,13 @@ from runner.errors import UserError
 from runner.folder import logs_of_this_run
 from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
+from runner.trainer.protocol import TrainerLost
 
 LOG_LINES = 12  # of a dead rank's output that the error shows
 STACK_SECONDS = 0.3  # for a silent rank to say where it stands
 
 
-class RankFailure(UserError):
+class RankFailure(TrainerLost):
     """A rank died, fell silent or raised; the other ranks have been ended."""
 
 
