@@ -176,6 +176,15 @@ def test_compressed_tensors_accepts_the_config(tensor_format: TensorFormat) -> N
     assert set(parsed.ignore) == set(plan.ignored_modules())
 
 
+def test_a_kept_module_is_ignored_under_the_name_that_engines_fuse_it_into() -> None:
+    """SGLang looks for `gate_up_proj` in DeepSeek's models, and for the parts in others; a list of both suits all."""
+    ignored = set(default_plan(MOONLIGHT).ignored_modules())
+    assert {"model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"} <= ignored
+    assert not any(".experts." in module for module in ignored), "routed experts are quantized"
+    attention_only = PrecisionPlan.with_format(SPARSE, FORMATS[0], {Role.attention})
+    assert not any(module.endswith("qkv_proj") for module in attention_only.ignored_modules())
+
+
 def test_the_published_kimi_config() -> None:
     """quantization_config of Kimi-K2-Thinking: only routed experts are INT4, by regular expressions."""
     config = {

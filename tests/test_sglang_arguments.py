@@ -97,7 +97,6 @@ def test_an_option_may_repeat_what_follows_from_the_config() -> None:
         (["model=tiny_moe", "rollout=sglang", "speculative=ngram"], "accepts drafts greedily"),
         (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops recorded routes"),
         (["model=tiny_moe", *CPU, "router_replay=none", "rollout.use_router=true"], "balances its engines itself"),
-        (["model=tiny_mla", *CPU], "no latent attention"),
         (["model=tiny_moe", *CPU, "precision=mxfp4_qat"], "not with mxfp4"),
         (["model=tiny_moe", *CPU, "rollout.pause_mode=retract"], "loses its routes"),
         (["model=tiny_moe", *CPU, "rollout.cpu_engines=0"], "0 servers"),

@@ -112,10 +112,14 @@ class PrecisionPlan:
 
     def fused_with(self, name: str) -> tuple[str, ...]:
         """This weight and those that share a global scale with it, in the table's order; alone where its format has none."""
-        parameter = self.parameters[name]
-        if parameter.fused is None or not self.format_of(name).has_global_scale:
+        if not self.format_of(name).has_global_scale:
             return (name,)
-        return tuple(other for other in self._fused[parameter.fused] if self.tensors[other] == self.tensors[name])
+        return tuple(other for other in self.same_matrix(name) if self.tensors[other] == self.tensors[name])
+
+    def same_matrix(self, name: str) -> tuple[str, ...]:
+        """This weight and those that engines lay into one matrix with it, in the table's order."""
+        matrix = self.parameters[name].fused
+        return (name,) if matrix is None else tuple(self._fused[matrix])
 
     @cached_property
     def _fused(self) -> dict[str, list[str]]:
@@ -151,13 +155,23 @@ class PrecisionPlan:
         return ", ".join(f"{count} x {key}" for key, count in sorted(counts.items(), key=lambda item: item[0] == "bf16"))
 
     def ignored_modules(self) -> list[str]:
-        """Linear modules that stay bf16, each by its full name: patterns have swallowed neighbours before."""
-        modules = [
-            name.removesuffix(".weight")
+        """Linear modules that stay bf16, each by its full name: patterns have swallowed neighbours before.
+
+        Beside them what engines fuse of them (`gate_up_proj`): SGLang looks for those names in models, DeepSeek's among them,
+        that do not tell it what was fused, and would take the module for a quantized one.
+        """
+        kept = {
+            name: parameter
             for name, parameter in self.parameters.items()
             if _is_linear(parameter) and not self.tensors[name].quantized
+        }
+        modules = [name.removesuffix(".weight") for name in kept]
+        fused = [
+            matrix
+            for matrix, parts in self._fused.items()
+            if all(part in kept and kept[part].role is not Role.routed_expert for part in parts)
         ]
-        return modules if "lm_head" in modules else [*modules, "lm_head"]  # a tied lm_head is not in the table
+        return [*modules, *fused, *([] if "lm_head" in modules else ["lm_head"])]  # a tied lm_head is not in the table
 
     def quantization_config(self) -> dict[str, Any] | None:
         """The `quantization_config` of a checkpoint in this plan's format; None when nothing is quantized."""

@@ -62,12 +62,6 @@ def limits(cfg: Config) -> Iterator[UserError]:
         )
     if cfg.rollout.cpu_engines < 1:
         yield UserError(f"{cfg.rollout.cpu_engines} servers", key="rollout.cpu_engines", fix="rollout.cpu_engines=1")
-    if arguments.on_cpu(cfg) and cfg.model.kv_lora_rank:
-        yield UserError(
-            "SGLang serves no latent attention (MLA) on a CPU",
-            key="rollout",
-            fix="rollout=local: the in-process engine runs this model here",
-        )
     if cfg.model.vision:
         yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
 

@@ -205,11 +205,13 @@ class SglangPool:
         return found
 
     def _checked_now(self, first: bool) -> list[str]:
-        """Weights whose residency is checked at this sync: all at the first, then a rotating sample."""
+        """Weights whose residency is checked at this sync: all at the first, then a rotating sample, each with what SGLang
+        fuses it with: its loader waits for both low-rank projections of latent attention before it writes either."""
         order = list(self.plan.tensors)
         count = len(order) if first else min(self._residency_tensors, len(order))
         start = self._fleet.updates * count
-        return [order[(start + i) % len(order)] for i in range(count)]
+        chosen = [order[(start + i) % len(order)] for i in range(count)]
+        return list(dict.fromkeys(part for name in chosen for part in self.plan.same_matrix(name)))
 
     def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ def register() -> None:
         raise RuntimeError("runner's CPU twin of SGLang does not load where CUDA is present")
     _host_memory()
     _speculative_attention()
+    _latent_attention()
     HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
 
 
@@ -40,6 +42,36 @@ def _speculative_attention() -> None:
         return (backends["intel_amx"] if get_spec().speculative_num_draft_tokens else native)(runner)
 
     backends["torch_native"] = choose
+
+
+def _latent_attention() -> None:
+    """Latent attention (MLA) through torch_native, which knows one way only: attend over what the cache holds.
+
+    SGLang would expand keys and values in a prefill and hand them over beside the cache; torch_native ignores those. The
+    absorbed form, which SGLang takes when it decodes, attends over the cached latents themselves, and is right in a prefill too.
+    """
+    from sglang.srt.models.deepseek_common import attention_backend_handler
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import AttnForwardMethod
+
+    attention_backend_handler.AttentionBackendRegistry.register("torch_native", lambda attn, batch: AttnForwardMethod.MLA)
+    _plain_rotary_embedding()
+
+
+def _plain_rotary_embedding() -> None:
+    """SGLang's rotary embedding of latent attention on a CPU knows yarn only; the one for every other model knows the rest."""
+    from sglang.srt.layers.rotary_embedding import factory
+
+    with_yarn = factory.get_rope_cpu
+
+    plain = inspect.signature(factory.get_rope).parameters
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(with_yarn).bind(*args, **kwargs).arguments
+        if asked.get("rope_scaling") is not None:
+            return with_yarn(*args, **kwargs)
+        return factory.get_rope(**{name: value for name, value in asked.items() if name in plain})
+
+    factory.get_rope_cpu = choose
 
 
 def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
