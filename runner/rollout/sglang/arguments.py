@@ -73,6 +73,7 @@ def server_arguments(cfg: Config) -> Arguments:
             "disable_cuda_graph": True,
             "max_total_tokens": rollout.max_concurrency * (cfg.model.max_context_tokens + CONTEXT_SLACK),
             "mem_fraction_static": CPU_MEMORY_FRACTION,
+            "sleep_on_idle": True,  # a scheduler without work would take a whole core from the trainer and the other servers
         }
     else:
         decided |= {
