@@ -140,7 +140,7 @@ class PrecisionConfig:
     base_dtype: str = MISSING  # of everything that is not quantized: bfloat16, or float32 for tests
     kv_cache: str = MISSING  # bf16 or fp8_e4m3
     fp8_backward: bool = MISSING  # precision=fp8: quantize gradients in the backward too
-    fp8_matmul: str = MISSING  # precision=fp8, trainer=torch: simulated (in bf16, any device) or scaled_mm (a Hopper GPU)
+    fp8_matmul: str = MISSING  # precision=fp8: simulated (in bf16) or scaled_mm (trainer=torch on a Hopper GPU)
     fp8_param_gather: bool = MISSING  # Megatron: all-gather parameters in FP8
 
 

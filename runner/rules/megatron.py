@@ -49,11 +49,11 @@ def quantization(cfg: Config) -> Iterator[UserError]:
     trainer, precision = cfg.trainer, cfg.precision
     if not isinstance(trainer, MegatronTrainerConfig):
         return
-    if precision.train.format is Format.fp8 and not cfg.parallelism.gpus:
+    if precision.fp8_param_gather and not cfg.parallelism.gpus:
         yield UserError(
-            "FP8 matmuls of Transformer Engine need CUDA",
-            key="precision",
-            fix="precision=int4_qat or bf16, or trainer=torch, which simulates FP8",
+            "gathering parameters in FP8 is Transformer Engine's, which needs CUDA; CPU ranks simulate FP8 in bf16",
+            key="precision.fp8_param_gather",
+            fix="precision.fp8_param_gather=false",
         )
     forward = precision.train.format is not Format.bf16 and precision.qat_placement is QatPlacement.forward
     if forward and cfg.parallelism.gpus and trainer.gradient_accumulation_fusion:

@@ -48,8 +48,8 @@ def _assert_quantized(worker) -> None:  # type: ignore[no-untyped-def]
         expected = torch.zeros(owned.parameter.shape, dtype=torch.bfloat16)
         expected.view(-1)[owned.start : owned.stop] = plain
         if owned.parameter in quantized:
-            place, tensor_format = quantized[owned.parameter]
-            expected, _ = quantize_dequantize(expected, tensor_format, name=place.name)
+            chosen = quantized[owned.parameter]
+            expected, _ = quantize_dequantize(expected, chosen.format, name=chosen.place.name)
             assert not torch.equal(expected.view(-1), plain), "the grid must move some weight"
         assert torch.equal(owned.parameter.data, expected)
 
@@ -67,7 +67,7 @@ def weights_are_quantized_at_every_moment() -> None:
 
 def roles_decide_what_is_quantized() -> None:
     worker = _worker(model="dense", **{"precision.roles": [Role.attention, Role.dense_mlp]})
-    names = {place.name.split(".", 3)[-1] for place, _ in worker.quantization.quantized.values()}
+    names = {chosen.place.name.split(".", 3)[-1] for chosen in worker.quantization.quantized.values()}
     attention = {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"}
     assert names == attention | {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}, names
     worker.step(_batch(worker.cfg))

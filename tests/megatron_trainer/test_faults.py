@@ -93,9 +93,11 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "psutil" in str(caught.value) and "megatron-core 0.15.0 is installed, 0.16.1 is needed" in str(caught.value)
 
 
-def test_fp8_needs_cuda() -> None:
-    with pytest.raises(UserError, match="need CUDA"):
-        MegatronTrainer(megatron_config(format="fp8"))
+@pytest.mark.parametrize(("key", "value"), [("fp8_param_gather", True), ("fp8_matmul", "scaled_mm")])
+def test_what_only_transformer_engine_has(key: str, value: object) -> None:
+    with pytest.raises(UserError, match="on CUDA|needs CUDA") as caught:
+        MegatronTrainer(megatron_config(format="fp8", **{f"precision.{key}": value}))
+    assert caught.value.key == f"precision.{key}" and "simulate" in str(caught.value)
 
 
 def test_ranks_die_with_the_driver() -> None:

@@ -319,11 +319,17 @@ def check(cfg: Config) -> Family:
     """What this trainer cannot do, before a process is started; returns the model's family."""
     device, model = Device.of(cfg), cfg.model
     world_size(cfg)
-    if cfg.precision.train.format is Format.fp8 and not device.cuda:
+    if cfg.precision.fp8_param_gather and not device.cuda:
         raise UserError(
-            "FP8 matmuls of Transformer Engine need CUDA (compute capability 8.9 or higher)",
-            key="precision",
-            fix="precision=int4_qat or bf16 here, or trainer=torch, which simulates FP8",
+            "gathering parameters in FP8 is Transformer Engine's, which needs CUDA; CPU ranks simulate FP8 in bf16",
+            key="precision.fp8_param_gather",
+            fix="precision.fp8_param_gather=false",
+        )
+    if cfg.precision.fp8_matmul != "simulated":
+        raise UserError(
+            "Megatron's FP8 matmuls are Transformer Engine's on CUDA, and simulated on CPU ranks",
+            key="precision.fp8_matmul",
+            fix="precision.fp8_matmul=simulated",
         )
     if cfg.precision.train.format is Format.nvfp4:
         raise UserError(

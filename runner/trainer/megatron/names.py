@@ -141,22 +141,31 @@ def to_hf(entry: Mapped, shards: Sequence[torch.Tensor], model: ModelConfig, dim
         halves = [shard.chunk(2, 0) for shard in shards]
         return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.hf)}
     whole = shards[0] if dim is None or len(shards) == 1 else torch.cat(list(shards), dim=dim)
-    if entry.kind is Kind.qkv:
-        return dict(zip(entry.hf, _separate(whole, model), strict=True))
     if entry.vocabulary:
         whole = whole[: model.vocab_size]
-    return {entry.hf[0]: whole}
+    return dict(zip(entry.hf, separate(entry, whole, model), strict=True))
+
+
+def separate(entry: Mapped, shard: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
+    """A parameter, or one shard of it [rows, ...] -> its rows of every HF tensor in it, in the entry's order."""
+    match entry.kind:
+        case Kind.direct:
+            return [shard]
+        case Kind.gate_up:
+            return list(shard.chunk(2, 0))
+        case Kind.qkv:
+            width = model.head_dim
+            rest, sizes = shard.shape[1:], [model.num_heads // model.num_kv_heads * width, width, width]
+            return [x.reshape(-1, *rest) for x in shard.reshape(-1, sum(sizes), *rest).split(sizes, dim=1)]
+
+
+def join(entry: Mapped, pieces: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """Inverse of `separate`."""
+    return _interleave(pieces, model) if entry.kind is Kind.qkv else torch.cat(list(pieces))
 
 
 def _interleave(qkv: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """q [G * Q * D, ...], k and v [G * D, ...] -> [G * (Q + 2) * D, ...], also for biases."""
-    groups = model.num_kv_heads
+    """q [G * Q * D, ...], k and v [G * D, ...] -> [G * (Q + 2) * D, ...], also for biases and shards (fewer G)."""
+    groups = qkv[1].shape[0] // model.head_dim
     rest = qkv[0].shape[1:]
     return torch.cat([x.reshape(groups, -1, *rest) for x in qkv], dim=1).reshape(-1, *rest)
-
-
-def _separate(whole: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
-    groups, width = model.num_kv_heads, model.head_dim
-    rest = whole.shape[1:]
-    sizes = [model.num_heads // groups * width, width, width]
-    return [x.reshape(-1, *rest) for x in whole.view(groups, sum(sizes), *rest).split(sizes, dim=1)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +22,47 @@ from runner.errors import UserError
 from runner.precision.formats import quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Format
+from runner.schema import ModelConfig
+from runner.trainer.megatron import names
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.model import Place
 from runner.trainer.torch_qat import straight_through
 
 
-def formats_of(where: Iterable[Place], plan: PrecisionPlan) -> dict[nn.Parameter, tuple[Place, TensorFormat]]:
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized local parameter, or this rank's shard of one, and its format."""
+
+    place: Place
+    format: TensorFormat
+    model: ModelConfig
+
+    def effective(self, weight: torch.Tensor) -> torch.Tensor:
+        """qdq(bf16(weight)) [rows, in] in the dtype of `weight`, out of place."""
+        if self._whole:
+            return quantize_dequantize(weight, self.format, name=self.place.name)[0].to(weight.dtype)
+        entry = self.place.entry
+        pieces = zip(entry.hf, names.separate(entry, weight, self.model), strict=True)
+        effective = [quantize_dequantize(piece, self.format, name=name)[0] for name, piece in pieces]
+        return names.join(entry, effective, self.model).to(weight.dtype)
+
+    def quantize_(self, weight: torch.Tensor) -> None:
+        """The same in place."""
+        if self._whole:
+            quantize_dequantize_(weight, self.format, name=self.place.name)
+        else:
+            weight.copy_(self.effective(weight))
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the rows of all HF tensors can be quantized at once. Blocks begin at the first row of each."""
+        return self.format.strategy != "block" or self.place.entry.kind is names.Kind.direct
+
+
+QuantizedParameters = dict[nn.Parameter, Quantized]
+
+
+def quantized_parameters(where: Iterable[Place], plan: PrecisionPlan, model: ModelConfig) -> QuantizedParameters:
     """The quantized local parameters. UserError for formats whose scales a shard or a fused parameter cuts."""
     found = {}
     for place in where:
@@ -38,29 +72,36 @@ def formats_of(where: Iterable[Place], plan: PrecisionPlan) -> dict[nn.Parameter
         tensor_format = formats.pop()
         if not tensor_format.quantized:
             continue
-        check_format(place, tensor_format)
+        check_format(place, tensor_format, model)
         assert isinstance(place.tensor, nn.Parameter)
-        found[place.tensor] = (place, tensor_format)
+        found[place.tensor] = Quantized(place, tensor_format, model)
     return found
 
 
-def check_format(place: Place, tensor_format: TensorFormat) -> None:
+def check_format(place: Place, tensor_format: TensorFormat, model: ModelConfig) -> None:
     """UserError unless a shard can be quantized by itself with the result of the whole weight."""
-    by_row = tensor_format.strategy in ("group", "channel") and tensor_format.format is not Format.nvfp4
-    if not by_row:
+    if tensor_format.has_global_scale or tensor_format.strategy == "tensor":
         raise UserError(
-            f"{tensor_format} has scales over several rows of {place.name}, which Megatron fuses and divides",
+            f"{tensor_format} has one scale over all rows of {place.name}, which Megatron fuses and divides",
             key="precision",
             fix="precision=int4_qat or mxfp4_qat, or trainer=torch",
         )
-    divided = place.dim == 1 and place.group.size() > 1
-    width = place.tensor.shape[-1]
-    if divided and (tensor_format.strategy == "channel" or width % tensor_format.group_size):
-        raise UserError(
-            f"{place.name} has {width} inputs per rank of {place.group.size()}: that cuts a group of {tensor_format.group_size}",
-            key="precision.group_size",
-            fix="a group_size that divides it, or a smaller parallelism.tp (experts: parallelism.etp)",
-        )
+    if place.dim is None or place.group.size() == 1:
+        return
+    block = tensor_format.strategy == "block"
+    if place.dim == 1:
+        sizes, what = [place.tensor.shape[-1]], "inputs"
+        unit = place.tensor.shape[-1] * place.group.size() if tensor_format.strategy == "channel" else tensor_format.group_size
+    else:
+        sizes, what = [piece.shape[0] for piece in names.separate(place.entry, place.tensor, model)], "outputs"
+        unit = tensor_format.group_size if block else 1
+    for size in sizes:
+        if size % unit:
+            raise UserError(
+                f"{place.name} has {size} {what} per rank of {place.group.size()}: that cuts a group of {unit}",
+                key="precision.group_size",
+                fix="a group_size that divides it, or a smaller parallelism.tp (experts: parallelism.etp)",
+            )
 
 
 class InPlaceQuantization:
@@ -69,9 +110,7 @@ class InPlaceQuantization:
     Build it after the optimizer, from unquantized weights, and call `resync` before the first step and after every load.
     """
 
-    def __init__(
-        self, ddp: DistributedDataParallel, masters: Masters, quantized: dict[nn.Parameter, tuple[Place, TensorFormat]]
-    ) -> None:
+    def __init__(self, ddp: DistributedDataParallel, masters: Masters, quantized: QuantizedParameters) -> None:
         self.ddp = ddp
         self.masters = masters
         self.quantized = quantized
@@ -103,8 +142,7 @@ class InPlaceQuantization:
             return
         for parameter in parameters:
             if parameter in self.dirty:
-                place, tensor_format = self.quantized[parameter]
-                quantize_dequantize_(parameter.data, tensor_format, name=place.name)
+                self.quantized[parameter].quantize_(parameter.data)
                 self.dirty.discard(parameter)
 
     def step(self, optimizer_step: Callable[[], Any]) -> None:
@@ -161,10 +199,6 @@ def _refuse_reload(state_dict: Any = None) -> None:
     raise RuntimeError("model weights are quantized: filling the masters from them would destroy the masters")
 
 
-def _effective(tensor_format: TensorFormat, name: str, weight: torch.Tensor) -> torch.Tensor:
-    return quantize_dequantize(weight, tensor_format, name=name)[0].to(weight.dtype)
-
-
 class NoQuantization:
     """The null object: weights follow the optimizer as Megatron makes them."""
 
@@ -202,7 +236,7 @@ class ForwardFakeQuantization(NoQuantization):
         ddp: DistributedDataParallel,
         masters: Masters,
         model: nn.Module,
-        quantized: dict[nn.Parameter, tuple[Place, TensorFormat]],
+        quantized: QuantizedParameters,
     ) -> None:
         super().__init__(ddp, masters)
         self.enabled = True
@@ -211,7 +245,7 @@ class ForwardFakeQuantization(NoQuantization):
             if chosen:
                 self._wrap(module, chosen, quantized)
 
-    def _wrap(self, module: nn.Module, chosen: Sequence[str], quantized: dict[nn.Parameter, tuple[Place, TensorFormat]]) -> None:
+    def _wrap(self, module: nn.Module, chosen: Sequence[str], quantized: QuantizedParameters) -> None:
         inner = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -220,8 +254,7 @@ class ForwardFakeQuantization(NoQuantization):
             for name in chosen:
                 parameter = module._parameters[name]
                 assert parameter is not None
-                place, tensor_format = quantized[parameter]
-                module.__dict__[name] = straight_through(parameter, partial(_effective, tensor_format, place.name))
+                module.__dict__[name] = straight_through(parameter, quantized[parameter].effective)
             try:
                 return inner(*args, **kwargs)
             finally:

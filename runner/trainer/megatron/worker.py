@@ -22,9 +22,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
-from runner.schema import Config, QatPlacement
+from runner.schema import Config, Format, QatPlacement
 from runner.trainer import policy_step
 from runner.trainer.megatron import arguments, checkpoint, export, model, qat
+from runner.trainer.megatron.fp8 import simulate_fp8
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
 from runner.trainer.megatron.replay import Replay
@@ -70,11 +71,15 @@ class Worker:
     # ---- set-up
 
     def _build_quantization(self) -> qat.NoQuantization | qat.InPlaceQuantization:
-        plan = PrecisionPlan.build(self.cfg.model, self.cfg.precision, "train")
-        quantized = qat.formats_of(self.places, plan)
-        if not plan.quantized:
+        precision = self.cfg.precision
+        plan = PrecisionPlan.build(self.cfg.model, precision, "train")
+        fp8 = precision.train.format is Format.fp8
+        if not plan.quantized or (fp8 and self.device.type == "cuda"):  # there Transformer Engine quantizes in its matmuls
             return qat.NoQuantization(self.ddp, self.masters)
-        if self.masters.has_masters and self.cfg.precision.qat_placement is QatPlacement.in_place:
+        quantized = qat.quantized_parameters(self.places, plan, self.cfg.model)
+        if fp8:  # first: fake quantization wraps what it finds
+            simulate_fp8(self.model, quantized, backward=precision.fp8_backward)
+        if self.masters.has_masters and precision.qat_placement is QatPlacement.in_place:
             return qat.InPlaceQuantization(self.ddp, self.masters, quantized)
         return qat.ForwardFakeQuantization(self.ddp, self.masters, self.model, quantized)
 
