@@ -62,6 +62,7 @@ def build_config(kind: str, args: argparse.Namespace) -> Config:
             logprob_chunk_tokens=1 << 20, threads=args.threads, master_weights=True, device="auto",
         ),
         router_replay=schema.RouterReplayConfig(name="none", trainer=False, rollout=False),
+        speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
         algorithm=schema.AlgorithmConfig(
             name="grpo", estimator=Estimator.grpo, samples_per_prompt=8, prompts_per_step=8, updates_per_rollout=1,
             normalize_by_std=True, clip_low=0.2, clip_high=0.28, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,

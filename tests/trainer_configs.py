@@ -46,6 +46,7 @@ def config(model: dict[str, object] = MOE, **changes: object) -> Config:
             recompute="none", max_nan_steps=3, logprob_chunk_tokens=4096, threads=1, master_weights=True, device="cpu",
         ),
         router_replay=schema.RouterReplayConfig(name="none", trainer=False, rollout=False),
+        speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
         algorithm=schema.AlgorithmConfig(
             name="grpo", estimator=Estimator.grpo, samples_per_prompt=4, prompts_per_step=2, updates_per_rollout=1,
             normalize_by_std=True, clip_low=0.2, clip_high=0.28, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,

@@ -195,6 +195,12 @@ def speculation(cfg: Config) -> Iterator[UserError]:
             key="speculative.online_training",
             fix="speculative.online_training=false",
         )
+    if spec.online_training and cfg.trainer.name == "megatron" and cfg.parallelism.pp > 1:
+        yield UserError(
+            "MTP layers are trained where the output layer is, and need the embedding, which is on another pipeline stage",
+            key="speculative.online_training",
+            fix="speculative.online_training=false, or parallelism.pp=1",
+        )
     if rollout == "local" and spec.method not in LOCAL_SPECULATION:
         yield UserError(
             f"the in-process engine drafts by {', '.join(LOCAL_SPECULATION[1:])}, not by {spec.method}",

@@ -3,6 +3,7 @@
 model.safetensors      bf16(master) under HF on-disk names, never the quantized weights
 masters.safetensors    fp32 masters (or the trained weights, without masters) under in-memory names
 optimizer.safetensors  Adam moments, step counts and torch's random state
+mtp.safetensors        masters and moments of MTP layers that are trained online
 reference.safetensors  the frozen reference policy, where there is a KL term
 trainer.json           counters
 config.json, tokenizer files: with model.safetensors a checkpoint that transformers and engines load
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from runner.errors import UserError
 from runner.models.build import disk_tensors, save_config
+from runner.trainer.mtp import MtpTraining
 from runner.weights.files import write_tensors
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 METADATA = {"format": "pt"}
 FORMAT = 1
+MTP = "mtp.safetensors"
 
 
 def save(trainer: TorchTrainer, folder: Path) -> None:
@@ -39,6 +42,8 @@ def save(trainer: TorchTrainer, folder: Path) -> None:
     if trainer.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state(trainer.device)
     _write(state, folder / "optimizer.safetensors")
+    if isinstance(trainer.mtp, MtpTraining):
+        _write(trainer.mtp.state_tensors(), folder / MTP)
     if trainer._reference is not None:
         _write(trainer._reference, folder / "reference.safetensors")
     counters = {
@@ -76,6 +81,11 @@ def load(trainer: TorchTrainer, folder: Path) -> None:
     try:
         _fill({**trainer.optimizer.masters, **trainer._buffers}, masters)
         trainer.optimizer.load_state_tensors(state)
+        if isinstance(trainer.mtp, MtpTraining):
+            if (folder / MTP).is_file():
+                trainer.mtp.load_state_tensors(load_file(folder / MTP))
+            else:
+                trainer.mtp.adopt_weights()
         if (folder / "reference.safetensors").is_file() and trainer._reference is not None:
             _fill(trainer._reference, load_file(folder / "reference.safetensors"))
     except (KeyError, RuntimeError) as error:

@@ -113,6 +113,11 @@ class MasterOptimizer:
     def zero_grad(self) -> None:
         self._flat_grad.zero_()
 
+    @property
+    def gradient(self) -> torch.Tensor:
+        """All gradients, flat fp32, writable: to be reduced over ranks before `grad_norm`."""
+        return self._flat_grad
+
     def grad_norm(self) -> float:
         """L2 norm over all gradients; NaN or infinite when one of them is."""
         return float(torch.linalg.vector_norm(self._flat_grad))
@@ -152,15 +157,22 @@ class MasterOptimizer:
                 result[f"{moment}/{name}"] = tensor
         return result
 
+    def prepare_to_load(self, stepped: bool) -> None:
+        """Forget everything; with `stepped` moments of zero, so that `state_tensors` names all that a later save holds."""
+        self.reset()
+        for leaf in (leaf for group in self._adam.param_groups if stepped for leaf in group["params"]):
+            step = torch.zeros((), dtype=torch.float32, device=leaf.device)
+            self._adam.state[leaf] = {"step": step} | {moment: torch.zeros_like(leaf) for moment in MOMENTS}
+
     def load_state_tensors(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of `state_tensors`; KeyError naming what is missing."""
-        self.reset()
         steps = state["step"]
+        self.prepare_to_load(bool(steps.any()))
         if not bool(steps.any()):
             return
         for group, step in zip(self._adam.param_groups, steps, strict=True):
             for leaf in group["params"]:
-                self._adam.state[leaf] = {"step": step.to(leaf.device).clone()} | {m: torch.zeros_like(leaf) for m in MOMENTS}
+                self._adam.state[leaf]["step"].copy_(step)
         for moment in MOMENTS:
             for name, view in self._moment_views(moment).items():
                 view.copy_(state[f"{moment}/{name}"])

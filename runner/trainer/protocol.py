@@ -19,6 +19,28 @@ class TrainerLost(UserError):
     and take up that checkpoint."""
 
 
+class Saving(Protocol):
+    """A save that goes on while the trainer does other things; what it holds is the state of the moment it was begun."""
+
+    def finished(self) -> bool:
+        """Whether `wait` would return at once."""
+        ...
+
+    def wait(self) -> None:
+        """Until every file is complete on disk; raises UserError when one could not be written."""
+        ...
+
+
+class Saved:
+    """A save that was complete when it was begun."""
+
+    def finished(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
+
+
 class Trainer(Protocol):
     version: int  # optimizer steps taken; the version of exported weights
 
@@ -52,6 +74,10 @@ class Trainer(Protocol):
 
     def save(self, folder: Path) -> None:
         """Weights as bf16(master) in HF names, masters, optimizer, schedule and RNG, into an existing folder."""
+        ...
+
+    def begin_save(self, folder: Path) -> Saving:
+        """`save`, but where the trainer can, it writes beside its next steps. One at a time: wait before the next one."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from runner.errors import UserError
 from runner.models import family_of
@@ -22,11 +24,11 @@ from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
-from runner.trainer import attention, checkpoint, experts, microbatch, policy_step
+from runner.trainer import attention, checkpoint, experts, microbatch, mtp, policy_step
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.optimizer import MasterOptimizer, learning_rate
-from runner.trainer.protocol import Routes, Weights
+from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
 from runner.trainer.torch_qat import (
     ForwardFakeQuantization,
@@ -71,9 +73,13 @@ class TorchTrainer:
         self._train_layout = WeightLayout(self.family, cfg.model, train_plan, shapes)
         self._rollout_layout = WeightLayout(self.family, cfg.model, rollout_plan, shapes)
         self.quantizer = WeightQuantizer(self._train_layout)
+        drafting = mtp.mtp_names(self.family, cfg.model)
         self.optimizer = MasterOptimizer(
-            self.model.named_parameters(), self.config.optimizer, master_weights=self.config.master_weights
+            ((name, parameter) for name, parameter in self.model.named_parameters() if name not in drafting),
+            self.config.optimizer,
+            master_weights=self.config.master_weights,
         )
+        self.mtp = self._build_mtp()
         self._buffers = {name: t for name, t in named_weights(cfg.model, self.model) if name not in self.optimizer.params}
         self._install_quantization()
         self._replay = self._build_replay()
@@ -103,6 +109,25 @@ class TorchTrainer:
             if parameter.role is Role.router and parameter.name.endswith(".weight")
         ]
         return RouterReplay(self.model, routers, self.cfg.model.router_score)
+
+    def _build_mtp(self) -> mtp.NoMtp | mtp.MtpTraining:
+        if not mtp.trained_online(self.cfg):
+            return mtp.NoMtp()
+        base, head = cast(Any, self.model.base_model), cast(nn.Linear, self.model.get_output_embeddings())
+
+        def score(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            weight = head.weight.detach()
+            chunk = self.config.logprob_chunk_tokens
+            return microbatch.score_tokens(rows, lambda x: F.linear(x, weight), targets, 1.0, chunk, False).logprobs
+
+        return mtp.MtpTraining(
+            self.cfg,
+            base.mtp_layers,
+            base.rotary_emb,
+            embed=lambda tokens: F.embedding(tokens, base.embed_tokens.weight.detach()),
+            score=score,
+            master_weights=self.config.master_weights,
+        )
 
     @torch.no_grad()
     def _write_weights(self, *, quantize: bool = True) -> None:
@@ -177,13 +202,20 @@ class TorchTrainer:
             yield microbatch.build(sequences, indices, self.device)
 
     def _forward(self, micro: MicroBatch, temperature: float) -> TokenScores:
+        return self._scores(self._hidden(micro), micro, temperature)
+
+    def _hidden(self, micro: MicroBatch) -> torch.Tensor:
+        """Hidden states [B, W, H] behind the last norm."""
+        hidden: torch.Tensor = self.model.base_model(input_ids=micro.tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    def _scores(self, hidden: torch.Tensor, micro: MicroBatch, temperature: float) -> TokenScores:
         if temperature <= 0:
             raise UserError(
                 f"logprobs at temperature {temperature} are not defined",
                 key="rollout.sampling.temperature",
                 fix="rollout.sampling.temperature=1.0 (greedy decoding belongs to evaluation.sampling)",
             )
-        hidden = self.model.base_model(input_ids=micro.tokens, use_cache=False).last_hidden_state
         rows = hidden.flatten(0, 1).index_select(0, micro.positions)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
@@ -233,6 +265,7 @@ class TorchTrainer:
             "train/grad_norm": sum(norms) / len(norms),
             "train/lr": lr,
             "train/nan_steps": float(self._nan.total - skipped_before),
+            **self.mtp.take_metrics("train"),
         }
         if replay:
             assert self._replay is not None
@@ -244,14 +277,18 @@ class TorchTrainer:
         samples = batch.samples
         normalizer = policy_step.counted_tokens(batch)
         collected: dict[int, torch.Tensor] = {}
-        for micro in self._micro_batches([(sample.tokens, sample.prompt_length) for sample in samples]):
+        sequences, masks = mtp.sequences_of(batch)
+        self.mtp.begin(sequences, masks)
+        for micro in self._micro_batches(sequences):
             with self._replaying(samples, micro, replay) as current:
-                scores = self._forward(micro, batch.temperature)
+                hidden = self._hidden(micro)
+                scores = self._scores(hidden, micro, batch.temperature)
                 if current is not None:
                     current.first_pass = False  # the backward may recompute
                 rows = policy_step.TokenRows.of(batch, micro)
                 loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
                 loss.backward()
+            self.mtp.learn(partial(_rows, hidden, sequences, micro), micro.indices)
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
                 collected[index] = row
         return collected
@@ -266,11 +303,13 @@ class TorchTrainer:
             cause = what if bool(torch.isfinite(loss)) else f"loss, {what}"
             sums.values["loss"] = torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # one bad update must not blacken the next one
             self.optimizer.zero_grad()
+            self.mtp.skip()
             self._nan.skipped(f"{cause} not finite at optimizer step {self.version}")
             return norm
         self._nan.finite()
         self.optimizer.step(lr, norm)
         self._write_weights()
+        self.mtp.update(lr)
         self.version += 1
         self._schedule_step += 1
         return norm
@@ -283,18 +322,22 @@ class TorchTrainer:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
         sums = policy_step.Sums()
         normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
+        self.mtp.begin(samples, mtp.all_tokens(samples))
         for micro in self._micro_batches(samples):
-            logprobs = self._forward(micro, 1.0).logprobs
+            hidden = self._hidden(micro)
+            logprobs = self._scores(hidden, micro, 1.0).logprobs
             loss = -logprobs.sum() / normalizer
             loss.backward()
+            self.mtp.learn(partial(_rows, hidden, samples, micro), micro.indices)
             sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + loss.detach()
         loss_value = float(sums.values["loss"])
         norm = self._update(sums, lr)
-        return {"sft/loss": loss_value, "sft/grad_norm": norm, "sft/lr": lr}
+        return {"sft/loss": loss_value, "sft/grad_norm": norm, "sft/lr": lr, **self.mtp.take_metrics("sft")}
 
     def reset_optimizer(self) -> None:
         """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
         self.optimizer.reset()
+        self.mtp.reset_optimizer()
         self._schedule_step = 0
         self._freeze_reference()
 
@@ -335,7 +378,10 @@ class TorchTrainer:
     def unquantized_weights(self) -> dict[str, torch.Tensor]:
         """In-memory name -> bf16(master), copies; buffers (a router's selection bias) in their own dtype."""
         weights = {name: self.optimizer.masters[name].to(torch.bfloat16, copy=True) for name in self.optimizer.params}
-        return weights | {name: buffer.detach().clone() for name, buffer in self._buffers.items()}
+        drafting = mtp.mtp_names(self.family, self.cfg.model)
+        for name, other in self._buffers.items():
+            weights[name] = other.detach().to(torch.bfloat16 if name in drafting else other.dtype, copy=True)
+        return weights
 
     def export(self, format: Literal["rollout", "bf16"] = "rollout") -> WeightStream:
         """See the protocol. Quantized tensors are encoded from bf16(master), with the stored scales where training has the
@@ -353,11 +399,20 @@ class TorchTrainer:
     def save(self, folder: Path) -> None:
         checkpoint.save(self, folder)
 
+    def begin_save(self, folder: Path) -> Saving:
+        self.save(folder)
+        return Saved()
+
     def load(self, folder: Path) -> None:
         checkpoint.load(self, folder)
 
     def close(self) -> None:
         """Nothing outlives the object."""
+
+
+def _rows(hidden: torch.Tensor, sequences: Sequence[tuple[torch.Tensor, int]], micro: MicroBatch) -> list[torch.Tensor]:
+    """Hidden states [B, W, H] -> [T, H] of every sample of the micro-batch."""
+    return [hidden[row, : len(sequences[index][0])] for row, index in enumerate(micro.indices)]
 
 
 def _device(name: str) -> torch.device:

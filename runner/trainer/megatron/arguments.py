@@ -337,6 +337,12 @@ def check(cfg: Config) -> Family:
             key="precision",
             fix="precision=mxfp4_qat or int4_qat, or trainer=torch",
         )
+    if cfg.speculative.online_training and model.num_mtp_layers and cfg.parallelism.pp > 1:
+        raise UserError(
+            "MTP layers are trained where the output layer is, and need the embedding, which is on another pipeline stage",
+            key="speculative.online_training",
+            fix="speculative.online_training=false, or parallelism.pp=1",
+        )
     if model.vision:
         raise UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
     everything(cfg)

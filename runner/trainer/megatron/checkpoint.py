@@ -36,6 +36,7 @@ from runner.trainer.megatron.process import die_with_parent
 if TYPE_CHECKING:
     from runner.trainer.megatron.worker import Worker
 
+from runner.trainer.mtp import MtpTraining
 FORMAT = 1
 COUNTERS = "trainer.json"
 FOLDER = "model"
@@ -113,12 +114,15 @@ def load(worker: Worker, folder: Path) -> None:
             f"{folder} does not fit this model: {_first_line(error)}",
             key="model",
             fix="resume with the model that the run was started with",
+            "mtp": isinstance(worker.mtp, MtpTraining),
         ) from None
     _restore(worker, loaded, counters["adam_step"])
     worker.version, worker.schedule_step = counters["version"], counters["schedule_step"]
     worker.nan.in_a_row, worker.nan.total = counters["nan_in_a_row"], counters["nan_total"]
 
 
+    if isinstance(worker.mtp, MtpTraining):
+        state["mtp"] = _mtp_state(worker)
 def read_counters(folder: Path) -> dict[str, Any]:
     """trainer.json; UserError when it is missing, broken or another trainer's."""
     try:
@@ -144,16 +148,26 @@ def _model(worker: Worker) -> Sharded:
 
 
 def _passengers(worker: Worker) -> Sharded:
-    """Rank 0 has them all, whole."""
-    return {
-        name: ShardedTensor.from_rank_offsets(f"passenger.{name}", tensor, replica_id=0)
-        for name, tensor in worker.passengers.items()
-    }
+    """Whole on rank 0, and on every rank where they are trained."""
+    return {name: _replicated(f"passenger.{name}", tensor) for name, tensor in worker.passengers.items()}
+
+
+def _replicated(key: str, tensor: torch.Tensor) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(key, tensor, replica_id=dist.get_rank())
+
+
+def _mtp_state(worker: Worker) -> Sharded:
+    """Masters and optimizer state of MTP layers that are trained, equal on every rank."""
+    assert isinstance(worker.mtp, MtpTraining)
+    return {name: _replicated(f"mtp.{name}", tensor) for name, tensor in worker.mtp.state_tensors().items()}
 
 
 def _steps(worker: Worker) -> float:
     """Adam's step, equal for all parameters of all ranks (a rank may own nothing)."""
     mine = max((owned.step_count() for owned in worker.masters.owned), default=0.0)
+    if isinstance(worker.mtp, MtpTraining) and counters["mtp"]:
+        worker.mtp.prepare_to_load(stepped)
+        state["mtp"] = _mtp_state(worker)
     steps = torch.tensor([mine], dtype=torch.float64, device=worker.device)
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     return float(steps.item())
@@ -235,3 +249,8 @@ def _restore(worker: Worker, loaded: Sharded, step: float) -> None:
     if "reference" in loaded and worker.reference is not None:
         for place, tensor in zip(worker._swappable(), worker.reference, strict=True):
             tensor.copy_(loaded["reference"][place.name])
+    if isinstance(worker.mtp, MtpTraining):
+        if "mtp" in loaded:
+            worker.mtp.load_state_tensors(loaded["mtp"])
+        else:
+            worker.mtp.adopt_weights()

@@ -40,8 +40,8 @@ def local_weights(
                 yield encode(name, tensor, wanted)
             else:  # a router's selection bias keeps its dtype
                 yield ExportedTensor(name, bf16.format.name, {name: tensor})
-    for name, tensor in carried.items():
-        yield ExportedTensor(name, bf16.format.name, {name: tensor})
+    for name, tensor in carried.items() if dist.get_rank() == 0 else ():
+        yield ExportedTensor(name, bf16.format.name, {name: tensor.to(torch.bfloat16, copy=True)})
 
 
 @torch.no_grad()

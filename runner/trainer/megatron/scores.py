@@ -67,6 +67,13 @@ class _SumOverContext(torch.autograd.Function):
         return grads[0]
 
 
+def output_weight(model: GPTModel) -> torch.Tensor:
+    """The output layer's rows [V', H] of this rank; the embedding's where they are tied."""
+    tied = model.share_embeddings_and_output_weights
+    weight: torch.Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return weight
+
+
 def response_scores(
     model: GPTModel, hidden: torch.Tensor, packed: Packed, *, vocab_size: int, temperature: float, chunk: int, entropy_grad: bool
 ) -> TokenScores:
@@ -79,7 +86,7 @@ def response_scores(
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
+    weight = output_weight(model)
     softmax = VocabularySoftmax(vocab_size, weight.shape[0])
     rows = hidden.squeeze(1).index_select(0, packed.local_positions)
     scores = score_tokens(

@@ -24,7 +24,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
 from runner.schema import Config, Format, QatPlacement
 from runner.trainer import policy_step
-from runner.trainer.megatron import arguments, checkpoint, export, model, qat
+from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat
 from runner.trainer.megatron.fp8 import simulate_fp8
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
@@ -33,6 +33,7 @@ from runner.trainer.megatron.scores import response_scores
 from runner.trainer.megatron.sources import open_weights
 from runner.trainer.megatron.wire import Rows, StepResult
 from runner.trainer.microbatch import TokenScores
+from runner.trainer.mtp import all_tokens, sequences_of
 from runner.trainer.optimizer import learning_rate
 from runner.trainer.protocol import Routes, Weights
 
@@ -53,7 +54,10 @@ class Worker:
         self.model = model.build_gpt(cfg, self.transformer, hf_config)
         self.places = model.places(cfg, self.family, self.model)
         model.load_weights(cfg, self.model, self.places, read)
-        self.passengers = {name: read(name).to(torch.bfloat16) for name in export.passengers(cfg, self.family)}
+        self.mtp = mtp.build(cfg, self.model, read, self.device)
+        self.passengers = mtp.weights(self.mtp) or {
+            name: read(name).to(torch.bfloat16) for name in export.passengers(cfg, self.family)
+        }
         self.ddp = model.wrap(cfg, self.transformer, self.model)
         self.ddp.train()  # recomputation asks for it; there is no dropout
         self.optimizer = model.build_optimizer(cfg, self.ddp)
@@ -146,6 +150,8 @@ class Worker:
         training = loss is not None
 
         def scored(packed: Packed, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
+            if training:
+                self._learn_mtp(hidden, packed, sequences)
             scores = self._scores(hidden, packed, temperature)
             if non_loss_data:
                 collect(packed, scores)
@@ -174,6 +180,11 @@ class Worker:
             forward_only=not training,
             collect_non_loss_data=not training,
         )
+
+    def _learn_mtp(self, hidden: torch.Tensor, packed: Packed, sequences: Sequences) -> None:
+        lengths = [len(sequences[index][0]) for index in packed.micro.indices]
+        parallel = self.transformer.sequence_parallel
+        self.mtp.learn(partial(mtp.sample_states, hidden, packed, lengths, sequence_parallel=parallel), packed.micro.indices)
 
     def _scores(self, hidden: torch.Tensor, packed: Packed, temperature: float) -> TokenScores:
         if self.ddp.ddp_config.overlap_param_gather and not self.cfg.model.tied_embeddings:
@@ -204,11 +215,15 @@ class Worker:
             collected |= {indices[i]: row for i, row in rows.items()}
             lr = self._learning_rate()
             norms.append(self._update(sums, lr))
-        metrics = self._metrics(sums) | {
-            "train/grad_norm": sum(norms) / len(norms),
-            "train/lr": lr,
-            "train/nan_steps": float(self.nan.total - skipped_before),
-        }
+        metrics = (
+            self._metrics(sums)
+            | self.mtp.take_metrics("train")
+            | {
+                "train/grad_norm": sum(norms) / len(norms),
+                "train/lr": lr,
+                "train/nan_steps": float(self.nan.total - skipped_before),
+            }
+        )
         if self.replay is not None:
             metrics |= self.replay.take_statistics()
         return StepResult(metrics, collected if self.reporter else {}, self.version)
@@ -227,7 +242,8 @@ class Worker:
                 collected[index] = row.cpu()
             return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
 
-        sequences = [(sample.tokens, sample.prompt_length) for sample in samples]
+        sequences, masks = sequences_of(batch)
+        self.mtp.begin(sequences, masks)
         self._run(sequences, samples if self.replay is not None else None, batch.temperature, loss=loss)
         if self.replay is not None:
             self.replay.end_of_step()
@@ -255,6 +271,7 @@ class Worker:
             if "loss" in sums.values:
                 sums.values["loss"] = torch.nan_to_num(sums.values["loss"], 0.0, 0.0, 0.0)
             self._zero_grad()
+            self.mtp.skip()
             self.nan.skipped(f"{cause} not finite at optimizer step {self.version}")
             return norm
         self.nan.finite()
@@ -267,6 +284,7 @@ class Worker:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip, norm, use_decoupled_grad=precise)
         self.quantization.step(self.optimizer.step_with_ready_grads)
         self._zero_grad()
+        self.mtp.update(lr)
         self.version += 1
         self.schedule_step += 1
         return norm
@@ -303,14 +321,17 @@ class Worker:
             sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + value.detach()
             return value
 
+        self.mtp.begin(samples, all_tokens(samples))
         self._run(samples, None, 1.0, loss=loss)
         total = self._metrics(sums).get("train/loss", 0.0)  # a mean over 0 counted tokens: the plain sum
         norm = self._update(sums, lr)
-        return StepResult({"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr}, {}, self.version)
+        metrics = {"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr} | self.mtp.take_metrics("sft")
+        return StepResult(metrics, {}, self.version)
 
     def reset_optimizer(self) -> None:
         """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
         self.masters.reset_moments()
+        self.mtp.reset_optimizer()
         self.schedule_step = 0
         self._freeze_reference()
 
