@@ -164,6 +164,21 @@ def a_router_that_disobeys_is_found() -> None:
         raise AssertionError("a disobeying router went unnoticed")
 
 
+def routes_that_no_recomputation_used_are_found() -> None:
+    """The next step's recomputation would take them for its own."""
+    worker = _worker(**{"trainer.recompute": "full"})
+    worker.step(_batch(worker.cfg))
+    _, router = worker.replay.routers[0]
+    assert router.router_replay.replay_backward_list == []
+    router.router_replay.replay_backward_list.append(torch.zeros(1, 2, dtype=torch.int64))
+    try:
+        worker.replay.end_of_step()
+    except RouteError as error:
+        assert "never used" in str(error) and router.router_replay.replay_backward_list == []
+    else:
+        raise AssertionError("routes left over went unnoticed")
+
+
 def logits_never_exist_for_more_than_a_chunk() -> None:
     from runner.trainer.megatron import scores
 
@@ -231,6 +246,7 @@ CASES: tuple[Callable[[], None], ...] = (
     routes_of_a_no_grad_pass_are_forgotten,
     recomputation_replays_the_same_routes,
     a_router_that_disobeys_is_found,
+    routes_that_no_recomputation_used_are_found,
     logits_never_exist_for_more_than_a_chunk,
     updates_that_are_not_finite_are_skipped_and_named,
     reference_logprobs_come_from_full_precision_weights,

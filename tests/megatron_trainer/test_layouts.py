@@ -15,7 +15,7 @@ pytestmark = pytest.mark.megatron
 
 FP32 = {"format": "bf16", "precision.base_dtype": "float32", "precision.qat_placement": QatPlacement.forward}
 CASES = [("moe", layout) for layout in LAYOUTS if layout not in ("single", "tp2")]
-CASES += [("dense", "tp2"), ("dense", "pp2"), ("mla", "tp2_sp"), ("mla", "pp2"), ("mla_q", "cp2"), ("mtp", "tp2")]
+CASES += [("dense", "tp2"), ("dense", "pp2"), ("mla", "tp2_sp"), ("mla", "pp2"), ("mla_q", "cp2"), ("mtp", "tp2"), ("mtp", "pp2")]
 _single: dict[str, Result] = {}
 
 
