@@ -12,42 +12,89 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from runner.errors import UserError
+from runner.trainer.protocol import Saved, Saving
 
 MANIFEST = "manifest.json"
+PARTIAL = ".partial_"
+
+
+class Checkpoints:
+    """Writes a run's checkpoints through `begin(folder)`, which may go on writing while the run does; keeps the newest `keep`.
+
+    A checkpoint is published, with its manifest, when all of it is on disk: at once, at a later `poll`, or at `join`.
+    """
+
+    def __init__(self, run_dir: Path, begin: Callable[[Path], Saving], keep: int) -> None:
+        self.run_dir, self.root, self.keep = run_dir, run_dir / "checkpoints", keep
+        self._begin = begin
+        self._pending: tuple[int, Path, Saving] | None = None  # step, partial folder, what is being written into it
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Begin checkpoint `step`, after the one before it is complete.
+
+        Raises UserError when the disk is full or read-only; what was complete before stays.
+        """
+        self.join()
+        # a name of its own: what a killed rank's writer still writes into an older partial folder never gets into this one
+        partial = self.root / f"{PARTIAL}{step:06d}_{uuid.uuid4().hex[:8]}"
+        with self._cleaning_up(partial):
+            self.root.mkdir(parents=True, exist_ok=True)
+            for stale in self.root.glob(f"{PARTIAL}*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            (partial / "trainer").mkdir(parents=True)
+            (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
+            self._pending = step, partial, self._begin(partial / "trainer")
+        self.poll()
+
+    def poll(self) -> None:
+        """Publish what is complete by now."""
+        if self._pending is not None and self._pending[2].finished():
+            self.join()
+
+    def join(self) -> None:
+        """Wait for what is being written, and publish it."""
+        if self._pending is None:
+            return
+        step, partial, saving = self._pending
+        self._pending = None
+        target = self.root / f"step_{step:06d}"
+        with self._cleaning_up(partial):
+            saving.wait()
+            _seal(partial)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+            sync_to_disk(self.root)
+        for old in complete(self.run_dir)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def _cleaning_up(self, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _disk_error(error, self.root) from error
 
 
 def save(run_dir: Path, step: int, state: dict[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-    """Write checkpoint `step` through `write(folder)`, then drop all but the newest `keep`.
+    """Checkpoint `step` through `write(folder)`, complete when this returns."""
 
-    Raises UserError when the disk is full or read-only; what was complete before stays.
-    """
-    root = run_dir / "checkpoints"
-    target = root / f"step_{step:06d}"
-    partial = root / f".partial_{step:06d}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "trainer").mkdir(parents=True)
-        write(partial / "trainer")
-        (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
-        _seal(partial)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        sync_to_disk(root)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise _disk_error(error, root) from error
-    for old in complete(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+    def begin(folder: Path) -> Saving:
+        write(folder)
+        return Saved()
+
+    Checkpoints(run_dir, begin, keep).save(step, state)
+    return run_dir / "checkpoints" / f"step_{step:06d}"
 
 
 def complete(run_dir: Path) -> list[Path]:

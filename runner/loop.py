@@ -10,6 +10,7 @@ from typing import Any
 
 from runner import mismatch
 from runner.algorithms.advantages import compute_advantages
+from runner.checkpoint import Checkpoints
 from runner.decisions import EVENT, Decisions
 from runner.evaluation import evaluate
 from runner.rollout.collect import Collector, Interrupted, Rollout
@@ -36,7 +37,7 @@ class Components:
     tracker: Tracker
     watcher: Watcher
     decisions: Decisions
-    save: Callable[[int], None]  # checkpoint after this many finished steps
+    checkpoints: Checkpoints
     should_stop: Callable[[], bool]
 
 
@@ -62,8 +63,9 @@ def train(c: Components, first_step: int) -> str:
             c.tracker.event(f"watch_{alert.action}", alert.message, {"step": step, "rule": alert.rule})
         step += 1
         if c.cfg.checkpoint.interval_steps and step % c.cfg.checkpoint.interval_steps == 0:
-            c.save(step)
+            _save(c, step)
             saved = step
+        c.checkpoints.poll()
         if any(alert.action == "stop" for alert in alerts):
             outcome = "stopped"
             break
@@ -73,8 +75,14 @@ def train(c: Components, first_step: int) -> str:
     if outcome == "completed" and (unseen := c.watcher.unseen()):
         c.tracker.event("warning", f"watch rules that never saw their metric: {', '.join(unseen)}", {})
     if saved != step:
-        c.save(step)
+        _save(c, step)
+    c.checkpoints.join()
     return outcome
+
+
+def _save(c: Components, step: int) -> None:
+    """Checkpoint after this many finished steps."""
+    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state()})
 
 
 def _step(c: Components, step: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -164,14 +164,18 @@ def _run(
         warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
         pool.load_state(untouched)  # a cached warm start measures nothing
 
-    def save(step: int) -> None:
-        state = {"pool": pool.state(), "watch": watcher.state()}
-        checkpoint.save(run_dir, step, state, trainer.save, cfg.checkpoint.keep)
-
     sync()
     decisions = Decisions(run_dir, first_step)
-    parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, save=save, should_stop=stop)
-    return train(parts, first_step)
+    checkpoints = checkpoint.Checkpoints(run_dir, trainer.begin_save, cfg.checkpoint.keep)
+    parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
+    try:
+        return train(parts, first_step)
+    except TrainerLost:
+        raise
+    except UserError:
+        with suppress(UserError):
+            checkpoints.join()  # what was being written is worth keeping, whatever stopped the run
+        raise
 
 
 def _seed_everything(seed: int) -> None:

@@ -39,6 +39,35 @@ def test_a_kill_while_writing_leaves_the_earlier_one(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path).name == "step_000002"
 
 
+class Slow:
+    """A save whose file is there when it is asked for the second time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, 0
+
+    def finished(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def wait(self) -> None:
+        (self.folder / "weights.bin").write_text("all of it")
+
+
+def test_a_checkpoint_written_beside_the_run_is_published_when_it_is_complete(tmp_path: Path) -> None:
+    checkpoints = checkpoint.Checkpoints(tmp_path, Slow, keep=2)
+    checkpoints.save(1, {"seen": "then"})
+    assert not checkpoint.complete(tmp_path)
+    checkpoints.poll()
+    assert checkpoint.read_state(checkpoint.latest(tmp_path)) == {"seen": "then", "step": 1}
+    checkpoints.save(2, {})
+    assert len(checkpoint.complete(tmp_path)) == 1
+    checkpoints.save(3, {})  # joins the one before it
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step_000001", "step_000002"]
+    checkpoints.join()
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step_000002", "step_000003"]
+    assert not list((tmp_path / "checkpoints").glob(".partial*"))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, {}, _writer("one"), keep=3)
     newest = checkpoint.save(tmp_path, 2, {}, _writer("two"), keep=3)

@@ -33,6 +33,7 @@ def test_run_resume_export_audit(tmp_path: Path) -> None:
         "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "checkpoint.interval_steps=1",
         "warm_start.max_steps=10", "warm_start.check_interval_steps=10", "warm_start.stop_at_reward=0.0",
         "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=1", "mismatch.decompose_samples=4",
+        "trainer.async_save=true",
     ]  # fmt: skip
     _runner(*overrides)
     folder = tmp_path / "tp2"

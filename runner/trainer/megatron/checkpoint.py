@@ -13,7 +13,10 @@ between all parameters. Here every owned shard is put at its place in its parame
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -25,6 +28,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
@@ -32,11 +36,11 @@ from runner.errors import UserError
 from runner.models.build import save_config
 from runner.trainer.megatron.masters import STATES, Owned
 from runner.trainer.megatron.process import die_with_parent
+from runner.trainer.mtp import MtpTraining
 
 if TYPE_CHECKING:
     from runner.trainer.megatron.worker import Worker
 
-from runner.trainer.mtp import MtpTraining
 FORMAT = 1
 COUNTERS = "trainer.json"
 FOLDER = "model"
@@ -45,6 +49,56 @@ Sharded = dict[str, Any]
 
 def save(worker: Worker, folder: Path) -> None:
     """Write into an existing folder; the caller makes it atomic. Weights are bf16(master) now. Collective."""
+    state = _begin(worker, folder)
+    with _saying_what_failed(folder):
+        dist_checkpointing.save(state, str(folder / FOLDER))
+    dist.barrier()
+
+
+class AsyncSave:
+    """One save through Megatron's asynchronous writers, processes forked from the ranks, which see the weights of that moment."""
+
+    def __init__(self, worker: Worker, folder: Path) -> None:
+        """Begin it. Weights are bf16(master) now; they may change as soon as this returns. Collective."""
+        self.folder = folder
+        state = _begin(worker, folder)
+        self._queue = AsyncCallsQueue()
+        with _saying_what_failed(folder):
+            request = dist_checkpointing.save(state, str(folder / FOLDER), async_sharded_save=True)
+            if request.async_fn is not None:
+                request = request._replace(async_fn=partial(_in_a_child, request.async_fn))
+            self._queue.schedule_async_request(request)
+
+    def finished(self) -> bool:
+        """Whether every rank has written; the first call that says so makes the files one checkpoint. Collective."""
+        with _saying_what_failed(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=False)
+        return not self._queue.get_num_unfinalized_calls()
+
+    def wait(self) -> None:
+        """Until `finished`. Collective."""
+        with _saying_what_failed(self.folder):
+            self._queue.maybe_finalize_async_calls(blocking=True)
+        dist.barrier()
+
+
+def _in_a_child(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    die_with_parent()
+    write(*args, **kwargs)
+
+
+@contextmanager
+def _saying_what_failed(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointException, CheckpointingException) as error:
+        raise UserError(
+            f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space, then resume=<this run>"
+        ) from None
+
+
+def _begin(worker: Worker, folder: Path) -> Sharded:
+    """Everything but the tensors, written; what is to be written of them."""
     steps = _steps(worker)
     state = {"model": _model(worker), "passengers": _passengers(worker), "optimizer": _optimizer(worker, bool(steps), fill=True)}
     target = folder / FOLDER
@@ -60,21 +114,18 @@ def save(worker: Worker, folder: Path) -> None:
             "adam_step": steps,
             "master_weights": worker.masters.has_masters,
             "reference": worker.reference is not None,
+            "mtp": isinstance(worker.mtp, MtpTraining),
             "layout": layout(worker),
         }
         (folder / COUNTERS).write_text(json.dumps(counters, indent=1))
         save_config(worker.cfg.model, folder)
     if worker.reference is not None:
         state["reference"] = _reference(worker)
+    if isinstance(worker.mtp, MtpTraining):
+        state["mtp"] = _mtp_state(worker)
     _own_results_queue()
     dist.barrier()
-    try:
-        dist_checkpointing.save(state, str(target))
-    except (CheckpointException, CheckpointingException) as error:
-        raise UserError(
-            f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space, then resume=<this run>"
-        ) from None
-    dist.barrier()
+    return state
 
 
 def _own_results_queue() -> None:
@@ -107,6 +158,9 @@ def load(worker: Worker, folder: Path) -> None:
     state = {"model": _model(worker), "passengers": _passengers(worker), "optimizer": optimizer}
     if worker.reference is not None and counters["reference"]:
         state["reference"] = _reference(worker)
+    if isinstance(worker.mtp, MtpTraining) and counters["mtp"]:
+        worker.mtp.prepare_to_load(stepped)
+        state["mtp"] = _mtp_state(worker)
     try:
         loaded = dist_checkpointing.load(state, str(folder / FOLDER))
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
@@ -114,15 +168,12 @@ def load(worker: Worker, folder: Path) -> None:
             f"{folder} does not fit this model: {_first_line(error)}",
             key="model",
             fix="resume with the model that the run was started with",
-            "mtp": isinstance(worker.mtp, MtpTraining),
         ) from None
     _restore(worker, loaded, counters["adam_step"])
     worker.version, worker.schedule_step = counters["version"], counters["schedule_step"]
     worker.nan.in_a_row, worker.nan.total = counters["nan_in_a_row"], counters["nan_total"]
 
 
-    if isinstance(worker.mtp, MtpTraining):
-        state["mtp"] = _mtp_state(worker)
 def read_counters(folder: Path) -> dict[str, Any]:
     """trainer.json; UserError when it is missing, broken or another trainer's."""
     try:
@@ -165,9 +216,6 @@ def _mtp_state(worker: Worker) -> Sharded:
 def _steps(worker: Worker) -> float:
     """Adam's step, equal for all parameters of all ranks (a rank may own nothing)."""
     mine = max((owned.step_count() for owned in worker.masters.owned), default=0.0)
-    if isinstance(worker.mtp, MtpTraining) and counters["mtp"]:
-        worker.mtp.prepare_to_load(stepped)
-        state["mtp"] = _mtp_state(worker)
     steps = torch.tensor([mine], dtype=torch.float64, device=worker.device)
     dist.all_reduce(steps, op=dist.ReduceOp.MAX)
     return float(steps.item())
@@ -246,11 +294,11 @@ def _restore(worker: Worker, loaded: Sharded, step: float) -> None:
             place.tensor.copy_(loaded["model"][key])
     for name, tensor in worker.passengers.items():
         tensor.copy_(loaded["passengers"][name])
-    if "reference" in loaded and worker.reference is not None:
-        for place, tensor in zip(worker._swappable(), worker.reference, strict=True):
-            tensor.copy_(loaded["reference"][place.name])
     if isinstance(worker.mtp, MtpTraining):
         if "mtp" in loaded:
             worker.mtp.load_state_tensors(loaded["mtp"])
         else:
             worker.mtp.adopt_weights()
+    if "reference" in loaded and worker.reference is not None:
+        for place, tensor in zip(worker._swappable(), worker.reference, strict=True):
+            tensor.copy_(loaded["reference"][place.name])

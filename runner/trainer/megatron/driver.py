@@ -16,7 +16,7 @@ from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config
 from runner.trainer.megatron import arguments
 from runner.trainer.megatron.ranks import LocalRanks
-from runner.trainer.protocol import Routes, Weights
+from runner.trainer.protocol import Routes, Saved, Saving, Weights
 
 MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
 
@@ -117,11 +117,32 @@ class MegatronTrainer:
     def save(self, folder: Path) -> None:
         self.ranks.call("save", folder.resolve())
 
+    def begin_save(self, folder: Path) -> Saving:
+        """With trainer.async_save the ranks write while they train; without, this is `save`."""
+        if not arguments.trainer_config(self.cfg).async_save:
+            self.save(folder)
+            return Saved()
+        self.ranks.call("begin_save", folder.resolve())
+        return RankSaving(self.ranks)
+
     def load(self, folder: Path) -> None:
         self._version = self.ranks.call("load", folder.resolve())[0]
 
     def close(self) -> None:
         self.ranks.close()
+
+
+class RankSaving:
+    """`runner.trainer.protocol.Saving` of all ranks."""
+
+    def __init__(self, ranks: LocalRanks) -> None:
+        self.ranks = ranks
+
+    def finished(self) -> bool:
+        return all(self.ranks.call("save_finished"))
+
+    def wait(self) -> None:
+        self.ranks.call("finish_save")
 
 
 def _rows(parts: list[dict[int, torch.Tensor]], count: int) -> list[torch.Tensor]:

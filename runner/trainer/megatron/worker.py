@@ -402,6 +402,20 @@ class Worker:
         with self.quantization.unquantized():
             checkpoint.save(self, folder)
 
+    def begin_save(self, folder: Path) -> None:
+        """`save` beside what comes next. One at a time: `finish_save` before another one. Collective."""
+        self.quantization.settle()
+        with self.quantization.unquantized():
+            self.saving = checkpoint.AsyncSave(self, folder)
+
+    def save_finished(self) -> bool:
+        """Whether every rank has written the save that was begun. Collective."""
+        return self.saving.finished()
+
+    def finish_save(self) -> None:
+        """Wait for the save that was begun. Collective."""
+        self.saving.wait()
+
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote, from any layout; returns the version. Collective."""
         checkpoint.load(self, folder)
