@@ -18,7 +18,7 @@ from runner.errors import UserError
 
 STUBS = Path(__file__).parent / "stubs"
 LOG_TAIL_BYTES = 200_000
-GRACE_SECONDS = 6.0  # SGLang looks every 5 s whether it was asked to end
+GRACE_SECONDS = 20.0  # SGLang gives its schedulers 15 s to give memory back; killed earlier they may leave it on the GPU
 
 
 class Server:

@@ -1,8 +1,10 @@
-"""Hooks for every device: no key in a log, no port that is open to the network."""
+"""Hooks for every device: no key in a log, no port that is open to the network, an end that does not wait for five seconds."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,9 @@ from runner.weights import broadcast
 
 def register() -> None:
     HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", _without_keys, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _prompt_watchdog, HookType.AROUND
+    )
     _local_store()
 
 
@@ -31,3 +36,10 @@ def _local_store() -> None:
 
 def _without_keys(result: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {key: "***" if key in ("api_key", "admin_api_key") and value else value for key, value in result.items()}
+
+
+async def _prompt_watchdog(original: Callable[[Any], Awaitable[None]], self: Any) -> None:
+    """SGLang looks every five seconds whether it was asked to end; what it then does (drain, release, end) stays its own."""
+    while not self.gracefully_exit:
+        await asyncio.sleep(0.1)
+    await original(self)
