@@ -33,7 +33,12 @@ VERSION_BASE = "1.3"
 OPTION_SCHEMAS = {
     "trainer": {"torch_schema": schema.TorchTrainerConfig, "megatron_schema": schema.MegatronTrainerConfig},
     "rollout": {"local_schema": schema.LocalRolloutConfig, "sglang_schema": schema.SglangRolloutConfig},
-    "task": {"arithmetic_schema": schema.ArithmeticTaskConfig, "jsonl_schema": schema.JsonlTaskConfig},
+    "task": {
+        "arithmetic_schema": schema.ArithmeticTaskConfig,
+        "jsonl_schema": schema.JsonlTaskConfig,
+        "visual_count_schema": schema.VisualCountTaskConfig,
+        "geo3k_schema": schema.Geo3kTaskConfig,
+    },
 }
 
 

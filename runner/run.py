@@ -21,12 +21,14 @@ from runner import checkpoint, preflight
 from runner.decisions import Decisions
 from runner.errors import UserError
 from runner.folder import RunFolder, open_folder
+from runner.images import image_processor
 from runner.loop import Components, train
 from runner.models.build import load_tokenizer
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
 from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
+from runner.tasks import shows_images
 from runner.tasks.protocol import Task
 from runner.tracking.tracker import Tracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
@@ -93,7 +95,7 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
     """
     tokenizer = load_tokenizer(cfg.model)
-    task: Task = get_class(cfg.task._target_)(cfg.task, tokenizer)
+    task = _build_task(cfg, tokenizer)
     trainer = _build_trainer(cfg)
     pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
     untouched = pool.state()
@@ -116,6 +118,12 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     finally:
         pool.close()
         trainer.close()
+
+
+def _build_task(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
+    images = [image_processor(cfg.model, tokenizer)] if shows_images(cfg.task) else []
+    task: Task = get_class(cfg.task._target_)(cfg.task, tokenizer, *images)
+    return task
 
 
 def _build_trainer(cfg: Config) -> Trainer:
@@ -150,7 +158,8 @@ def _run(
 ) -> str:
     """Steps from checkpoint `begin` on, or from a warm start; returns the outcome."""
     pool = collector.pool
-    sync = WeightSync(trainer, pool, _probe(cfg, collector.task), tracker)
+    probe = collector.task.eval_prompts(cfg.mismatch.probe_sequences) if cfg.mismatch.probe_sequences else []
+    sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
     first_step = 0
     if begin:
@@ -182,11 +191,6 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _probe(cfg: Config, task: Task) -> list[torch.Tensor]:
-    prompts = task.eval_prompts(cfg.mismatch.probe_sequences) if cfg.mismatch.probe_sequences else []
-    return [torch.tensor(prompt.tokens) for prompt in prompts]
 
 
 def _how_it_ended(outcome: str, folder: Path) -> str:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from runner.images import PromptImage
 
 
 class Status(Enum):
@@ -43,6 +46,7 @@ class Request:
     sampling: SamplingParams
     seed: int
     capture_routes: bool = False
+    image: PromptImage | None = None  # of the prompt, shared by its samples; `tokens` has room for it
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Sample:
     raw_logprobs      [R] fp32, at temperature 1; None where the engine does not give them
     routes            [T - 1, L, K] uint8 (uint16 above 256 experts): row t holds the experts that token t went
                       through when token t + 1 was predicted; None without capture
+    image             the prompt's image: the same object in all samples of a prompt
     """
 
     prompt_id: str
@@ -80,6 +85,7 @@ class Sample:
     weight_spans: list[WeightSpan] = field(default_factory=list)
     reward: float | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    image: PromptImage | None = None
 
     @property
     def prompt_length(self) -> int:

@@ -300,6 +300,24 @@ class JsonlTaskConfig(TaskConfig):
 
 
 @dataclass
+class VisualCountTaskConfig(TaskConfig):
+    grid: int = MISSING  # cells per side of the image
+    cell_pixels: int = MISSING  # side of a cell
+    colors: int = MISSING  # kinds of colour, of red, green, blue, yellow
+    shapes: int = MISSING  # kinds of shape, of square, circle, triangle
+    max_count: int = MISSING  # largest answer; answers are drawn evenly
+    clutter: float = MISSING  # share of the other cells that hold another shape
+    noise: int = MISSING  # gray levels by which a pixel may be off
+    eval_problems: int = MISSING  # held out from training
+
+
+@dataclass
+class Geo3kTaskConfig(JsonlTaskConfig):
+    min_image_pixels: int = MISSING  # images are resized to whole tokens with this many pixels at least
+    max_image_pixels: int = MISSING  # and this many at most
+
+
+@dataclass
 class AlgorithmConfig:
     name: str = MISSING
     estimator: Estimator = MISSING

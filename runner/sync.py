@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from runner.errors import UserError
+from runner.images import PromptImage
 from runner.rollout.protocol import RolloutPool, SyncReport
 from runner.samples import Batch, Sample, Status
 from runner.tracking.tracker import Tracker
@@ -16,14 +17,22 @@ ATTEMPTS = 2  # a session, or its retry, sends every tensor of every quantized m
 class WeightSync:
     """Brings the trainer's weights to the pool and says what it found.
 
-    `probe` is a fixed list of token sequences [T] scored on both sides after every sync. A probe alone cannot see one
-    flipped low bit (it moves an output by less than bf16 noise); the arrival hash and the residency check can.
+    `probe` is a fixed list of token sequences [T], with an image or None each, scored on both sides after every sync. A probe
+    alone cannot see one flipped low bit (it moves an output by less than bf16 noise); the arrival hash and the residency
+    check can.
     """
 
-    def __init__(self, trainer: Trainer, pool: RolloutPool, probe: list[torch.Tensor], tracker: Tracker) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        pool: RolloutPool,
+        probe: list[torch.Tensor],
+        tracker: Tracker,
+        images: list[PromptImage | None] | None = None,
+    ) -> None:
         self.trainer, self.pool, self.tracker = trainer, pool, tracker
-        self.probe = probe
-        self._batch = _probe_batch(probe) if probe else None
+        self.probe, self.images = probe, images or [None] * len(probe)
+        self._batch = _probe_batch(probe, self.images) if probe else None
 
     def __call__(self) -> dict[str, float]:
         """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises UserError naming the tensors."""
@@ -46,15 +55,15 @@ class WeightSync:
         if self._batch is None:
             return {}
         ours = torch.cat(self.trainer.logprobs(self._batch, routes="own"))
-        theirs = torch.cat([row.to(ours.device) for row in self.pool.score(self.probe)])
+        theirs = torch.cat([row.to(ours.device) for row in self.pool.score(self.probe, self.images)])
         difference = (ours - theirs).abs()
         return {"probe/logprob_abs_diff": float(difference.mean()), "probe/logprob_abs_diff_max": float(difference.max())}
 
 
-def _probe_batch(probe: list[torch.Tensor]) -> Batch:
+def _probe_batch(probe: list[torch.Tensor], images: list[PromptImage | None]) -> Batch:
     """Teacher-forced sequences as samples whose response is everything after the first token."""
     samples = []
-    for index, tokens in enumerate(probe):
+    for index, (tokens, image) in enumerate(zip(probe, images, strict=True)):
         length = len(tokens) - 1
         samples.append(
             Sample(
@@ -66,6 +75,7 @@ def _probe_batch(probe: list[torch.Tensor]) -> Batch:
                 rollout_logprobs=torch.zeros(length),
                 status=Status.completed,
                 finish_reason="probe",
+                image=image,
             )
         )
     return Batch(samples=samples, advantages=[torch.zeros(s.response_length) for s in samples], temperature=1.0)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner import __version__
 from runner.errors import UserError
+from runner.images import PromptImage
 from runner.rollout.collect import Collector, Interrupted
 from runner.samples import SamplingParams
 from runner.schema import Config
@@ -98,7 +99,8 @@ def _train(
         for step in range(section.max_steps):
             picks = [corpus[order[(step * section.batch_size + i) % len(corpus)]] for i in range(section.batch_size)]
             # Warm-up over 20 steps: Adam's second moments are noise before that.
-            metrics = trainer.sft_step(picks, lr=section.lr * min(1.0, (step + 1) / 20))
+            pairs, images = [(tokens, prompt) for tokens, prompt, _ in picks], [image for *_, image in picks]
+            metrics = trainer.sft_step(pairs, lr=section.lr * min(1.0, (step + 1) / 20), images=images)
             steps = step + 1
             progress.advance(1, f"loss {metrics['sft/loss']:.3f}  success {reward:.2f}")
             if should_stop():
@@ -122,7 +124,10 @@ def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> 
     return sum(sample.reward or 0.0 for sample in samples) / len(samples)
 
 
-def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[tuple[torch.Tensor, int]]:
+def _tokenize(
+    task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+) -> list[tuple[torch.Tensor, int, PromptImage | None]]:
+    """(tokens of prompt and solution, prompt length, image) of `count` worked solutions."""
     if not isinstance(task, HasWorkedSolutions):
         raise UserError(
             f"task {task.name} has no worked solutions to warm-start from",
@@ -130,7 +135,10 @@ def _tokenize(task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: 
             fix="warm_start.enabled=false",
         )
     pairs = task.worked_solutions(count, seed)
-    prompts = tokenizer([prompt for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    texts = tokenizer([prompt if isinstance(prompt, str) else "" for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
+    prompts = [text if isinstance(prompt, str) else list(prompt.tokens) for text, (prompt, _) in zip(texts, pairs, strict=True)]
+    images = [None if isinstance(prompt, str) else prompt.image for prompt, _ in pairs]
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
-    return [(torch.tensor(p + a + end), len(p)) for p, a in zip(prompts, answers, strict=True)]
+    rows = zip(prompts, answers, images, strict=True)
+    return [(torch.tensor(p + a + end), len(p), image) for p, a, image in rows]

@@ -53,11 +53,11 @@ def _wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("precision", ["int4_qat", "bf16"])
-def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, precision: str) -> None:
-    _run(_command(tmp_path, "whole", f"precision={precision}"))
+@pytest.mark.parametrize("option", ["precision=int4_qat", "precision=bf16", "model=tiny_vlm"])
+def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, option: str) -> None:
+    _run(_command(tmp_path, "whole", option))
     process = subprocess.Popen(
-        _command(tmp_path, "killed", f"precision={precision}", "steps=6"),
+        _command(tmp_path, "killed", option, "steps=6"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from runner.convert.source import open_source
 from runner.errors import UserError
 from runner.models import family_of, mimo_torch
 from runner.models.family import Family
+from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import PrecisionPlan, nested_quantization_config
 from runner.schema import ModelConfig
@@ -191,7 +193,8 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
 
 
 def save_config(model: ModelConfig, folder: Path) -> None:
-    """Write config.json, without a quantization_config, and the tokenizer files: an engine can start from it without weights."""
+    """Write config.json, without a quantization_config, the tokenizer's files and a vision model's preprocessor_config.json:
+    an engine can start from it without weights."""
     mimo_torch.register()
     if model.hf_checkpoint is None:
         AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
@@ -201,3 +204,5 @@ def save_config(model: ModelConfig, folder: Path) -> None:
             del config.quantization_config
         config.save_pretrained(folder)
     load_tokenizer(model).save_pretrained(folder)
+    if model.vision:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))

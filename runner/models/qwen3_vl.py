@@ -35,6 +35,24 @@ def tower(model: ModelConfig) -> VisualTower:
     return VisualTower(hidden_size=model.hidden_size, ffn_size=model.ffn_size, num_heads=model.num_heads)
 
 
+MEAN = STD = 0.5  # of every channel, after rescaling to [0, 1]: Qwen3-VL's own
+
+
+def processor_config(model: ModelConfig) -> dict[str, Any]:
+    """preprocessor_config.json: how transformers makes the patches of runner/images.py."""
+    shape = tower(model)
+    side = shape.patch_size * shape.merge
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": shape.patch_size,
+        "temporal_patch_size": shape.temporal_patch_size,
+        "merge_size": shape.merge,
+        "image_mean": [MEAN] * shape.channels,
+        "image_std": [STD] * shape.channels,
+        "size": {"shortest_edge": side**2, "longest_edge": side**2 * model.max_context_tokens},  # pixels of a whole image
+    }
+
+
 class Qwen3VL(common.DenseFamily):
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)

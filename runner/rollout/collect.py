@@ -113,6 +113,7 @@ class Collector:
                 sampling=sampling,
                 seed=request_seed(self.cfg.seed, step, prompt.prompt_id, index),
                 capture_routes=capture_routes,
+                image=prompt.image,
             )
             for prompt in prompts
             for index in range(samples_per_prompt)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from runner.images import PromptImage
 from runner.samples import Request, Sample, WeightStream
 
 
@@ -51,8 +52,8 @@ class RolloutPool(Protocol):
         """Pause, flush caches, load every tensor, verify (hash on arrival, residency), continue."""
         ...
 
-    def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Teacher-forced logprobs [T - 1] fp32 at temperature 1 of each token sequence [T]."""
+    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
+        """Teacher-forced logprobs [T - 1] fp32 at temperature 1 of each token sequence [T]; `images`: one per sequence."""
         ...
 
     def describe(self) -> EngineDescription: ...

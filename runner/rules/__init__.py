@@ -8,11 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from runner.errors import UserError
-from runner.rules import loop, megatron, numbers, parallelism, precision, sglang
+from runner.rules import loop, megatron, numbers, parallelism, precision, sglang, vision
 from runner.schema import Config
 
 Rule = Callable[[Config], Iterator[UserError]]
-RULES: tuple[Rule, ...] = (*numbers.RULES, *precision.RULES, *parallelism.RULES, *megatron.RULES, *loop.RULES, *sglang.RULES)
+RULES: tuple[Rule, ...] = (
+    *numbers.RULES,
+    *precision.RULES,
+    *parallelism.RULES,
+    *megatron.RULES,
+    *loop.RULES,
+    *sglang.RULES,
+    *vision.RULES,
+)
 
 
 def check(cfg: Config) -> list[UserError]:

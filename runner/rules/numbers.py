@@ -39,6 +39,9 @@ AT_LEAST_ONE = [
     "task.max_prompt_tokens",
     "task.max_turns",
     "task.digits",
+    "task.grid",
+    "task.cell_pixels",
+    "task.max_image_pixels",
     "task.eval_problems",
     "algorithm.samples_per_prompt",
     "algorithm.prompts_per_step",
@@ -114,6 +117,7 @@ AT_MOST_ONE = [
     "trainer.optimizer.lr_min_ratio",
     "rollout.memory_fraction",
     "warm_start.stop_at_reward",
+    "task.clutter",
     "evaluation.sampling.top_p",
 ]
 CHOICES = {

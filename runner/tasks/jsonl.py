@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ class JsonlTask:
 
     def _prompts(self, problems: list[Problem], key: str, split: str) -> list[Prompt]:
         texts = [self._text(problem.messages) for problem in problems]
-        token_lists = self.tokenizer(texts, add_special_tokens=False).input_ids
+        token_lists = self._tokenize(problems, texts, key)
         limit = self.cfg.max_prompt_tokens
         too_long = [i for i, tokens in enumerate(token_lists) if len(tokens) > limit]
         if too_long:
@@ -137,6 +137,11 @@ class JsonlTask:
             Prompt(f"{self.name}/{split}.{i}", text, tuple(tokens), problem.answer, {"index": i, "place": problem.place})
             for i, (problem, text, tokens) in enumerate(zip(problems, texts, token_lists, strict=True))
         ]
+
+    def _tokenize(self, problems: list[Problem], texts: list[str], key: str) -> Sequence[Sequence[int]]:
+        """Token ids of every problem's prompt; `key` says where the problems come from, for errors."""
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
+        return ids
 
     def _text(self, messages: tuple[dict[str, str], ...]) -> str:
         """The conversation, its last message put into the template, in the tokenizer's chat format where it has one."""

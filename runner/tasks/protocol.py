@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from runner.images import PromptImage
 from runner.samples import Sample
 
 
@@ -15,6 +17,7 @@ class Prompt:
     prompt_id  unique within a split and stable over runs with the same seed
     tokens     [P] ids of the whole prompt, ready for a Request
     answer     the reference answer, in the task's own normal form
+    image      what the placeholder tokens among `tokens` stand for
     """
 
     prompt_id: str
@@ -22,6 +25,7 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str
     info: dict[str, Any] = field(default_factory=dict)
+    image: PromptImage | None = None
 
 
 class Task(Protocol):
@@ -47,6 +51,7 @@ class Task(Protocol):
 class HasWorkedSolutions(Protocol):
     """A task that can teach its format before RL."""
 
-    def worked_solutions(self, count: int, seed: int) -> list[tuple[str, str]]:
-        """(prompt text, solution text) pairs for the supervised warm start; an end token follows the solution."""
+    def worked_solutions(self, count: int, seed: int) -> Sequence[tuple[str | Prompt, str]]:
+        """(prompt, solution text) pairs for the supervised warm start; an end token follows the solution. A prompt is its
+        text, or a Prompt where an image belongs to it."""
         ...

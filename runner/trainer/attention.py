@@ -1,4 +1,4 @@
-"""Causal attention for training on right-padded batches: fp32 on a CPU, fused kernels on a GPU.
+"""Attention for training: causal over right-padded batches, whole within an image; fp32 on a CPU, fused kernels on a GPU.
 
 Shape legend: B samples, H query heads, G key-value heads, T tokens, D head width.
 
@@ -30,31 +30,38 @@ def causal_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> ([B, T, H, Dv], None). Without a mask attention is causal, as a module
-    that says `is_causal` asks; everything else goes to transformers' own function."""
-    causal = attention_mask is None and bool(getattr(module, "is_causal", True)) and query.shape[2] == key.shape[2]
-    if query.device.type != "cpu" or not causal:
+    that says `is_causal` asks, or whole (a visual tower's); everything else goes to transformers' own function."""
+    plain = attention_mask is None and query.shape[2] == key.shape[2]
+    if query.device.type != "cpu" or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return plain_causal_attention(query, key, value, scale).transpose(1, 2).contiguous(), None
+    causal = bool(getattr(module, "is_causal", True))
+    return plain_attention(query, key, value, scale, causal=causal).transpose(1, 2).contiguous(), None
 
 
 def plain_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> [B, H, T, Dv] in the dtype of `query`, computed in fp32 (CPU)."""
+    return plain_attention(query, key, value, scale, causal=True)
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, causal: bool) -> torch.Tensor:
+    """`plain_causal_attention`, or every token sees every token."""
     q, k, v = query.float(), key.float(), value.float()
     if query.shape[2] <= SHORT:
-        output = _short(q, k, v, scale)
+        output = _short(q, k, v, scale, causal)
     else:
-        output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
     return output.to(query.dtype)
 
 
-def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
     batch, heads, length, _ = q.shape
     groups = k.shape[1]
     grouped = (q * scale).reshape(batch, groups, heads // groups * length, q.shape[-1])
     scores = (grouped @ k.transpose(2, 3)).view(batch, groups, heads // groups, length, length)
-    future = torch.full((length, length), float("-inf"), device=q.device).triu(1)
-    weights = torch.softmax(scores + future, dim=-1).view(batch, groups, heads // groups * length, length)
+    if causal:
+        scores = scores + torch.full((length, length), float("-inf"), device=q.device).triu(1)
+    weights = torch.softmax(scores, dim=-1).view(batch, groups, heads // groups * length, length)
     return (weights @ v).view(batch, heads, length, v.shape[-1])
 
 

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 
 from runner.errors import UserError
+from runner.images import PromptImage
 from runner.samples import Batch, WeightStream
 
 Weights = Literal["quantized", "master"]
@@ -60,8 +61,11 @@ class Trainer(Protocol):
         """The optimizer steps of one rollout (algorithm.updates_per_rollout of them); returns `train/*` metrics."""
         ...
 
-    def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
-        """One supervised step for the warm start: (tokens [T], prompt length P) pairs, mean loss over response tokens."""
+    def sft_step(
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+    ) -> dict[str, float]:
+        """One supervised step for the warm start: (tokens [T], prompt length P) pairs, mean loss over response tokens;
+        `images`: those of the prompts, one per sample."""
         ...
 
     def reset_optimizer(self) -> None:

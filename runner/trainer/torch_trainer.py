@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from runner.errors import UserError
-from runner.models import family_of
+from runner.images import PromptImage
+from runner.models import family_of, visual
 from runner.models.build import build_model, named_weights
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
@@ -44,7 +45,8 @@ class TorchTrainer:
     """`runner.trainer.protocol.Trainer` on one device.
 
     The fp32 masters are the truth. Model weights are derived from them: bf16(master), and under in-place QAT
-    qdq(bf16(master)) for what the precision plan quantizes; `_write_weights` is the only place that writes them.
+    qdq(bf16(master)) for what the precision plan quantizes; `_write_weights` is the only place that writes them. A vision
+    model's tower is trained along with its decoder, from the start: a tiny one starts at random.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -187,11 +189,12 @@ class TorchTrainer:
     def _logprobs(self, batch: Batch, *, replay: bool) -> list[torch.Tensor]:
         result: list[torch.Tensor] = [torch.empty(0)] * len(batch)
         sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
+        images = [sample.image for sample in batch.samples]
         for micro in self._micro_batches(sequences):
             with self._replaying(batch.samples, micro, replay) as current:
                 if current is not None:
                     current.first_pass = False  # statistics come from the training pass
-                scores = self._forward(micro, batch.temperature)
+                scores = self._forward(micro, batch.temperature, images)
             for index, row in zip(micro.indices, scores.logprobs.split(micro.lengths), strict=True):
                 result[index] = row
         return result
@@ -201,11 +204,14 @@ class TorchTrainer:
         for indices in microbatch.split_by_tokens(lengths, self.config.max_tokens_per_gpu):
             yield microbatch.build(sequences, indices, self.device)
 
-    def _forward(self, micro: MicroBatch, temperature: float) -> TokenScores:
-        return self._scores(self._hidden(micro), micro, temperature)
+    def _forward(self, micro: MicroBatch, temperature: float, images: Sequence[PromptImage | None]) -> TokenScores:
+        return self._scores(self._hidden(micro, images), micro, temperature)
 
-    def _hidden(self, micro: MicroBatch) -> torch.Tensor:
-        """Hidden states [B, W, H] behind the last norm."""
+    def _hidden(self, micro: MicroBatch, images: Sequence[PromptImage | None]) -> torch.Tensor:
+        """Hidden states [B, W, H] behind the last norm; `images`: one per sequence that the micro-batch was cut from."""
+        shown = [images[i] for i in micro.indices]
+        if any(image is not None for image in shown):
+            return visual.hidden_states(self.model, micro.tokens, shown)
         hidden: torch.Tensor = self.model.base_model(input_ids=micro.tokens, use_cache=False).last_hidden_state
         return hidden
 
@@ -276,12 +282,13 @@ class TorchTrainer:
         """Forward and backward of every micro-batch; returns the detached logprobs of each sample."""
         samples = batch.samples
         normalizer = policy_step.counted_tokens(batch)
+        images = [sample.image for sample in samples]
         collected: dict[int, torch.Tensor] = {}
         sequences, masks = mtp.sequences_of(batch)
         self.mtp.begin(sequences, masks)
         for micro in self._micro_batches(sequences):
             with self._replaying(samples, micro, replay) as current:
-                hidden = self._hidden(micro)
+                hidden = self._hidden(micro, images)
                 scores = self._scores(hidden, micro, batch.temperature)
                 if current is not None:
                     current.first_pass = False  # the backward may recompute
@@ -318,13 +325,15 @@ class TorchTrainer:
         total = self.cfg.steps * self.cfg.algorithm.updates_per_rollout
         return learning_rate(self.config.optimizer, self._schedule_step, total)
 
-    def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
+    def sft_step(
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+    ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
         sums = policy_step.Sums()
         normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
         self.mtp.begin(samples, mtp.all_tokens(samples))
         for micro in self._micro_batches(samples):
-            hidden = self._hidden(micro)
+            hidden = self._hidden(micro, images or [None] * len(samples))
             logprobs = self._scores(hidden, micro, 1.0).logprobs
             loss = -logprobs.sum() / normalizer
             loss.backward()

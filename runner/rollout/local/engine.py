@@ -134,12 +134,12 @@ class Engine:
     def _prefill(self, slots: Slots, first: int) -> None:
         """Fill the cache of new slots (each distinct prompt once) and draw their first tokens."""
         cache = self._cache_for(slots)
-        owners: dict[tuple[int, ...], int] = {}
+        owners: dict[tuple[tuple[int, ...], int], int] = {}  # prompts differ in their tokens or in their image
         source = np.zeros(slots.running - first, dtype=np.int64)
         for slot in range(first, slots.running):
             request = slots.requests[slot]
             assert request is not None
-            source[slot - first] = owners.setdefault(request.tokens, slot)
+            source[slot - first] = owners.setdefault((request.tokens, id(request.image)), slot)
         last: dict[int, torch.Tensor] = {}
         for group in self._chunks(slots, sorted(owners.values())):
             last.update(self._fill(slots, cache, group, slots.length, keep_routes=True))
@@ -183,11 +183,17 @@ class Engine:
         rows = np.array(sorted(group))
         at = np.zeros(len(rows), dtype=np.int64)
         slots.processed[rows] = until[rows]
+        features = self.model.encode([slots.image_of(slot) for slot in rows.tolist()])
         while len(rows):
             counts = np.minimum(until[rows] - at, max(1, self.prefill_chunk // len(rows)))
             row = np.repeat(rows, counts)
             column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(at, counts)
-            hidden = self.model.forward(cache, slots.tokens[row, column], at, counts, rows)
+            images = placed = None
+            if features is not None:
+                images = slots.image[rows]
+                shown = [slots.image_of(slot) for slot in rows.tolist()]
+                placed = features.placed(shown, at.tolist(), (at + counts).tolist(), (np.cumsum(counts) - counts).tolist())
+            hidden = self.model.forward(cache, slots.tokens[row, column], at, counts, rows, images, placed)
             self.counters["prefill_tokens"] += len(row)
             if keep_routes:
                 self._keep_routes(slots, row, column)
@@ -232,10 +238,10 @@ class Engine:
         starts = slots.length[:n] - 1
         if proposal is None or proposal.weights is None:
             sampling = slots.temperature[:n], slots.top_p[:n], slots.top_k[:n], slots.seed[:n]
-            draws = self.model.draws(cache, tokens, starts, counts, sampling)
+            draws = self.model.draws(cache, tokens, starts, counts, sampling, self._images(slots))
             emitted, kept, logprobs, raw = _kept_of_drawn(draws, proposal, row, column)
         else:
-            hidden = self.model.forward(cache, tokens, starts, counts)
+            hidden = self.model.forward(cache, tokens, starts, counts, images=self._images(slots))
             emitted, kept, logprobs, raw = self._verify_sampled(slots, hidden, proposal, row, counts)
         self._keep_routes(slots, row, starts[row] + column)
         slots.processed[:n] = slots.length[:n]
@@ -247,6 +253,10 @@ class Engine:
         seconds = time.perf_counter() - began
         self.counters["decode_seconds"] += seconds
         self.speculation.record(proposal, kept, total, seconds)
+
+    def _images(self, slots: Slots) -> np.ndarray | None:
+        """Extents [running, 3] of the images of running rows; None for a model that sees none."""
+        return None if self.model.visual is None else slots.image[: slots.running]
 
     def _verify_sampled(
         self, slots: Slots, hidden: torch.Tensor, proposal: Proposal, row: np.ndarray, counts: np.ndarray

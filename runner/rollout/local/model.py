@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from runner.errors import UserError
+from runner.images import PromptImage, rotary_positions
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
+from runner.models.visual import ImageFeatures, Placed
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, LENGTH_BUCKET, KVCache, Step
@@ -43,6 +45,7 @@ class EngineModel:
         self.module: nn.Module = weights_from if weights_from is not None else _structure(model, dtype, device)
         self.decoder: Any = self.module.get_decoder()  # type: ignore[operator]
         self.head: Any = self.module.get_output_embeddings()  # type: ignore[operator]
+        self.visual: nn.Module | None = self.module.base_model.visual if model.vision else None  # type: ignore[union-attr, assignment]
         self.weights: dict[str, ResidentWeight] = {}
         self.others: dict[str, torch.Tensor] = {}
         self.experts: list[EngineExperts] = []
@@ -124,12 +127,20 @@ class EngineModel:
         return self._rope
 
     def forward(
-        self, cache: KVCache, tokens: np.ndarray, starts: np.ndarray, counts: np.ndarray, slots: np.ndarray | None = None
+        self,
+        cache: KVCache,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        slots: np.ndarray | None = None,
+        images: np.ndarray | None = None,
+        placed: Placed | None = None,
     ) -> torch.Tensor:
         """Hidden states [N, H] after the last norm of new tokens; writes their keys and values.
 
         tokens [N] int64, sorted by row; row r (in slot slots[r], ascending; None: slot r) has counts[r] new tokens (at
-        least 1), the first of them at position starts[r].
+        least 1), the first of them at position starts[r]. Vision models: images [B, 3] are the extents of the rows' images
+        (None: no row has one), placed the features of those of their tokens that are new.
         """
         rows, width = len(counts), int(counts.max())
         row, column = rows_and_columns(counts)
@@ -159,10 +170,11 @@ class EngineModel:
             reads=reads,
         )
         positions = to(positions_np)
-        cos, sin = self.rope(cache.length)
-        rope = (cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+        rope = self._angles(cache, positions) if images is None else self._image_angles(positions_np, images[row])
         hidden = self.decoder.embed_tokens(to(tokens).unsqueeze(1))
-        for layer in self.decoder.layers[: self.config.num_layers]:
+        if placed is not None:
+            hidden = hidden.index_copy(0, placed.where, placed.embeds.unsqueeze(1))
+        for number, layer in enumerate(self.decoder.layers[: self.config.num_layers]):
             hidden = layer(
                 hidden,
                 attention_mask=None,
@@ -172,7 +184,27 @@ class EngineModel:
                 position_embeddings=rope,
                 engine_step=step,
             )
+            if placed is not None and number < len(placed.deepstack):
+                hidden = hidden.index_add(0, placed.where, placed.deepstack[number].unsqueeze(1))
         return self.decoder.norm(hidden).squeeze(1)
+
+    def _angles(self, cache: KVCache, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rope(cache.length)
+        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+
+    def _image_angles(self, positions: np.ndarray, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [N, 1, d] of tokens at these positions [N] of sequences with these images [N, 3]."""
+        places = self._to_device(rotary_positions(positions, *images.T))
+        cos, sin = self.decoder.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), places.unsqueeze(1))
+        return cos.transpose(0, 1), sin.transpose(0, 1)
+
+    def encode(self, images: Sequence[PromptImage | None]) -> ImageFeatures | None:
+        """The visual tower's features of these rows' images; None where no row has one."""
+        if not any(image is not None for image in images):
+            return None
+        if self.visual is None:
+            raise UserError(f"{self.config.name} has no visual tower", key="model", fix="model=tiny_vlm")
+        return ImageFeatures(self.visual, images)
 
     def computes_fused(self, cache: KVCache) -> bool:
         """Whether a forward over this cache goes through the CPU kernels (a cache of another dtype does not)."""
@@ -185,6 +217,7 @@ class EngineModel:
         starts: np.ndarray,
         counts: np.ndarray,
         sampling: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+        images: np.ndarray | None = None,
     ) -> Draws:
         """The next token after each of the new tokens (see `forward`), drawn with the number of its position.
 
@@ -200,7 +233,7 @@ class EngineModel:
             drawn = self.fused.forward(cache, rope, tokens, row, position, counts, (temperature, seed))
             assert isinstance(drawn, Draws)
             return drawn
-        logits = self.logits(self.forward(cache, tokens, starts, counts))
+        logits = self.logits(self.forward(cache, tokens, starts, counts, images=images))
         return draws_of(distribution(logits, temperature, top_p, top_k), uniforms(seed, position + 1, SAMPLE))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -230,4 +263,7 @@ def _structure(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
     """The modules with dummy weights: the first weight sync brings the real ones."""
     from dataclasses import replace
 
-    return build_model(replace(model), dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager")
+    built = build_model(replace(model), dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager")
+    if model.vision:  # a visual tower attends within an image, without a cache
+        built.set_attn_implementation({"vision_config": "sdpa"})
+    return built

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from runner.errors import UserError
+from runner.images import PromptImage
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.engine import Engine
@@ -87,18 +88,23 @@ class LocalPool:
             return self.store.check_resident(stream)
 
     @torch.inference_mode()
-    def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1, through the decoding kernels and a cache of its own."""
         self._need_weights()
-        return [self._score(sequence.cpu().numpy().astype(np.int64)) for sequence in sequences]
+        shown = images or [None] * len(sequences)
+        rows = zip(sequences, shown, strict=True)
+        return [self._score(sequence.cpu().numpy().astype(np.int64), image) for sequence, image in rows]
 
-    def _score(self, tokens: np.ndarray) -> torch.Tensor:
+    def _score(self, tokens: np.ndarray, image: PromptImage | None) -> torch.Tensor:
         total = len(tokens)
+        features = self.model.encode([image])
+        extent = None if image is None else np.array([image.extent])
         cache = KVCache(1, -(-total // LENGTH_BUCKET) * LENGTH_BUCKET, self.engine.kv_dtype, self._device)
         rows, chunk = [], self.engine.prefill_chunk
         for start in range(0, total - 1, chunk):
             piece = tokens[start : min(start + chunk, total - 1)]
-            hidden = self.model.forward(cache, piece, np.array([start]), np.array([len(piece)]))
+            placed = None if features is None else features.placed([image], [start], [start + len(piece)], [0])
+            hidden = self.model.forward(cache, piece, np.array([start]), np.array([len(piece)]), images=extent, placed=placed)
             logprobs = self.model.logits(hidden).log_softmax(-1)
             targets = torch.from_numpy(tokens[start + 1 : start + 1 + len(piece)]).to(logprobs.device)
             rows.append(logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1))

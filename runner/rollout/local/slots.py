@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from runner.images import NO_IMAGE, PromptImage
 from runner.rollout.local.attention import LENGTH_BUCKET
 from runner.samples import Request, Sample, Status, WeightSpan
 
@@ -18,6 +19,7 @@ class Slots:
     processed  tokens whose keys and values are cached; length - 1 between steps
     logprobs, raw  [slot, position] fp32 of the token at that position (response only)
     routes     [slot, position, L, K]; None when nothing is captured
+    image      [slot, 3] `PromptImage.extent` of the prompt's image; zeros without one
     """
 
     def __init__(self, capacity: int, length: int, route_shape: tuple[int, int] | None, route_dtype: torch.dtype) -> None:
@@ -33,6 +35,7 @@ class Slots:
         self.top_p = np.zeros(capacity)
         self.top_k = np.zeros(capacity, dtype=np.int64)
         self.stop_set = np.zeros(capacity, dtype=np.int64)
+        self.image = np.zeros((capacity, 3), dtype=np.int64)
         self.requests: list[Request | None] = [None] * capacity
         self.spans: list[list[WeightSpan]] = [[] for _ in range(capacity)]
         self.route_shape, self.route_dtype = route_shape, route_dtype
@@ -52,11 +55,16 @@ class Slots:
         sampling = request.sampling
         self.temperature[slot], self.top_p[slot], self.top_k[slot] = sampling.temperature, sampling.top_p, sampling.top_k
         self.stop_set[slot] = self._stop_index(sampling.stop_token_ids, vocab)
+        self.image[slot] = NO_IMAGE if request.image is None else request.image.extent
         self.requests[slot] = request
         self.spans[slot] = [WeightSpan(version, 0, 0)]
         if request.capture_routes and self.routes is None and self.route_shape is not None:
             self.routes = torch.zeros(self.capacity, self.max_length, *self.route_shape, dtype=self.route_dtype)
         return slot
+
+    def image_of(self, slot: int) -> PromptImage | None:
+        request = self.requests[slot]
+        return None if request is None else request.image
 
     def grow(self, length: int) -> None:
         """Room for `length` tokens per slot."""
@@ -130,6 +138,7 @@ class Slots:
             raw_logprobs=torch.from_numpy(self.raw[slot, prompt:total].copy()),
             routes=routes,
             weight_spans=[span for span in spans if span.stop > span.start],
+            image=request.image,
         )
 
     def release(self, slots: np.ndarray, move_cache: Callable[[np.ndarray, np.ndarray], None]) -> None:
@@ -140,7 +149,7 @@ class Slots:
         if len(holes):
             for array in (
                 self.tokens, self.logprobs, self.raw, self.length, self.processed, self.limit, self.seed,
-                self.temperature, self.top_p, self.top_k, self.stop_set,
+                self.temperature, self.top_p, self.top_k, self.stop_set, self.image,
             ):  # fmt: skip
                 array[holes] = array[movers]
             if self.routes is not None:

@@ -18,6 +18,7 @@ import torch
 
 from runner import folder
 from runner.errors import UserError
+from runner.images import PromptImage
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
@@ -213,7 +214,7 @@ class SglangPool:
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         return list(dict.fromkeys(part for name in chosen for part in self.plan.same_matrix(name)))
 
-    def score(self, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
+    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1."""
         self._need_weights()
         futures = [self._loop.submit(self._fleet.score(sequence.tolist())) for sequence in sequences]

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from runner.errors import UserError, UserErrors
+from runner.images import PromptImage
 from runner.routing import routes as route_checks
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config
@@ -97,8 +98,11 @@ class MegatronTrainer:
         metrics: dict[str, float] = results[-1].metrics
         return metrics
 
-    def sft_step(self, samples: list[tuple[torch.Tensor, int]], lr: float) -> dict[str, float]:
-        """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
+    def sft_step(
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+    ) -> dict[str, float]:
+        """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two. No images: rules
+        refuse vision models."""
         results = self.ranks.call("sft_step", samples, lr)
         self._version = results[0].version
         metrics: dict[str, float] = results[0].metrics

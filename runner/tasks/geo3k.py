@@ -1,0 +1,86 @@
+r"""Geometry3K: questions about a diagram; a line is {"problem": "<image>Find x.", "answer": "12", "image": "diagrams/7.png"}.
+
+`image` is a path relative to the file; `image_base64` holds the file's bytes instead. `images: [...]` with one entry is read too.
+A problem without <image> gets it in front. Encoded images stay in memory; pixels exist while a prompt is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from runner.errors import UserError
+from runner.images import ImageProcessor
+from runner.schema import Geo3kTaskConfig
+from runner.tasks.grading import answer_line, last_boxed, same_answer
+from runner.tasks.jsonl import JsonlTask, Problem
+from runner.tasks.pictures import image_bytes, open_rgb, resized
+from runner.tasks.protocol import Prompt
+
+PLACEHOLDER = "<image>"
+CACHED_IMAGES = 256  # decoded at one time, besides those in use
+
+
+class Geo3kTask(JsonlTask):
+    name = "geo3k"
+
+    def __init__(self, cfg: Geo3kTaskConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor) -> None:
+        """As JsonlTask; every image is decoded once here, so that a bad one stops the run before it starts."""
+        self.processor = processor
+        self._limits = cfg.min_image_pixels, cfg.max_image_pixels
+        self._encoded: dict[str, bytes] = {}  # by the problem's place
+        self._pixels = lru_cache(maxsize=CACHED_IMAGES)(self._decode)
+        super().__init__(cfg, tokenizer)
+
+    def parse(self, row: dict[str, Any], place: str) -> Problem:
+        question, answer = row["problem"], row["answer"]
+        if not isinstance(question, str) or not isinstance(answer, str | int | float):
+            raise TypeError("`problem` must be a string, and `answer` a string or a number")
+        if not str(answer).strip():
+            raise ValueError("`answer` is empty")
+        if question.count(PLACEHOLDER) > 1:
+            raise ValueError(f"`problem` names {question.count(PLACEHOLDER)} images; a problem has one")
+        self._encoded[place] = image_bytes(row, Path(place.rpartition(":")[0]).parent)
+        self._decode(place)
+        if PLACEHOLDER not in question:
+            question = PLACEHOLDER + question
+        return Problem(({"role": "user", "content": question},), str(answer).strip(), place)
+
+    def grade(self, answer: str, text: str) -> bool:
+        r"""The last \boxed{...}, else the line after 'Answer:', must equal the reference; without either, wrong."""
+        given = last_boxed(text)
+        if given is None:
+            given = answer_line(text)
+        return given is not None and same_answer(given, answer)
+
+    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
+        return [self._shown(prompt) for prompt in super().train_prompts(step, count, round)]
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        return [self._shown(prompt) for prompt in super().eval_prompts(count)]
+
+    def _tokenize(self, problems: list[Problem], texts: list[str], key: str) -> Sequence[Sequence[int]]:
+        """The placeholder of a text is as many tokens as its image."""
+        marked = [text.replace(PLACEHOLDER, self.processor.mark) for text in texts]
+        rows = []
+        for problem, ids in zip(problems, self.tokenizer(marked, add_special_tokens=False).input_ids, strict=True):
+            try:
+                rows.append(self.processor.place(ids, self._pixels(problem.place))[0])
+            except ValueError as error:  # the question or the template names special tokens itself
+                raise UserError(f"{problem.place}: {error}", key=key, fix="mend or remove this line") from None
+        return rows
+
+    def _decode(self, place: str) -> np.ndarray:
+        image = open_rgb(self._encoded[place])
+        return resized(image, *self.processor.fitted_size(image.height, image.width, *self._limits))
+
+    def _shown(self, prompt: Prompt) -> Prompt:
+        """The prompt with its image, whose tokens are in place already."""
+        image = self.processor.at(prompt.tokens, self._pixels(prompt.info["place"]))
+        return replace(prompt, image=image)

@@ -1,0 +1,148 @@
+"""Counting shapes in a made-up image: a vision task that a tiny model learns from nothing.
+
+    image     4 x 4 cells of 8 x 8 pixels, some with a red square, a blue circle, ... on a plain noisy ground
+    prompt    <image>how many red squares?
+    solution  1+0+2+0=3
+
+One number per row of cells, then their sum: the number after the last '=' is the answer. A scene and its pixels depend on
+(seed, split, index) alone; nothing is stored.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from runner.errors import UserError
+from runner.images import ImageProcessor
+from runner.samples import Sample
+from runner.schema import VisualCountTaskConfig
+from runner.tasks.protocol import Prompt
+from runner.tasks.seeding import stream
+
+COLORS = {"red": (220, 50, 40), "green": (40, 180, 70), "blue": (50, 90, 220), "yellow": (230, 200, 40)}
+SHAPES = ("square", "circle", "triangle")
+GROUND = (90, 150)  # gray levels of the ground
+SMALLEST_SHAPE = 5  # pixels, and of a cell that holds it 7
+
+
+@dataclass(frozen=True)
+class Scene:
+    """cells: (color, shape) or None, row by row; wanted: what is counted; pixel_seed: of places, ground and noise."""
+
+    cells: tuple[tuple[str, str] | None, ...]
+    wanted: tuple[str, str]
+    pixel_seed: int
+
+    @property
+    def count(self) -> int:
+        return self.cells.count(self.wanted)
+
+
+class VisualCountTask:
+    name = "visual_count"
+
+    def __init__(self, cfg: VisualCountTaskConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor) -> None:
+        """UserError when cells are too small, the image is not made of whole tokens, or prompts are too long."""
+        self.cfg, self.tokenizer, self.processor = cfg, tokenizer, processor
+        kinds = [(color, shape) for color in list(COLORS)[: cfg.colors] for shape in SHAPES[: cfg.shapes]]
+        self._kinds = kinds
+        pixels = cfg.grid * cfg.cell_pixels
+        if pixels % processor.side:
+            raise UserError(
+                f"{cfg.grid} cells of {cfg.cell_pixels} pixels are {pixels}; an image token is {processor.side} pixels wide",
+                key="task.cell_pixels",
+                fix=f"task.cell_pixels={-(-cfg.cell_pixels // processor.side) * processor.side}",
+            )
+        # drawn without the run's seed, so that evaluations of different runs compare
+        drawn = [self._scene(stream("visual_count", "held out", index)) for index in range(cfg.eval_problems)]
+        self._held_out = drawn
+        self._held_out_set = frozenset((scene.cells, scene.wanted) for scene in drawn)
+        longest = max(len(self._prompt("check", Scene((None,) * cfg.grid**2, kind, 0)).tokens) for kind in kinds)
+        if longest > cfg.max_prompt_tokens:
+            raise UserError(
+                f"prompts have {longest} tokens, more than task.max_prompt_tokens={cfg.max_prompt_tokens}",
+                key="task.max_prompt_tokens",
+                fix=f"raise it to {longest}, or use a smaller task.grid",
+            )
+
+    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
+        """See Task. Problems are made afresh for every (step, round), without those that are held out."""
+        return [
+            self._prompt(f"visual_count/{step}.{round}.{index}", self._train_scene("train", step, round, index))
+            for index in range(count)
+        ]
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        return [self._prompt(f"visual_count/eval.{i}", scene) for i, scene in enumerate(self._held_out[:count])]
+
+    def reward(self, prompt: Prompt, text: str, sample: Sample | None = None) -> float:
+        """1 if the number after the last '=' is the count, else 0; the rows before it are not looked at."""
+        answer = text.rpartition("=")[2].strip()
+        if "=" not in text or not answer.isascii() or not answer.isdigit() or len(answer) > 8:
+            return 0.0
+        return float(int(answer) == int(prompt.answer))
+
+    def worked_solutions(self, count: int, seed: int) -> list[tuple[str | Prompt, str]]:
+        """`count` (prompt, solution text) pairs; held-out problems never appear."""
+        scenes = [self._train_scene("worked", seed, index) for index in range(count)]
+        return [(self._prompt(f"visual_count/worked.{i}", scene), self.solution(scene)) for i, scene in enumerate(scenes)]
+
+    def solution(self, scene: Scene) -> str:
+        side = self.cfg.grid
+        rows = [scene.cells[row * side : (row + 1) * side].count(scene.wanted) for row in range(side)]
+        return "+".join(map(str, rows)) + f"={scene.count}"
+
+    def _train_scene(self, *key: int | str) -> Scene:
+        random_stream = stream(self.cfg.seed, "visual_count", *key)
+        while ((scene := self._scene(random_stream)).cells, scene.wanted) in self._held_out_set:
+            pass
+        return scene
+
+    def _scene(self, random_stream: random.Random) -> Scene:
+        wanted = random_stream.choice(self._kinds)
+        others = [kind for kind in self._kinds if kind != wanted]
+        places = random_stream.sample(range(self.cfg.grid**2), random_stream.randint(0, self.cfg.max_count))
+        cells: list[tuple[str, str] | None] = []
+        for place in range(self.cfg.grid**2):
+            other = random_stream.choice(others) if random_stream.random() < self.cfg.clutter else None
+            cells.append(wanted if place in places else other)
+        return Scene(tuple(cells), wanted, random_stream.getrandbits(63))
+
+    def _prompt(self, prompt_id: str, scene: Scene) -> Prompt:
+        color, shape = scene.wanted
+        question = f"how many {color} {shape}s?"
+        ids = self.tokenizer(f"{self.processor.mark}{question}", add_special_tokens=False).input_ids
+        tokens, image = self.processor.place(ids, draw(scene, self.cfg))
+        return Prompt(prompt_id, f"<image>{question}", tokens, str(scene.count), {}, image)
+
+
+def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
+    """uint8 [grid * cell, grid * cell, 3]: shapes of random size and place within their cells, on a ground of one gray."""
+    generator = np.random.Generator(np.random.PCG64(scene.pixel_seed))
+    side, cell = cfg.grid * cfg.cell_pixels, cfg.cell_pixels
+    pixels = np.full((side, side, 3), generator.integers(*GROUND), dtype=np.int64)
+    for place, kind in enumerate(scene.cells):
+        size = int(generator.integers(max(SMALLEST_SHAPE, cell * 5 // 8), cell))  # drawn for empty cells too
+        down, right = (int(offset) for offset in generator.integers(0, cell - size + 1, 2))
+        if kind is None:
+            continue
+        top, left = place // cfg.grid * cell + down, place % cfg.grid * cell + right
+        pixels[top : top + size, left : left + size][_mask(kind[1], size)] = COLORS[kind[0]]
+    pixels += generator.integers(-cfg.noise, cfg.noise + 1, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _mask(shape: str, size: int) -> np.ndarray:
+    """bool [size, size]: the pixels of a shape as large as its box."""
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    if shape == "square":
+        return np.ones((size, size), dtype=bool)
+    if shape == "circle":
+        inside: np.ndarray = rows**2 + columns**2 <= (size / 2) ** 2
+        return inside
+    triangle: np.ndarray = np.abs(columns) <= (rows + size / 2) / 2
+    return triangle
