@@ -6,18 +6,20 @@ The config may be right and the machine wrong: `plan` and `--cfg job` then still
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 from runner.errors import UserError, UserErrors
+from runner.rollout.sglang import p2p
+from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
 
 PACKAGES = {  # option -> (module, what installs it, what needs it)
     "trainer=megatron": ("megatron.core", "make setup", "Megatron's trainer ranks need megatron-core"),
     "rollout=sglang": ("sglang", "make setup-sglang", "the servers need SGLang"),
 }
-
-RDMA = Path("/sys/class/infiniband")
+REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCausalLM")  # of the families that runner knows
 
 
 def check(cfg: Config) -> None:
@@ -100,14 +102,26 @@ def _engines(cfg: Config) -> list[UserError]:
             )
         )
     if cfg.rollout.weight_transport == "p2p":
-        has = "has RDMA devices, but" if RDMA.is_dir() and any(RDMA.iterdir()) else "has no RDMA device, and"
         errors.append(
             UserError(
-                f"this machine {has} writing into engines' GPU memory is not verified by this version",
+                f"RDMA peer-to-peer is not used here: {'; '.join(p2p.obstacles(cfg))}",
                 key="rollout.weight_transport",
                 fix="rollout.weight_transport=distributed or disk_delta",
             )
         )
+    errors += _draft(cfg)
+    if cfg.rollout.use_router and not installed("sglang_router"):
+        errors.append(
+            UserError(
+                "sglang-router is not installed",
+                key="rollout.use_router",
+                fix="make setup-sglang, or rollout.use_router=false: the pool balances its engines itself",
+            )
+        )
+    try:
+        listen_address(cfg.cluster)
+    except UserError as error:
+        errors.append(error)
     if cfg.cluster.nodes > 1:
         errors.append(
             UserError(
@@ -117,6 +131,26 @@ def _engines(cfg: Config) -> list[UserError]:
             )
         )
     return errors
+
+
+def _draft(cfg: Config) -> list[UserError]:
+    """SGLang turns some architectures into their multi-token-prediction layer when they draft, and then finds no such weights."""
+    folder = cfg.speculative.draft_model
+    if cfg.speculative.method != "draft" or not folder:
+        return []
+    try:
+        architectures = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError):
+        return []  # a hub id, or what `_files` and SGLang report
+    return [
+        UserError(
+            f"SGLang 0.5.23 makes a multi-token-prediction layer of a draft model of {name}, whatever its folder has",
+            key="speculative.draft_model",
+            fix="speculative.draft_model=<a dense Qwen3 model of the same vocabulary>, or speculative=ngram",
+        )
+        for name in architectures
+        if name in REWRITTEN_DRAFTS
+    ]
 
 
 def _files(cfg: Config) -> list[UserError]:

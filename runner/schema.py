@@ -347,7 +347,7 @@ class ClusterConfig:
     gpu_memory_gib: float = MISSING
     host_memory_gib: float = MISSING
     address: Optional[str] = MISSING
-    interface: Optional[str] = MISSING  # network interface of the servers; null: loopback
+    interface: Optional[str] = MISSING  # a network interface or an IPv4 address, for servers and weight broadcasts
 
 
 @dataclass

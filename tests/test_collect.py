@@ -72,6 +72,13 @@ def test_dynamic_sampling_replaces_flat_groups_and_fills_up_when_rounds_run_out(
     assert [group.is_flat for group in short.groups] == [False, False, True, True]
 
 
+def test_oversampling_asks_for_more_and_keeps_what_carries_an_advantage() -> None:
+    pool = FakePool()
+    rollout = collector(pool, "algorithm.dynamic_sampling=true", "algorithm.oversample_prompts=8").collect(step=0)
+    assert [group.prompt.prompt_id for group in rollout.groups] == ["0/0/1", "0/0/3", "0/0/5", "0/0/7"]
+    assert rollout.metrics["rollout/rounds"] == 1 and len(pool.requests) == 16  # one round instead of two
+
+
 def test_failed_samples_leave_their_group_and_a_step_without_any_is_an_error() -> None:
     rollout = collector(FakePool({"0/0/1"})).collect(step=0)
     assert [group.prompt.prompt_id for group in rollout.groups] == ["0/0/0", "0/0/2", "0/0/3"]

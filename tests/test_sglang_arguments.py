@@ -5,6 +5,7 @@ RUNNER_UPDATE_GOLDEN=1 pytest tests/test_sglang_arguments.py writes the golden f
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import yaml
 from runner import compose, preflight
 from runner.cli.problems import groups
 from runner.errors import UserErrors
-from runner.rollout.sglang import arguments
+from runner.rollout.sglang import arguments, p2p
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.rules import sglang
 from runner.schema import Config, SglangRolloutConfig
@@ -95,8 +96,9 @@ def test_an_option_may_repeat_what_follows_from_the_config() -> None:
     ("overrides", "message"),
     [
         (["model=tiny_moe", "rollout=sglang", "speculative=ngram"], "accepts drafts greedily"),
-        (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops recorded routes"),
-        (["model=tiny_moe", *CPU, "router_replay=none", "rollout.use_router=true"], "balances its engines itself"),
+        (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops the routes"),
+        (["model=tiny_moe", *CPU, "cluster.interface=0.0.0.0"], "open on every network"),
+        (["model=tiny_moe", *CPU, "cluster.interface='::'"], "open on every network"),
         (["model=tiny_moe", *CPU, "precision=mxfp4_qat"], "not with mxfp4"),
         (["model=tiny_moe", *CPU, "rollout.pause_mode=retract"], "loses its routes"),
         (["model=tiny_moe", *CPU, "rollout.cpu_engines=0"], "0 servers"),
@@ -129,6 +131,14 @@ def test_draft_models_are_mapped(method: str, algorithm: str) -> None:
     assert found.get("speculative_draft_model_path") == (None if method == "mtp" else "/models/d")
 
 
+@pytest.mark.parametrize(("architecture", "refused"), [("Qwen3MoeForCausalLM", True), ("Qwen3ForCausalLM", False)])
+def test_a_draft_model_that_sglang_would_rewrite_is_refused(tmp_path: Path, architecture: str, refused: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(UserErrors) as caught:  # of the GPUs that are missing, at least
+        preflight.check(load("model=mimo_7b", "speculative=draft", f"speculative.draft_model={tmp_path}"))
+    assert ("makes a multi-token-prediction layer" in str(caught.value)) == refused
+
+
 def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:
     cfg = load("model=mimo_7b", "precision=int4_qat")
     with pytest.raises(UserErrors, match="cannot update packed INT4 weights of dense_mlp"):
@@ -138,8 +148,22 @@ def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:
 def test_transports_that_cannot_work_are_refused() -> None:
     with pytest.raises(UserErrors, match="NCCL cannot broadcast between two processes on one GPU"):
         load("recipe=qwen3_30b_int4", "rollout.weight_transport=distributed")
-    with pytest.raises(UserErrors, match="no RDMA device|not verified by this version"):
-        preflight.check(load("model=tiny_moe", *CPU, "rollout.weight_transport=p2p"))
+
+
+def test_rdma_is_mapped_to_sglangs_options_and_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cfg = load("model=tiny_moe", *CPU, "rollout.weight_transport=p2p")
+    found = arguments.server_arguments(cfg)
+    assert p2p.OPTIONS.items() <= found.items() and p2p.PORT in arguments.RUNTIME
+    assert all(problem_of(name, value) is None for name, value in p2p.OPTIONS.items()) and problem_of(p2p.PORT, 6789) is None
+    assert not p2p.OPTIONS.keys() & arguments.server_arguments(load("model=tiny_moe", *CPU)).keys()
+    monkeypatch.setattr(p2p, "RDMA", tmp_path / "nothing")
+    with pytest.raises(UserErrors) as caught:
+        preflight.check(cfg)
+    for reason in ("registers GPU memory only", "no RDMA device", "mooncake-transfer-engine", "int4 weights lie repacked"):
+        assert reason in str(caught.value)
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(p2p, "RDMA", tmp_path)
+    assert not any("no RDMA device" in reason for reason in p2p.obstacles(cfg))
 
 
 def test_cuda_graphs_that_do_not_cover_the_concurrency_are_a_warning() -> None:

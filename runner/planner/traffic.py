@@ -39,7 +39,7 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
         return [Flow("weight sync, in process", stream, "one copy in rollout format, within the process")]
     gpus = engines * max(cfg.parallelism.gpus_per_engine, 1)
     flows = {
-        "tensor": (stream * engines, "CUDA IPC on the same GPUs; each engine gathers one copy over NVLink"),
+        "tensor": (stream * (1 + engines), f"written once into the host's shared memory, read by {engines} engines"),
         "distributed": (stream * gpus, f"broadcast: every one of {gpus} engine GPUs receives every tensor"),
         "disk_full": (stream * (1 + engines), f"written once, read by {engines} engines"),
         "disk_delta": (

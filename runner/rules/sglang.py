@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from runner.errors import UserError
 from runner.rollout.sglang import arguments
+from runner.rollout.sglang.interface import wildcard
 from runner.schema import Config, Format, SglangRolloutConfig
 
 CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
@@ -21,6 +22,12 @@ def speculation(cfg: Config) -> Iterator[UserError]:
     if not isinstance(cfg.rollout, SglangRolloutConfig) or cfg.speculative.method == "none":
         return
     verified = cfg.speculative.num_draft_tokens + 1
+    if cfg.speculative.method == "mtp" and cfg.model.num_mtp_layers > 1:
+        yield UserError(
+            f"SGLang drafts with one multi-token-prediction layer, {cfg.model.name} has {cfg.model.num_mtp_layers}",
+            key="speculative.method",
+            fix="speculative=ngram or none",
+        )
     if arguments.on_cpu(cfg) and cfg.rollout.sampling.temperature > 0:
         yield UserError(
             f"SGLang on a CPU accepts drafts greedily and ignores temperature {cfg.rollout.sampling.temperature}",
@@ -51,9 +58,18 @@ def formats(cfg: Config) -> Iterator[UserError]:
 def limits(cfg: Config) -> Iterator[UserError]:
     if not isinstance(cfg.rollout, SglangRolloutConfig):
         return
-    if cfg.rollout.use_router:
-        reason = "SGLang's router drops recorded routes" if cfg.router_replay.rollout else "the pool balances its engines itself"
-        yield UserError(reason, key="rollout.use_router", fix="rollout.use_router=false")
+    if cfg.rollout.use_router and cfg.router_replay.rollout:
+        yield UserError(
+            "sglang-router drops the routes that router replay needs",
+            key="rollout.use_router",
+            fix="rollout.use_router=false: the pool balances its engines itself, or router_replay=none",
+        )
+    if wildcard(cfg.cluster.interface):
+        yield UserError(
+            f"servers on {cfg.cluster.interface} would be open on every network of the machine",
+            key="cluster.interface",
+            fix="cluster.interface=<a name or an address>, or null for loopback",
+        )
     if cfg.rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not arguments.on_cpu(cfg):
         yield UserError(
             "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",

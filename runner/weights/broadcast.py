@@ -45,8 +45,11 @@ class Piece:
         return count * getattr(torch, self.dtype).itemsize
 
 
-def join(meeting: Meeting, rank: int) -> Any:
-    """The process group; blocks until all `size` ranks are there. Raises torch's DistError when they are not in time."""
+def join(meeting: Meeting, rank: int, host: str) -> Any:
+    """The process group; blocks until all `size` ranks are there. Raises torch's DistError when they are not in time.
+
+    `host` is the caller's own address, which gloo listens on for the other ranks. (NCCL asks NCCL_SOCKET_IFNAME.)
+    """
     timeout = timedelta(seconds=meeting.timeout_seconds)
     store = open_store(meeting.host, meeting.port, meeting.size, rank == 0, timeout)
     prefixed = dist.PrefixStore("runner-weights", store)
@@ -54,7 +57,11 @@ def join(meeting: Meeting, rank: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(prefixed, rank, meeting.size, options)
-    return dist.ProcessGroupGloo(prefixed, rank, meeting.size, timeout)
+    group: Any = dist.ProcessGroupGloo
+    chosen = group._Options()
+    chosen._timeout = timeout
+    chosen._devices = [group.create_device(hostname=host)]
+    return group(prefixed, rank, meeting.size, chosen)
 
 
 def open_store(host: str, port: int, size: int, is_master: bool, timeout: timedelta) -> Any:

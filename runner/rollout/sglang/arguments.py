@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.errors import UserError
+from runner.rollout.sglang import p2p
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.schema import Config, Format, SglangRolloutConfig
 
 Arguments = dict[str, Any]
 # Known when the process starts. The pool sets them; nobody else can.
-RUNTIME = ("model_path", "tokenizer_path", "host", "port", "nccl_port", "base_gpu_id", "api_key", "admin_api_key", "random_seed")
+RUNTIME = (
+    *("model_path", "tokenizer_path", "host", "port", "nccl_port", "base_gpu_id", "api_key", "admin_api_key", "random_seed"),
+    p2p.PORT,
+)
 # Options that would make a server less safe than this project promises, or change what the pool relies on.
 REFUSED = {
     "trust_remote_code": "code of a checkpoint is never run inside an engine",
@@ -68,6 +72,8 @@ def server_arguments(cfg: Config) -> Arguments:
         decided["ep_size"] = par.engine_ep
     if rollout.pause_mode == "in_place":
         decided["disable_radix_cache"] = True  # it cannot be flushed under running requests, and old entries must not be met
+    if rollout.weight_transport == "p2p":
+        decided |= p2p.OPTIONS
     if device == "cpu":
         decided |= {
             "disable_cuda_graph": True,
@@ -105,6 +111,8 @@ def _speculation(cfg: Config) -> Arguments:
     if spec.method in ("draft", "eagle"):
         decided["speculative_draft_model_path"] = spec.draft_model
         decided["speculative_draft_load_format"] = "auto"  # its weights are its own and do not change
+    elif cfg.precision.rollout.format is not Format.bf16:
+        decided["speculative_draft_model_quantization"] = "unquant"  # multi-token-prediction layers never are
     return decided
 
 

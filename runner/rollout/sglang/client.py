@@ -32,10 +32,10 @@ class Client:
         reply: Reply = await self._call("/generate", payload)
         return reply
 
-    async def ready(self) -> bool:
+    async def ready(self, path: str = "/ready") -> bool:
         """False while it starts or when nobody listens."""
         try:
-            async with self._session.get(f"{self.url}/ready", timeout=aiohttp.ClientTimeout(total=5)) as reply:
+            async with self._session.get(self.url + path, timeout=aiohttp.ClientTimeout(total=5)) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
@@ -48,9 +48,9 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
 
-    async def server_info(self) -> Reply:
-        reply: Reply = await self._call("/server_info", None)
-        return reply
+    async def abort_all(self) -> None:
+        """Every request of this server ends at once, with what it has."""
+        await self._call("/abort_request", {"abort_all": True})
 
     async def pause(self, mode: str) -> None:
         await self._call("/pause_generation", {"mode": mode})
@@ -58,8 +58,9 @@ class Client:
     async def resume(self) -> None:
         await self._call("/continue_generation", {})
 
-    async def begin_update(self) -> None:
-        await self._call("/begin_weight_update", {"selector": "all"})
+    async def begin_update(self, selector: str) -> None:
+        """`selector`: all, or target where a draft model is not updated: what is restored for loading must be loaded."""
+        await self._call("/begin_weight_update", {"selector": selector})
 
     async def end_update(self) -> None:
         await self._call("/end_weight_update", {})
@@ -85,8 +86,15 @@ class Client:
         reply: Reply = await self._call(path, body)
         return reply
 
-    async def _call(self, path: str, body: Reply | None, *, refusals: bool = True) -> Any:
-        method = "POST" if body is not None else "GET"
+    async def get(self, path: str) -> Reply:
+        reply: Reply = await self._call(path, None)
+        return reply
+
+    async def delete(self, path: str) -> None:
+        await self._call(path, None, method="DELETE")
+
+    async def _call(self, path: str, body: Reply | None, *, refusals: bool = True, method: str = "") -> Any:
+        method = method or ("POST" if body is not None else "GET")
         timeout = aiohttp.ClientTimeout(total=self._timeout)
         try:
             async with self._session.request(

@@ -24,7 +24,7 @@ def main() -> int:
     if not line:
         return 1
     asked: dict[str, Any] = json.loads(line)
-    _start_guard()
+    start_guard()
     import sglang
 
     if sglang.__version__ != VERSION:
@@ -48,7 +48,7 @@ def main() -> int:
     return 0
 
 
-def _start_guard() -> None:
+def start_guard() -> None:
     """Fork, before anything large is imported, a process that kills our group when the driver or we end."""
     server = os.getpid()
     if os.fork():

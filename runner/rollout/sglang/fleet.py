@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
@@ -14,8 +15,10 @@ import aiohttp
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation
+from runner.rollout.sglang.process import start_problem
+from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.sender import Sender
-from runner.rollout.sglang.server import Server, start_problem
+from runner.rollout.sglang.server import Server
 from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Sample, Status
 
@@ -24,6 +27,8 @@ BACKOFF_SECONDS = 0.2  # doubles with every failure of a request
 HEALTH_FAILURES = 2  # in a row, after which an engine counts as hung
 AFFINITY_REQUESTS = 16  # a group stays on its engine until that has so many requests' tokens more to do than another
 AFFINITY_PROMPTS = 4096  # remembered
+ABORT_SECONDS = 5.0  # for aborted requests to come back, before SGLang's own pause waits for them
+ABORT_POLL_SECONDS = 0.02
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Settings:
     max_retries: int
     pause_mode: str
     broadcast: str | None  # backend of the distributed transport; None where weights travel as files
+    host: str  # where the driver's side of a broadcast listens
+    draft: frozenset[str]  # weights of the policy's export that the draft model takes
 
 
 class Engine:
@@ -70,8 +77,10 @@ class EngineUpdate:
 class Fleet:
     """Every method runs inside the event loop."""
 
-    def __init__(self, servers: list[Server], api_key: str, settings: Settings) -> None:
+    def __init__(self, servers: list[Server], api_key: str, settings: Settings, router: Router | None = None) -> None:
+        """`router`: generation goes through it; without one the fleet chooses an engine for every request itself."""
         self.engines = [Engine(server) for server in servers]
+        self.router = router
         self.settings = settings
         self.weights: WeightSet | None = None
         self.updates = 0  # finished weight updates; grows always, versions of the trainer may start anew
@@ -89,7 +98,10 @@ class Fleet:
     async def start(self) -> None:
         """Start all servers at once; UserError (after stopping all of them) when one does not come up."""
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60))
-        results = await asyncio.gather(*(self._start(engine) for engine in self.engines), return_exceptions=True)
+        starts = [self._start(engine) for engine in self.engines]
+        if self.router:
+            starts.append(self.router.start(self._session))
+        results = await asyncio.gather(*starts, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 await self.close()
@@ -113,9 +125,10 @@ class Fleet:
 
     async def close(self) -> None:
         self._closing = True
-        for task in (*self._tasks, *(engine.restarting for engine in self.engines if engine.restarting)):
+        for task in (*self._tasks, *(target.restarting for target in self._targets() if target.restarting)):
             task.cancel()
-        await asyncio.gather(*(asyncio.to_thread(engine.server.stop) for engine in self.engines))
+        processes = [*(engine.server for engine in self.engines), *([self.router.process] if self.router else [])]
+        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
         if self._session is not None:
             await self._session.close()
 
@@ -125,29 +138,29 @@ class Fleet:
         """Generate one sample, over pauses of weight updates and deaths of engines."""
         failures, attempt = 0, 0
         while True:
-            engine = await self._pick(generation)
-            assert engine.client is not None
+            target = await self._pick(generation)
+            assert target.client is not None
             cost = generation.outstanding
-            engine.outstanding += cost
+            target.outstanding += cost
             body = generation.payload(attempt)
             attempt += 1
             try:
-                reason = generation.add(await engine.client.generate(body), version_of_label)
+                reason = generation.add(await target.client.generate(body), version_of_label)
             except EngineFailure as failure:
                 failures += 1
                 self.counters["failures"] += 1
                 if failures > self.settings.max_retries:
                     return generation.sample(Status.failed, str(failure))
-                self._suspect(engine)
+                self._suspect(target)
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (failures - 1))
                 continue
             except asyncio.CancelledError:
-                aborting = asyncio.create_task(self._abort(engine, body["rid"]))
+                aborting = asyncio.create_task(self._abort(target, body["rid"]))
                 self._aborting.add(aborting)
                 aborting.add_done_callback(self._aborting.discard)
                 raise
             finally:
-                engine.outstanding -= cost
+                target.outstanding -= cost
             if reason == "abort" and len(generation.tokens) < generation.room:
                 self.counters["continued"] += 1
                 continue
@@ -155,20 +168,24 @@ class Fleet:
                 self.counters[f"draft_{name}"] += count
             return generation.sample(Status.completed if reason == "stop" else Status.truncated, reason)
 
-    async def _abort(self, engine: Engine, rid: str) -> None:
-        try:
+    async def _abort(self, target: Engine | Router, rid: str) -> None:
+        """The router does not pass aborts on and does not say whom it chose: then every engine is asked."""
+        engines = [target] if isinstance(target, Engine) else [engine for engine in self.engines if engine.up]
+        for engine in engines:
             assert engine.client is not None
-            await engine.client.post("/abort_request", {"rid": rid})
-        except (EngineFailure, Refused):
-            pass  # it is gone, and the request with it
+            with contextlib.suppress(EngineFailure, Refused):  # it is gone, and the request with it
+                await engine.client.post("/abort_request", {"rid": rid})
 
-    async def _pick(self, generation: Generation) -> Engine:
-        """The engine with the fewest outstanding tokens, or the one that has seen this prompt while it is not far busier."""
+    async def _pick(self, generation: Generation) -> Engine | Router:
+        """The engine with the fewest outstanding tokens, or the one that has seen this prompt while it is not far busier;
+        the router where there is one."""
         prompt = generation.request.prompt_id
         async with self._changed:
             while not (ready := self._ready()):
                 self._raise_if_hopeless()
                 await self._changed.wait()
+            if self.router:
+                return self.router
             idlest = min(ready, key=lambda engine: engine.outstanding)
             home = self._homes.get(prompt)
             slack = AFFINITY_REQUESTS * generation.outstanding
@@ -181,14 +198,20 @@ class Fleet:
             return chosen
 
     def _ready(self) -> list[Engine]:
-        if not self._open or not self.updates:
+        if not self._open or not self.updates or (self.router and not self.router.up):
             return []
         return [engine for engine in self.engines if engine.up and engine.synced == self.updates]
+
+    def _targets(self) -> list[Engine | Router]:
+        """Everything that a request may have been sent to."""
+        return [*self.engines, *([self.router] if self.router else [])]
 
     def _raise_if_hopeless(self) -> None:
         broken = [engine.broken for engine in self.engines if engine.broken]
         if len(broken) == len(self.engines):
             raise broken[0]
+        if self.router and self.router.broken:
+            raise self.router.broken
 
     async def score(self, tokens: list[int]) -> list[float]:
         """Logprobs of tokens[1:] at temperature 1; retried like a sample."""
@@ -224,6 +247,8 @@ class Fleet:
             for engine in self.engines:
                 if engine.up and not engine.server.alive():
                     self._restart(engine, f"it ended: {engine.server.failure()}")
+            if self.router and self.router.up and not self.router.process.alive():
+                self._suspect(self.router)
 
     async def _probe_health(self) -> None:
         failures: dict[int, int] = defaultdict(int)
@@ -238,10 +263,16 @@ class Fleet:
                     failures[index] = 0
                     self._restart(engine, "it hangs: no sign of life from its scheduler")
 
-    def _suspect(self, engine: Engine) -> None:
+    def _suspect(self, target: Engine | Router) -> None:
         """After a failed call: a dead process is started again; a live one that hangs is left to `_probe_health`."""
-        if engine.up and not engine.server.alive():
-            self._restart(engine, f"it ended: {engine.server.failure()}")
+        if self.router and self.router.up and not self.router.process.alive() and not self._closing:
+            self.router.up = False
+            self.counters["restarts"] += 1
+            print(f"sglang-router is started again: {self.router.process.failure()}", file=sys.stderr, flush=True)
+            self.router.restarting = asyncio.create_task(self._revive_router(self.router))
+        for engine in [target] if isinstance(target, Engine) else self.engines:
+            if engine.up and not engine.server.alive():
+                self._restart(engine, f"it ended: {engine.server.failure()}")
 
     def _restart(self, engine: Engine, reason: str) -> None:
         if self._closing or not engine.up:
@@ -251,9 +282,21 @@ class Fleet:
         print(f"SGLang server {engine.server.index} is started again: {reason}", file=sys.stderr, flush=True)
         engine.restarting = asyncio.create_task(self._revive(engine))
 
+    async def _revive_router(self, router: Router) -> None:
+        router.process.kill()
+        try:
+            assert self._session is not None
+            await router.start(self._session)
+            await self._register()
+        except UserError as error:
+            router.up, router.broken = False, error
+        await self._notify()
+
     async def _revive(self, engine: Engine) -> None:
         engine.server.kill()
         try:
+            if self.router:
+                await self.router.drop(engine.server.url)
             await self._start(engine)
             async with self._updating:
                 if self.weights is not None:
@@ -266,10 +309,17 @@ class Fleet:
                             fix=f"look at {engine.server.log}",
                         )
                     engine.synced = self.updates
+                    await self._register()
         except UserError as error:
             engine.up, engine.broken = False, error
             print(f"SGLang server {engine.server.index} stays down: {error}", file=sys.stderr, flush=True)
         await self._notify()
+
+    async def _register(self) -> None:
+        """Tell the router which engines have the current weights."""
+        if self.router:
+            with contextlib.suppress(EngineFailure):  # it died: `_revive_router` registers them anew
+                await self.router.register({e.server.url for e in self.engines if e.up and e.synced == self.updates > 0})
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -294,6 +344,7 @@ class Fleet:
                     self.weights = weights
                     for engine in good:
                         engine.synced = self.updates
+                    await self._register()
             finally:
                 self._open = True
                 await self._notify()
@@ -316,13 +367,17 @@ class Fleet:
         updates = [EngineUpdate(engine) for engine in engines]
         mode = self.settings.pause_mode
         if pause:
+            if mode == "abort":
+                await self._abort_all(updates)
             await self._each(updates, lambda client, _: client.pause(mode))
-        await self._each(updates, lambda client, _: client.begin_update())
-        await self._send("load", updates, weights, list(weights.digests), digests=weights.digests)
+        draft = weights.parts_of(name for name in weights.parts if name in self.settings.draft)
+        await self._each(updates, lambda client, _: client.begin_update("all" if draft else "target"))
+        await self._send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
         await self._each(updates, lambda client, _: client.end_update())
         if parts and not any(update.problems for update in updates):
             repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16")
-            await self._send("check", updates, weights, parts, parts=parts, repacked=repacked)
+            checked = [part for part in draft if part in parts]
+            await self._send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=checked)
         if not any(update.problems for update in updates):
             # Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0.
             named = label(self.updates + 1, weights.version)
@@ -331,6 +386,13 @@ class Fleet:
         if pause:
             await self._each(updates, lambda client, _: client.resume())
         return updates
+
+    async def _abort_all(self, updates: list[EngineUpdate]) -> None:
+        """Until no request is out. SGLang's pause aborts as well, but then looks only once a second whether they ended."""
+        deadline = asyncio.get_running_loop().time() + ABORT_SECONDS
+        while any(target.outstanding for target in self._targets()) and asyncio.get_running_loop().time() < deadline:
+            await self._each(updates, lambda client, _: client.abort_all())
+            await asyncio.sleep(ABORT_POLL_SECONDS)
 
     async def _each(self, updates: list[EngineUpdate], call: Callable[[Client, int], Awaitable[Any]]) -> None:
         """One call to every engine that still lives, all at once; the second argument is the engine's place among those."""
@@ -360,13 +422,18 @@ class Fleet:
         if not living:
             return
         ranks = living[0].engine.server.arguments["tp_size"]
-        sender = Sender(self.settings.broadcast, 1 + ranks * len(living), weights, names)
+        sender = Sender(self.settings.broadcast, self.settings.host, 1 + ranks * len(living), weights, names)
         described = sender.described()
 
         def call(client: Client, place: int) -> Awaitable[Any]:
             return client.plugin(action, meeting=sender.meeting.as_dict(), rank=1 + ranks * place, buckets=described, **request)
 
-        sent, _ = await asyncio.gather(asyncio.to_thread(sender.run), self._each(updates, call))
+        sending = sender.start()
+        await self._each(updates, call)
+        if not sending.done() and any(update.problems or update.died for update in living):
+            sent = ""  # an engine refused or died before the meeting: nobody will come, and the reason is known
+        else:
+            sent = await asyncio.wrap_future(sending)
         for update in living:
             if sent and not update.died:
                 update.problems.append(sent)

@@ -26,14 +26,14 @@ from runner.rollout.sglang.background import BackgroundLoop
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
+from runner.rollout.sglang.interface import listen_address
 from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_engine
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, SglangRolloutConfig
+from runner.schema import Config, Role, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
-
-LOOPBACK = "127.0.0.1"
 
 
 class SglangPool:
@@ -45,6 +45,8 @@ class SglangPool:
         self.version = -1
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self._cfg, self._rollout = cfg, rollout
+        self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
+        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
@@ -57,7 +59,8 @@ class SglangPool:
         self._loop = BackgroundLoop("sglang-pool")
         self._writer: WeightWriter | DeltaWriter | None = None
         api_key = secrets.token_urlsafe(32)
-        self._fleet = Fleet(self._servers(api_key), api_key, _settings(cfg, rollout))
+        self._host = listen_address(cfg.cluster)
+        self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self._router(api_key))
         try:
             self._loop.run(self._fleet.start())
             self._info = self._loop.run(self._fleet.ask("describe"))
@@ -68,7 +71,7 @@ class SglangPool:
 
     def _servers(self, api_key: str) -> list[Server]:
         count = arguments.num_engines(self._cfg)
-        logs = folder.logs_of_this_run() or self._scratch
+        logs = self._logs()
         common = arguments.server_arguments(self._cfg)
         servers = []
         for index in range(count):
@@ -77,9 +80,33 @@ class SglangPool:
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
             servers.append(
-                Server(index, started_with, host=LOOPBACK, api_key=api_key, log=log, threads=threads_per_engine(count))
+                Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads_per_engine(count))
             )
         return servers
+
+    def _router(self, api_key: str) -> Router | None:
+        if not self._rollout.use_router:
+            return None
+        seconds = self._rollout.request_timeout_seconds
+        log = self._logs() / "sglang_router.log"
+        return Router(RouterProcess(router_arguments(seconds), host=self._host, api_key=api_key, log=log), api_key, seconds)
+
+    def _settings(self) -> Settings:
+        rollout = self._rollout
+        backend = "gloo" if arguments.on_cpu(self._cfg) else "nccl"
+        return Settings(
+            startup_seconds=rollout.startup_timeout_seconds,
+            request_seconds=rollout.request_timeout_seconds,
+            health_seconds=rollout.health_interval_seconds,
+            max_retries=rollout.max_retries,
+            pause_mode=rollout.pause_mode,
+            broadcast=backend if rollout.weight_transport == "distributed" else None,
+            host=self._host,
+            draft=self._draft,
+        )
+
+    def _logs(self) -> Path:
+        return folder.logs_of_this_run() or self._scratch
 
     def _audit(self) -> None:
         """The engines quantize what the plan says, in every server, or the run does not start."""
@@ -154,7 +181,7 @@ class SglangPool:
         began = time.perf_counter()
         first = self.version < 0
         previous = self._fleet.weights
-        weights = self._weight_writer().write(version, stream, previous)
+        weights = self._weight_writer().write(version, self._without_unused(stream), previous)
         problems = weights.problems + self._unfit(weights)
         updates: list[EngineUpdate] = []
         stall = 0.0
@@ -183,7 +210,7 @@ class SglangPool:
     def _weight_writer(self) -> WeightWriter | DeltaWriter:
         """Files in shared memory (tensor; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
-            needed = sum(_bytes_of(self.plan, name) for name in self.plan.tensors)
+            needed = sum(_bytes_of(self.plan, name) for name in self._loaded)
             logs = folder.logs_of_this_run()
             disk = (logs.parent if logs else self._scratch) / "weights"
             match self._rollout.weight_transport:
@@ -195,9 +222,17 @@ class SglangPool:
                     self._writer = WeightWriter(shared_memory_folder(needed), durable=False)
         return self._writer
 
+    def _without_unused(self, stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[ExportedTensor | SealedTensor]:
+        """Multi-token-prediction layers that nothing drafts with are not in the engines."""
+        unused = self.plan.tensors.keys() - set(self._loaded)
+        for item in stream:
+            name = item.exported.name if isinstance(item, SealedTensor) else item.name
+            if name not in unused:
+                yield item
+
     def _unfit(self, weights: WeightSet) -> list[str]:
         """A session sends every tensor, in the plan's format: an expert that is left out would keep old bits."""
-        found = [f"{name}: did not arrive" for name in self.plan.tensors if name not in weights.parts]
+        found = [f"{name}: did not arrive" for name in self._loaded if name not in weights.parts]
         for name, form in weights.formats.items():
             if name not in self.plan.tensors:
                 found.append(f"{name}: the precision plan has no such tensor")
@@ -208,7 +243,7 @@ class SglangPool:
     def _checked_now(self, first: bool) -> list[str]:
         """Weights whose residency is checked at this sync: all at the first, then a rotating sample, each with what SGLang
         fuses it with: its loader waits for both low-rank projections of latent attention before it writes either."""
-        order = list(self.plan.tensors)
+        order = self._loaded
         count = len(order) if first else min(self._residency_tensors, len(order))
         start = self._fleet.updates * count
         chosen = [order[(start + i) % len(order)] for i in range(count)]
@@ -286,18 +321,6 @@ class SglangPool:
     def _need_weights(self) -> None:
         if self.version < 0:
             raise UserError("the SGLang engines have no weights yet", fix="call update_weights with the trainer's export first")
-
-
-def _settings(cfg: Config, rollout: SglangRolloutConfig) -> Settings:
-    backend = "gloo" if arguments.on_cpu(cfg) else "nccl"
-    return Settings(
-        startup_seconds=rollout.startup_timeout_seconds,
-        request_seconds=rollout.request_timeout_seconds,
-        health_seconds=rollout.health_interval_seconds,
-        max_retries=rollout.max_retries,
-        pause_mode=rollout.pause_mode,
-        broadcast=backend if rollout.weight_transport == "distributed" else None,
-    )
 
 
 def _problems(updates: list[EngineUpdate]) -> list[str]:

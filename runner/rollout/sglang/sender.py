@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 
-from runner.rollout.sglang.server import free_ports
+from runner.rollout.sglang.process import free_ports
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, read_parts
 from runner.weights import broadcast
 
-HOST = "127.0.0.1"
 TIMEOUT_SECONDS = 120.0  # for engines to come to the meeting, and for each bucket
 
 
 class Sender:
     """Reads the named parts of a set and broadcasts them, a bucket at a time."""
 
-    def __init__(self, backend: str, size: int, weights: WeightSet, names: list[str], bucket_bytes: int = BUCKET_BYTES) -> None:
-        (port,) = free_ports(HOST, 1)
-        self.meeting = broadcast.Meeting(HOST, port, size, backend, TIMEOUT_SECONDS)
+    def __init__(
+        self, backend: str, host: str, size: int, weights: WeightSet, names: list[str], bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        """`host`: this machine's address that the meeting listens on."""
+        (port,) = free_ports(host, 1)
+        self.meeting = broadcast.Meeting(host, port, size, backend, TIMEOUT_SECONDS)
         self._weights, self._device = weights, torch.device("cuda" if backend == "nccl" else "cpu")
         self._buckets: list[list[str]] = []
         self._pieces: list[list[broadcast.Piece]] = []
@@ -38,10 +42,23 @@ class Sender:
         """What the receivers must know, as JSON."""
         return [[vars(piece) for piece in bucket] for bucket in self._pieces]
 
+    def start(self) -> Future[str]:
+        """`run` in a thread of its own; a daemon: a meeting that nobody comes to must not hold up the end of the program."""
+        sending: Future[str] = Future()
+
+        def run() -> None:
+            try:
+                sending.set_result(self.run())
+            except BaseException as error:
+                sending.set_exception(error)
+
+        threading.Thread(target=run, name="weight-sender", daemon=True).start()
+        return sending
+
     def run(self) -> str:
         """Blocks until everything is sent; "" or what went wrong (an engine that did not come, or died on the way)."""
         try:
-            group = broadcast.join(self.meeting, 0)
+            group = broadcast.join(self.meeting, 0, self.meeting.host)
             for names in self._buckets:
                 broadcast.send(group, [tensor for _, tensor in read_parts(self._weights, names)], self._device)
         except RuntimeError as error:  # torch.distributed's errors

@@ -22,14 +22,11 @@ def register() -> None:
 
 
 def _local_store() -> None:
-    """An engine's processes meet at a store of torch's, which listens on every interface although its address is loopback."""
+    """An engine's processes meet at a store of torch's, which listens on every interface whatever its address is."""
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
-    original = rendezvous._create_c10d_store
 
     def create(host: str, port: int, rank: int, size: int, timeout: timedelta, use_libuv: bool = True) -> Any:
-        if host not in ("127.0.0.1", "localhost"):
-            return original(host, port, rank, size, timeout, use_libuv)
-        return broadcast.open_store("127.0.0.1", port, size, rank == 0, timeout)
+        return broadcast.open_store(host, port, size, rank == 0, timeout)
 
     rendezvous._create_c10d_store = create
 

@@ -9,6 +9,10 @@ nothing is ever unpickled. SGLang's update session (begin and end) is opened and
     describe   which on-disk weights this engine computes with in which format
     commit     nothing; the call carries the new version and flushes the caches
 
+SGLang hands every request to the target model and then to each draft model that has weights of its own. `draft` names the parts
+of the policy's export that belong to the draft (its multi-token-prediction layers): the target leaves those out, the draft takes
+only those. Without such parts a draft is left as it started.
+
 Answers are JSON too: {"problems": [...], ...}.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,7 +32,8 @@ from runner.weights.stream import digest
 
 Answer = dict[str, Any]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
-_last_answer = ""
+_last: Answer = {}  # the target's answer, which the draft's is added to
+_received: list[tuple[str, torch.Tensor]] = []  # the draft's part of a broadcast, which only the target can receive
 
 
 def register() -> None:
@@ -40,21 +45,31 @@ def register() -> None:
 
 
 def _update_weights_from_ipc(original: Any, self: Any, recv_req: Any) -> tuple[bool, str]:
-    """SGLang calls this for the target model and then for each draft; the last answer is the one that is sent."""
-    global _last_answer
+    """The last answer of a request is the one that SGLang sends; a target that reports problems is the last."""
+    global _last
     if "runner" not in recv_req.zmq_handles:
         return original(self, recv_req)
     request = json.loads(recv_req.zmq_handles["runner"])
-    if self.get_model_runner().is_draft_worker and not request.get("draft", False):
-        return True, _last_answer
+    is_draft = self.get_model_runner().is_draft_worker
+    if is_draft and not request.get("draft"):
+        return True, json.dumps(_last)
     try:
         with torch.no_grad():
-            answer = ACTIONS[request["action"]](self, request)
+            answer = ACTIONS[request["action"]](self, {**request, "is_draft": is_draft})
     except Exception as error:  # SGLang would take the whole server down
         answer = {"problems": [f"{request['action']}: {type(error).__name__}: {error}"]}
     answer = _of_all_ranks(answer)
-    _last_answer = json.dumps(answer)
-    return not answer["problems"], _last_answer
+    _last = _together(_last, answer) if is_draft else answer
+    return not _last["problems"], json.dumps(_last)
+
+
+def _together(target: Answer, draft: Answer) -> Answer:
+    problems = [*target["problems"], *(f"draft: {problem}" for problem in draft["problems"])]
+    together = {**target, "problems": problems}
+    for key in ("arrived", "checked"):
+        if key in target:
+            together[key] = target[key] + draft.get(key, 0)
+    return together
 
 
 def _of_all_ranks(answer: Answer) -> Answer:
@@ -72,7 +87,8 @@ def _of_all_ranks(answer: Answer) -> Answer:
 def _load(updater: Any, request: Answer) -> Answer:
     arrived = _arriving(updater, request)
     problems: list[str] = []
-    digests: dict[str, str] = dict(request["digests"])
+    digests = {name: value for name, value in request["digests"].items() if _is_ours(name, request)}
+    expecting = len(digests)
 
     def checked() -> NamedTensors:
         for name, tensor in arrived:
@@ -86,31 +102,49 @@ def _load(updater: Any, request: Answer) -> Answer:
 
     updater.get_model().load_weights(checked())
     problems += [f"{name}: did not arrive" for name in digests]
-    return {"problems": problems, "arrived": len(request["digests"]) - len(digests)}
+    return {"problems": problems, "arrived": expecting - len(digests)}
 
 
-def _from_files(files: Iterable[str], only: set[str] | None = None) -> NamedTensors:
+def _is_ours(name: str, request: Answer) -> bool:
+    """Whether a part belongs to the model that is asked: target or draft."""
+    return bool((name in request.get("draft", [])) == request["is_draft"])
+
+
+def _from_files(files: Iterable[str], wanted: Callable[[str], bool]) -> NamedTensors:
     for path in files:
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
-                if only is None or name in only:
+                if wanted(name):
                     yield name, opened.get_tensor(name)
 
 
 def _arriving(updater: Any, request: Answer, only: set[str] | None = None) -> NamedTensors:
-    """Tensors of a request, from files or by broadcast from the driver."""
-    if "meeting" not in request:
-        yield from _from_files(request["files"], only)
-        return
-    from sglang.srt.runtime_context import get_parallel
+    """This model's tensors of a request, from files or by broadcast from the driver."""
 
-    group = broadcast.join(broadcast.Meeting(**request["meeting"]), request["rank"] + get_parallel().tp_rank)
+    def wanted(name: str) -> bool:
+        return _is_ours(name, request) and (only is None or name in only)
+
+    if "meeting" not in request:
+        yield from _from_files(request["files"], wanted)
+    elif request["is_draft"]:
+        yield from (item for item in _received if wanted(item[0]))
+    else:
+        yield from _from_broadcast(updater, request, wanted)
+
+
+def _from_broadcast(updater: Any, request: Answer, wanted: Callable[[str], bool]) -> NamedTensors:
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+
+    meeting = broadcast.Meeting(**request["meeting"])
+    group = broadcast.join(meeting, request["rank"] + get_parallel().tp_rank, get_server_args().host)
+    _received.clear()
     for bucket in request["buckets"]:
-        for name, tensor in broadcast.receive(
-            group, [broadcast.Piece(**piece) for piece in bucket], torch.device(updater.device)
-        ):
-            if only is None or name in only:
+        pieces = [broadcast.Piece(**piece) for piece in bucket]
+        for name, tensor in broadcast.receive(group, pieces, torch.device(updater.device)):
+            if wanted(name):
                 yield name, tensor
+            elif not _is_ours(name, request):
+                _received.append((name, tensor))
 
 
 def _check(updater: Any, request: Answer) -> Answer:
@@ -122,7 +156,7 @@ def _check(updater: Any, request: Answer) -> Answer:
     On CUDA quantized weights lie repacked for their kernel and are not loadable again: they are named in `unchecked`.
     """
     model = updater.get_model()
-    wanted = set(request["parts"])
+    wanted = {name for name in request["parts"] if _is_ours(name, request)}
     unchecked = sorted(wanted & set(request["repacked"])) if torch.device(updater.device).type == "cuda" else []
     layers: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for name, tensor in _arriving(updater, request, wanted - set(unchecked)):
@@ -190,6 +224,11 @@ def _values_that_differ(a: torch.Tensor, b: torch.Tensor) -> int:
     return int((bytes_a != bytes_b).any(-1).sum())
 
 
+def _commit(updater: Any, request: Answer) -> Answer:
+    _received.clear()
+    return {"problems": []}
+
+
 def _describe(updater: Any, request: Answer) -> Answer:
     """Formats by on-disk weight name, of quantized weights only, and the engine's own facts."""
     from sglang.srt.runtime_context import get_exec
@@ -230,4 +269,4 @@ def _disk_names(name: str, module: Any) -> list[str]:
     return [f"{head}.{piece}.weight" for piece in FUSED.get(last, (last,))]
 
 
-ACTIONS = {"load": _load, "check": _check, "describe": _describe, "commit": lambda updater, request: {"problems": []}}
+ACTIONS = {"load": _load, "check": _check, "describe": _describe, "commit": _commit}

@@ -1,0 +1,265 @@
+"""How the pool chooses engines, retries, continues and orders an update, against engines that only pretend. Starts no server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import requests
+
+pytest.importorskip("aiohttp", reason="make setup-sglang")
+
+import aiohttp
+from aiohttp import web
+
+from runner.rollout.sglang import fleet as fleets
+from runner.rollout.sglang.client import Client, EngineFailure, Refused
+from runner.rollout.sglang.decoding import Generation
+from runner.rollout.sglang.fleet import Fleet, Settings
+from runner.rollout.sglang.weight_files import WeightSet
+from runner.samples import Status
+
+SETTINGS = Settings(
+    startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode="abort", broadcast=None,
+    host="127.0.0.1", draft=frozenset(),
+)  # fmt: skip
+
+
+class FakeServer:
+    """Lives until `dead`."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.url, self.dead, self.log = index, f"engine {index}", False, Path("log")
+        self.arguments = {"tp_size": 1}
+
+    def alive(self) -> bool:
+        return not self.dead
+
+
+class FakeClient:
+    """Records what it is asked. `answers` are given in turn to generate; an exception is raised, the last one stays."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.bodies, self.calls = list(answers), list[Any](), list[Any]()
+
+    async def generate(self, body: dict[str, Any]) -> Any:
+        self.bodies.append(body)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async def plugin(self, action: str, **request: Any) -> dict[str, Any]:
+        self.calls.append((action, request))
+        return {"problems": []}
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[None]]:
+        async def record(*given: Any) -> None:
+            self.calls.append((name, *given))
+
+        return record
+
+
+def reply(tokens: list[int], reason: str = "length", version: str = "3.1") -> dict[str, Any]:
+    meta = {
+        "finish_reason": {"type": reason},
+        "output_token_logprobs": [(-0.5, token, None) for token in tokens],
+        "weight_version": version,
+    }
+    return {"output_ids": tokens, "meta_info": meta}
+
+
+def ready_fleet(*clients: FakeClient, **settings: Any) -> Fleet:
+    found = Fleet([FakeServer(i) for i in range(len(clients))], "key", dataclasses.replace(SETTINGS, **settings))  # type: ignore[misc]
+    found.updates = 1
+    for engine, client in zip(found.engines, clients, strict=True):
+        engine.client, engine.up, engine.synced = client, True, 1  # type: ignore[assignment]
+    return found
+
+
+def generation(prompt: str = "p", prompt_tokens: int = 8, room: int = 4) -> Generation:
+    request = dataclasses.replace(requests(1, max_response_tokens=room)[0], prompt_id=prompt, tokens=(5,) * prompt_tokens)
+    return Generation(request, 256, None, prompt)
+
+
+async def chosen(fleet: Fleet, what: Generation) -> int:
+    """The engine that gets it; its tokens then are outstanding there."""
+    engine = await fleet._pick(what)
+    engine.outstanding += what.outstanding
+    return fleet.engines.index(engine)  # type: ignore[arg-type]
+
+
+def test_load_is_balanced_by_outstanding_tokens_not_by_requests() -> None:
+    async def run() -> list[int]:
+        fleet = ready_fleet(FakeClient(), FakeClient())
+        lengths = [100, 10, 10, 10, 10]
+        return [await chosen(fleet, generation(f"p{i}", prompt_tokens=length)) for i, length in enumerate(lengths)]
+
+    assert asyncio.run(run()) == [0, 1, 1, 1, 1]  # one long prompt weighs as much as many short ones
+
+
+def test_a_prompts_group_stays_together_until_its_engine_is_far_busier() -> None:
+    async def run() -> list[int]:
+        fleet = ready_fleet(FakeClient(), FakeClient())
+        return [await chosen(fleet, generation("same")) for _ in range(fleets.AFFINITY_REQUESTS + 4)]
+
+    places = asyncio.run(run())
+    assert places[: fleets.AFFINITY_REQUESTS + 1] == [0] * (fleets.AFFINITY_REQUESTS + 1) and 1 in places
+
+
+def test_only_engines_with_the_current_weights_are_chosen() -> None:
+    async def run() -> list[int]:
+        fleet = ready_fleet(FakeClient(), FakeClient())
+        fleet.engines[0].synced = 0
+        return [await chosen(fleet, generation(f"p{i}")) for i in range(3)]
+
+    assert asyncio.run(run()) == [1, 1, 1]
+
+
+def test_a_failed_request_is_tried_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(fleets.asyncio, "sleep", sleep)
+    client = FakeClient(EngineFailure("gone"), EngineFailure("gone"), reply([7, 8, 9, 4]))
+    fleet = ready_fleet(client)
+    sample = asyncio.run(fleet.complete(generation()))
+    assert sample.response_tokens.tolist() == [7, 8, 9, 4] and sample.status is Status.truncated
+    assert len({body["rid"] for body in client.bodies}) == 3  # a server may still know the earlier ones
+    assert slept == [fleets.BACKOFF_SECONDS, 2 * fleets.BACKOFF_SECONDS] and fleet.counters["failures"] == 2
+    assert fleet.engines[0].outstanding == 0
+
+
+def test_a_request_that_fails_too_often_is_a_failed_sample_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
+    sample = asyncio.run(ready_fleet(FakeClient(EngineFailure("no answer within 5 s"))).complete(generation()))
+    assert sample.status is Status.failed and "no answer within 5 s" in sample.finish_reason and sample.response_length == 0
+
+
+def test_an_aborted_request_goes_on_from_what_it_kept() -> None:
+    client = FakeClient(reply([7, 8], "abort", "3.1"), reply([9, 4], "length", "4.2"))
+    sample = asyncio.run(ready_fleet(client).complete(generation(room=4)))
+    first, second = client.bodies
+    assert second["input_ids"] == [*first["input_ids"], 7, 8] and second["sampling_params"]["max_new_tokens"] == 2
+    assert second["sampling_params"]["sampling_seed"] == first["sampling_params"]["sampling_seed"]
+    assert sample.response_tokens.tolist() == [7, 8, 9, 4]
+    assert [(span.version, span.start, span.stop) for span in sample.weight_spans] == [(3, 0, 2), (4, 2, 4)]
+
+
+@pytest.mark.parametrize(("mode", "flush"), [("abort", True), ("retract", True), ("in_place", False)])
+def test_an_update_is_a_session_between_pause_and_resume_and_flushes(tmp_path: Path, mode: str, flush: bool) -> None:
+    client = FakeClient()
+    weights = WeightSet(4, tmp_path, digests={"a": "x"}, parts={"a": ["a"]}, formats={"a": "bf16"})
+    fleet = ready_fleet(client, pause_mode=mode)
+    asyncio.run(fleet.update(weights, ["a"], lambda: 0.0))
+    assert [call[0] for call in client.calls] == [
+        "pause", "begin_update", "load", "end_update", "check", "commit", "resume",
+    ]  # fmt: skip
+    assert client.calls[0] == ("pause", mode) and client.calls[5][1] == {"flush": flush, "version": "4.2"}
+    assert fleet.engines[0].synced == fleet.updates == 2
+
+
+def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tmp_path: Path) -> None:
+    """Its pause looks once a second; the fleet knows when they are back."""
+
+    class Slow(FakeClient):
+        aborted = False
+
+        async def generate(self, body: dict[str, Any]) -> Any:
+            while not self.aborted:
+                await asyncio.sleep(0.005)
+            return reply([7, 8], "abort") if len(self.bodies) == 0 and not self.bodies.append(body) else reply([9, 4])
+
+        async def abort_all(self) -> None:
+            self.aborted = True
+            self.calls.append(("abort_all",))
+
+    async def run() -> tuple[Any, float]:
+        client = Slow()
+        fleet = ready_fleet(client)
+        running = asyncio.create_task(fleet.complete(generation()))
+        await asyncio.sleep(0.02)
+        began = asyncio.get_running_loop().time()
+        await fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0)
+        took = asyncio.get_running_loop().time() - began
+        assert client.calls[0] == ("abort_all",) and ("pause", "abort") in client.calls
+        return await running, took
+
+    sample, took = asyncio.run(run())
+    assert sample.response_length == 4 and took < 0.5
+
+
+def test_an_engine_that_refuses_a_broadcast_does_not_leave_the_driver_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alone:
+        meeting = type("Meeting", (), {"as_dict": lambda self: {}})()
+
+        def __init__(self, *given: Any) -> None: ...
+
+        def described(self) -> list[Any]:
+            return []
+
+        def start(self) -> Future[str]:
+            return Future()  # nobody comes: the real one waits two minutes
+
+    class Refusing(FakeClient):
+        async def plugin(self, action: str, **request: Any) -> dict[str, Any]:
+            return {"problems": ["load: no"] if action == "load" else []}
+
+    monkeypatch.setattr(fleets, "Sender", Alone)
+    fleet = ready_fleet(Refusing(), broadcast="gloo")
+    answers, _ = asyncio.run(asyncio.wait_for(fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0), 5))
+    assert answers[0].problems == ["load: no"] and fleet.engines[0].synced == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("/slow", EngineFailure, "did not answer within 0"),
+        ("/broken", EngineFailure, "answered 500"),
+        ("/refused", Refused, "answered 400: because"),
+        ("/closed", EngineFailure, "Server"),
+    ],
+)
+def test_what_a_server_may_answer(path: str, error: type[Exception], message: str) -> None:
+    async def slow(_: web.Request) -> web.Response:
+        await asyncio.sleep(5)
+        return web.Response()
+
+    async def broken(_: web.Request) -> web.Response:
+        return web.Response(status=500, text="oh")
+
+    async def refused(_: web.Request) -> web.Response:
+        return web.Response(status=400, text="because")
+
+    async def closed(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    async def run() -> None:
+        app = web.Application()
+        app.add_routes([web.post(f"/{f.__name__}", f) for f in (slow, broken, refused, closed)])
+        started = web.AppRunner(app)
+        await started.setup()
+        site = web.TCPSite(started, "127.0.0.1", 0)
+        await site.start()
+        port = started.addresses[0][1]
+        try:
+            async with aiohttp.ClientSession() as session:
+                await Client(session, f"http://127.0.0.1:{port}", "key", 0.3).post(path, {})
+        finally:
+            await started.cleanup()
+
+    with pytest.raises(error, match=message):
+        asyncio.run(run())

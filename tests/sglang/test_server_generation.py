@@ -1,0 +1,106 @@
+"""Generation features that need a real server: streaming, timeouts, what travels in an update, starts that fail, a quiet end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cases import requests
+from test_server_faults import _failing
+
+from runner.samples import Status
+
+pytestmark = pytest.mark.sglang
+
+
+def test_samples_come_as_they_finish(sglang_fp32: Any) -> None:
+    """Short ones while long ones of the same call still run."""
+    pool = sglang_fp32.pool
+    sglang_fp32.fresh()
+    long = [dataclasses.replace(r, prompt_id=f"long{i}") for i, r in enumerate(requests(3, max_response_tokens=230))]
+    short = requests(3, max_response_tokens=3)
+    run = pool.generate([*long, *short])
+    first = [next(run) for _ in short]
+    assert {sample.prompt_id for sample in first} == {request.prompt_id for request in short}
+    assert sum(engine.outstanding for engine in pool._fleet.engines) >= 3 * 230
+    assert {sample.response_length for sample in run} == {230}
+
+
+def test_a_request_that_takes_too_long_is_tried_again_and_then_failed(sglang_fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server ends what nobody waits for, and serves the next request."""
+    pool = sglang_fp32.pool
+    sglang_fp32.fresh()
+    pool.metrics()
+    (request,) = requests(1, max_response_tokens=240)
+    monkeypatch.setattr(pool._fleet.engines[0].client, "_timeout", 0.05)
+    (sample,) = pool.generate([request])
+    assert sample.status is Status.failed and "did not answer" in sample.finish_reason
+    assert pool.metrics()["rollout/requests_retried"] == pool._fleet.settings.max_retries + 1
+    monkeypatch.undo()
+    (again,) = pool.generate([request])
+    assert again.response_length == 240
+
+
+def test_an_update_never_sends_pickles_and_flushes(sglang_fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's tensor endpoint unpickles, and dies of shared tensors; ours reads files and broadcasts."""
+    from runner.rollout.sglang.client import Client
+
+    pool = sglang_fp32.pool
+    asked: list[tuple[str, Any]] = []
+    real = Client._call
+
+    async def call(self: Any, path: str, body: Any, **options: Any) -> Any:
+        asked.append((path, body))
+        return await real(self, path, body, **options)
+
+    monkeypatch.setattr(Client, "_call", call)
+    settings = pool._fleet.settings
+    for broadcast in (None, "gloo"):
+        pool._fleet.settings = dataclasses.replace(settings, broadcast=broadcast)
+        try:
+            sglang_fp32.fresh()
+        finally:
+            pool._fleet.settings = settings
+    assert {path for path, _ in asked} == {
+        "/pause_generation", "/begin_weight_update", "/update_weights_from_ipc", "/end_weight_update", "/continue_generation",
+    }  # fmt: skip
+    commits = [body for path, body in asked if path == "/update_weights_from_ipc" and "commit" in body["zmq_handles"]["runner"]]
+    assert len(commits) == 2 and all(body["flush_cache"] for body in commits)
+
+
+def test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process(tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    message = _failing(tmp_path, max_total_tokens=10**12)
+    assert "it ran out of memory" in message and "rollout.max_concurrency" in message and "sglang_0.log" in message
+    after = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    assert [process for process in after if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_run_ends_without_a_word(tmp_path: Path) -> None:
+    """What SGLang prints while it ends (resource_tracker's KeyErrors) stays in its log, and shared memory is given back."""
+    code = """
+from cases import config, exported, requests
+from runner.rollout.sglang import SglangPool
+cfg = config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none")
+pool = SglangPool(cfg)
+assert pool.update_weights(0, iter(exported(cfg)[1])).problems == []
+assert len(list(pool.generate(requests(2, routes=False)))) == 2
+print(pool._writer.root)
+pool.close()
+"""
+    here = Path(__file__).parent
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=240)
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert not Path(ended.stdout.strip()).exists() and time.monotonic() - began < 240
