@@ -4,7 +4,8 @@
 
 "one by one" sends a request when the answer to the one before has come; "one batch" sends all in a single call, which is the
 most that one caller can do. The pool sends every sample by itself, keeps them apart by seed, and decodes routes. All three
-use the same server, rounds alternate, and the median of each counts.
+use the same server, rounds alternate, and the median of each counts. "stall" is how long nothing is generated when weights
+change while all samples run: they are aborted and go on from what they have.
 """
 
 from __future__ import annotations
@@ -83,6 +84,19 @@ def throughput(pool: Any, samples: int, new_tokens: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
+def stall(pool: Any, samples: int) -> tuple[float, int]:
+    """(seconds without generation, samples that were continued) of one update in the middle of a run."""
+    pool.metrics()
+    lengths = [4] + [100] * (samples - 1)
+    requests = [Request(f"s{i}", 0, (20 + i,) * 8, SamplingParams(1.0, n), i, capture_routes=True) for i, n in enumerate(lengths)]
+    run = pool.generate(requests)
+    next(run)
+    sync(pool, 100)
+    list(run)
+    found = pool.metrics()
+    return found["perf/rollout_stall_time"], int(found["rollout/requests_continued"])
+
+
 def main() -> None:
     if importlib.util.find_spec("sglang") is None:
         print("SGLang is not installed here: make setup-sglang")
@@ -96,6 +110,7 @@ def main() -> None:
             first = sync(pool, 1)
             later = [sync(pool, version) for version in range(2, 2 + ROUNDS)]
             rates = throughput(pool, samples, new_tokens)
+            stalls = [stall(pool, samples) for _ in range(ROUNDS)]
         finally:
             pool.close()
         median = statistics.median(report.seconds for report in later)
@@ -103,6 +118,8 @@ def main() -> None:
             f"{precision:9} start {seconds:5.1f} s   sync {later[0].wire_bytes / 1e6:.2f} MB: first (all resident tensors "
             f"checked) {first.seconds:.2f} s, later ({later[0].resident_checked} tensors) {median:.2f} s"
         )
+        stalled = statistics.median(seconds for seconds, _ in stalls)
+        print(f"{'':9} update with {stalls[0][1]} of {samples} samples running: stall {stalled:.2f} s")
         line = "   ".join(f"{name} {rate:7.0f} tokens/s" for name, rate in rates.items())
         print(f"{'':9} {line}   pool / one by one {rates['pool'] / rates['one by one']:.1f}x, / one batch "
               f"{rates['pool'] / rates['one batch']:.2f}x")  # fmt: skip
