@@ -129,6 +129,9 @@ def test_draft_models_are_mapped(method: str, algorithm: str) -> None:
     assert (found["speculative_algorithm"], found["speculative_num_steps"]) == (algorithm, 3)
     assert (found["speculative_eagle_topk"], found["speculative_num_draft_tokens"]) == (1, 4)
     assert found.get("speculative_draft_model_path") == (None if method == "mtp" else "/models/d")
+    # multi-token-prediction layers travel in bf16 with the policy's packed INT4; another model says itself what it is
+    assert found.get("speculative_draft_model_quantization") == ("unquant" if method == "mtp" else None)
+    assert all(problem_of(name, value) is None for name, value in found.items())
 
 
 @pytest.mark.parametrize(("architecture", "refused"), [("Qwen3MoeForCausalLM", True), ("Qwen3ForCausalLM", False)])
@@ -137,6 +140,11 @@ def test_a_draft_model_that_sglang_would_rewrite_is_refused(tmp_path: Path, arch
     with pytest.raises(UserErrors) as caught:  # of the GPUs that are missing, at least
         preflight.check(load("model=mimo_7b", "speculative=draft", f"speculative.draft_model={tmp_path}"))
     assert ("makes a multi-token-prediction layer" in str(caught.value)) == refused
+
+
+def test_one_multi_token_prediction_layer_drafts() -> None:
+    with pytest.raises(UserErrors, match="SGLang drafts with one multi-token-prediction layer, mimo_7b has 2"):
+        load("model=mimo_7b", "speculative=mtp", "model.num_mtp_layers=2")
 
 
 def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:

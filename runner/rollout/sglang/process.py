@@ -34,6 +34,7 @@ class Child:
         """`host`: the IPv4 address that it listens on."""
         self.host, self.log = host, log
         self.port = 0
+        self._log_start = 0  # of the latest start, in bytes
         self._api_key = api_key
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,6 +57,7 @@ class Child:
         """Start the process and tell it `asked` and the key."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", self.module],
                 stdin=subprocess.PIPE,
@@ -73,10 +75,10 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def failure(self) -> str:
-        """Why it ended, from its log: the last error, or the exit code."""
+        """Why it ended, from its log since it was started: the last error, or the exit code."""
         code = self._process.poll() if self._process else None
         ended = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-        return last_error(self.log) or ended
+        return last_error(self.log, self._log_start) or ended
 
     def stop(self) -> None:
         """Ask, wait, then kill the process and all it started."""
@@ -123,11 +125,11 @@ KNOWN_FAILURES = (
 )
 
 
-def last_error(log: Path) -> str:
-    """The last line of the log that names an error; "" when there is none."""
+def last_error(log: Path, start: int) -> str:
+    """The last line of the log, from this byte on, that names an error; "" when there is none."""
     try:
         with log.open("rb") as opened:
-            opened.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            opened.seek(max(start, log.stat().st_size - LOG_TAIL_BYTES))
             lines = opened.read().decode(errors="replace").splitlines()
     except OSError:
         return ""

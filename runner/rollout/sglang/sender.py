@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
+from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import free_ports
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, read_parts
 from runner.weights import broadcast
@@ -22,6 +24,8 @@ class Sender:
         self, backend: str, host: str, size: int, weights: WeightSet, names: list[str], bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         """`host`: this machine's address that the meeting listens on."""
+        if backend == "nccl":
+            os.environ["NCCL_SOCKET_IFNAME"] = name_of(host)  # NCCL takes no address
         (port,) = free_ports(host, 1)
         self.meeting = broadcast.Meeting(host, port, size, backend, TIMEOUT_SECONDS)
         self._weights, self._device = weights, torch.device("cuda" if backend == "nccl" else "cpu")

@@ -1,0 +1,50 @@
+"""Messages about a child process that ended: from its latest start only. Needs no SGLang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runner.rollout.sglang.process import Child, last_error, start_problem
+
+OLD = "RuntimeError: address already in use\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ValueError: no such model\n", "ValueError: no such model"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate\n", "it ran out of memory"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\n", "it ran out of memory"),
+        ("ERROR: [Errno 98] error while attempting to bind: address already in use\n", "another program took its port"),
+        ("INFO: nothing wrong\n", ""),
+    ],
+)
+def test_the_last_error_of_this_start_is_named(tmp_path: Path, line: str, message: str) -> None:
+    log = tmp_path / "log"
+    log.write_text(OLD + line)
+    assert last_error(log, len(OLD)) == message
+    assert last_error(tmp_path / "nothing", 0) == ""
+
+
+class Ended(Child):
+    title, module = "a server", "runner.no_such_module"
+
+    def start(self) -> None:
+        self.launch({})
+
+
+def test_a_process_that_ends_at_once_says_why_and_can_be_started_again(tmp_path: Path) -> None:
+    child = Ended(host="127.0.0.1", api_key="secret", log=tmp_path / "logs" / "child.log")
+    child.log.parent.mkdir()
+    child.log.write_text(OLD)
+    for _ in range(2):
+        child.start()
+        assert child._process is not None
+        child._process.wait(60)
+        problem = start_problem(child, 5)
+        assert "a server did not start: " in str(problem) and "no_such_module" in child.log.read_text()
+        assert "took its port" not in str(problem) and "secret" not in child.log.read_text()
+        child.kill()
+        assert not child.alive()
