@@ -9,10 +9,13 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -193,6 +196,36 @@ def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: An
         assert key not in process.log.read_text()
     logs = sorted(path.name for path in (folder._current or process.log).glob("logs/sglang_*.log"))
     assert logs == ["sglang_0.log", "sglang_1.log", "sglang_router.log"]
+
+
+def test_a_driver_that_is_killed_takes_its_router_along(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from pathlib import Path
+import aiohttp
+from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
+async def main():
+    process = RouterProcess(router_arguments(60), host="127.0.0.1", api_key="key", log=Path(sys.argv[1]) / "log")
+    async with aiohttp.ClientSession() as session:
+        await Router(process, "key", 60).start(session)
+    print(process.pid, flush=True)
+asyncio.run(main())
+sys.stdin.read()
+"""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert driver.stdout is not None
+    processes = family(int(driver.stdout.readline()))
+    assert len(processes) == 2  # the router and its guard
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(processes, timeout=15)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_closing_leaves_no_process(routed: Any) -> None:

@@ -113,7 +113,10 @@ PROMISES: dict[str, list[str]] = {
         f"{GENERATION}::test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process",
         f"{FAULTS}::test_a_wrong_checkpoint_is_one_message_with_the_log",
     ],
-    "no orphans after the driver is killed": [f"{FAULTS}::test_a_driver_that_is_killed_takes_its_servers_along"],
+    "no orphans after the driver is killed": [
+        f"{FAULTS}::test_a_driver_that_is_killed_takes_its_servers_along",
+        f"{ROUTER}::test_a_driver_that_is_killed_takes_its_router_along",
+    ],
     "drafts take part in weight sync": [
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
