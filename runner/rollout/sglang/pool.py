@@ -76,6 +76,8 @@ class SglangPool:
         servers = []
         for index in range(count):
             started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
+            if self._cfg.speculative.method == "mtp":
+                started_with["speculative_draft_model_path"] = started_with["model_path"]
             if common["device"] == "cuda":
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
