@@ -1,8 +1,8 @@
 """Counting shapes in a made-up image: a vision task that a tiny model learns from nothing.
 
-    image     4 x 4 cells of 8 x 8 pixels, some with a red square, a blue circle, ... on a plain noisy ground
+    image     3 x 3 cells of 8 x 8 pixels, some with a red square, a blue circle, ... on a plain noisy ground
     prompt    <image>how many red squares?
-    solution  1+0+2+0=3
+    solution  1+0+2=3
 
 One number per row of cells, then their sum: the number after the last '=' is the answer. A scene and its pixels depend on
 (seed, split, index) alone; nothing is stored.
