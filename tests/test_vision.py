@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from test_local_engine import FP32, exported
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from runner import compose
@@ -301,6 +302,19 @@ def test_quantization_leaves_the_tower_alone_and_training_moves_it(tmp_path: Pat
     assert all(torch.equal(trainer.optimizer.masters[name], again.optimizer.masters[name]) for name in before)
 
 
+def test_transformers_loads_model_and_image_processor_from_a_checkpoint(tmp_path: Path) -> None:
+    cfg = config("speculative=none")
+    trainer = TorchTrainer(cfg)
+    trainer.save(tmp_path)
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tower = dict(loaded.named_parameters())["model.visual.patch_embed.proj.weight"]
+    assert torch.equal(tower.to(torch.bfloat16), trainer.unquantized_weights()["model.visual.patch_embed.proj.weight"])
+    picture = Image.fromarray(noise_image(48, 32))
+    expected = AutoImageProcessor.from_pretrained(tmp_path)([picture], return_tensors="pt")["pixel_values"]
+    assert torch.equal(PromptImage(np.asarray(picture), 0, processor(cfg).tower).patches(), expected)
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
     task = counting(*FP32)
@@ -489,6 +503,7 @@ def test_what_is_transparent_is_white_and_pictures_are_upright() -> None:
         ("model=tiny_vlm speculative=draft speculative.draft_model=x", "speculative", "does not see", "speculative=ngram"),
         ("model=tiny_vlm model.vision=false", "model.vision", "has a visual tower", "model.vision=true"),
         ("model=tiny_dense model.vision=true", "model.vision", "has no visual tower", "model.vision=false"),
+        ("model=tiny_vlm model.hidden_size=72", "model.hidden_size", "into multiples of 4", "model.hidden_size=80"),
         ("model=tiny_vlm task.grid=16", "task.grid", "258 tokens", "max_prompt_tokens=290"),
         ("model=tiny_vlm task.max_prompt_tokens=220", "rollout.sampling.max_response_tokens", "longer than the context", "=36"),
         ("model=tiny_vlm task.cell_pixels=5", "task.cell_pixels", "no shape fits", "task.cell_pixels=8"),

@@ -30,6 +30,17 @@ def seen(cfg: Config) -> Iterator[UserError]:
         yield UserError(f"family {cfg.model.family} has a visual tower", key="model.vision", fix="model.vision=true")
 
 
+def tower(cfg: Config) -> Iterator[UserError]:
+    """The tower has the decoder's width and number of heads; its rotary embedding pairs rows and columns within a head."""
+    model = cfg.model
+    if model.vision and model.num_heads > 0 and model.hidden_size % (4 * model.num_heads):
+        yield UserError(
+            f"{model.num_heads} heads of the visual tower do not divide its width {model.hidden_size} into multiples of 4",
+            key="model.hidden_size",
+            fix=f"model.hidden_size={-(-model.hidden_size // (4 * model.num_heads)) * 4 * model.num_heads}",
+        )
+
+
 def drafts(cfg: Config) -> Iterator[UserError]:
     """Proposals are verified by the model that sees, so ngram stays lossless; a draft model is given tokens alone."""
     if shows_images(cfg.task) and cfg.speculative.method == "draft":
@@ -92,4 +103,4 @@ def scenes(cfg: Config) -> Iterator[UserError]:
         )
 
 
-RULES = (seen, drafts, image_tokens, scenes)
+RULES = (seen, tower, drafts, image_tokens, scenes)
