@@ -304,7 +304,7 @@ class VisualCountTaskConfig(TaskConfig):
     grid: int = MISSING  # cells per side of the image
     cell_pixels: int = MISSING  # side of a cell
     colors: int = MISSING  # kinds of colour, of red, green, blue, yellow
-    shapes: int = MISSING  # kinds of shape, of square, circle, triangle
+    shapes: int = MISSING  # kinds of shape, of square, triangle, circle
     max_count: int = MISSING  # largest answer; answers are drawn evenly
     clutter: float = MISSING  # share of the other cells that hold another shape
     noise: int = MISSING  # gray levels by which a pixel may be off

@@ -1,6 +1,6 @@
 """Counting shapes in a made-up image: a vision task that a tiny model learns from nothing.
 
-    image     3 x 3 cells of 8 x 8 pixels, some with a red square, a blue circle, ... on a plain noisy ground
+    image     3 x 3 cells of 8 x 8 pixels, some with a red square, a blue triangle, ... on a plain noisy ground
     prompt    <image>how many red squares?
     solution  1+0+2=3
 
@@ -24,7 +24,7 @@ from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
 COLORS = {"red": (220, 50, 40), "green": (40, 180, 70), "blue": (50, 90, 220), "yellow": (230, 200, 40)}
-SHAPES = ("square", "circle", "triangle")
+SHAPES = ("square", "triangle", "circle")  # the easier to tell apart first
 GROUND = (90, 150)  # gray levels of the ground
 SMALLEST_SHAPE = 5  # pixels, and of a cell that holds it 7
 
