@@ -206,6 +206,7 @@ class MegatronTrainerConfig(TrainerConfig):
     resident_reference: bool = MISSING  # false: reference weights are swapped in from host memory
     grad_bucket_elements: Optional[int] = MISSING  # parameters per communication bucket; null: Megatron's choice
     rank_timeout_seconds: float = MISSING  # a rank that is silent for this long counts as dead
+    initial_checkpoint: Optional[str] = MISSING  # of another run, whose weights this one starts from; any layout
     async_save: bool = MISSING  # write checkpoints beside the next steps, from processes forked at their moment
     max_restarts: int = MISSING  # of all ranks from the last checkpoint after one died; 0: the run ends
 

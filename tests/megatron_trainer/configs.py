@@ -57,7 +57,7 @@ def megatron_config(model: str = "moe", layout: str = "single", **changes: objec
         threads=1, distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True,
         gradient_accumulation_fusion=True, precision_aware_optimizer=False, router_fusion=False,
         moe_token_dispatcher="alltoall", resident_reference=False, grad_bucket_elements=None, rank_timeout_seconds=240.0,
-        async_save=False, max_restarts=0,
+        initial_checkpoint=None, async_save=False, max_restarts=0,
     )  # fmt: skip
     cfg.parallelism = parallelism(layout, **layout_changes)
     for key, value in changes.items():

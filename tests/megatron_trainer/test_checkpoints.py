@@ -13,6 +13,7 @@ from runner.precision import int4
 from runner.precision.formats import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.schema import Config
+from runner.trainer.megatron import MegatronTrainer
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron
 
@@ -87,6 +88,25 @@ def test_every_layout_loads_what_another_saved(tmp_path: Path) -> None:
             _steps(other, cfg, range(2, 5))
             # bf16 sums in another order move a few weights across a rounding boundary
             assert _differing_integers(exported(other, "rollout"), continued) < 0.03, layout
+
+
+def test_a_run_may_start_from_another_runs_weights(tmp_path: Path) -> None:
+    """Of another layout: the weights, fp32 masters included, and nothing else; the reference policy is those weights too."""
+    changes: dict[str, object] = {"algorithm.kl_coef": 0.1}
+    cfg = _config("dp2", **changes)
+    with megatron(cfg) as trainer:
+        _steps(trainer, cfg, range(2))
+        trainer.save(tmp_path)
+        expected = exported(trainer, "rollout")
+    cfg = _config("tp2_sp", **changes, **{"trainer.initial_checkpoint": str(tmp_path), "seed": 77})
+    with megatron(cfg) as started:
+        assert started.version == 0
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in exported(started, "rollout").items())
+        now = started.logprobs(batch(cfg), weights="master", routes="own")
+        assert torch.equal(torch.cat(started.reference_logprobs(batch(cfg))), torch.cat(now))
+    cfg.trainer.initial_checkpoint = str(tmp_path / "elsewhere")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="no checkpoint of a run"):
+        MegatronTrainer(cfg)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_name(tmp_path: Path) -> None:

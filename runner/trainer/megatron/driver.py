@@ -33,8 +33,12 @@ class MegatronTrainer:
         check_installation()
         self.cfg = cfg
         self.family = arguments.check(cfg)
+        if start := arguments.trainer_config(cfg).initial_checkpoint:
+            initial_folder(start)  # before processes are started for nothing
         self._version = 0
         self.ranks = LocalRanks(cfg)
+        if start := arguments.trainer_config(cfg).initial_checkpoint:
+            self.ranks.call("start_from", initial_folder(start))
 
     @property
     def version(self) -> int:
@@ -166,6 +170,17 @@ def _light(batch: Batch) -> Batch:
         return replace(sample, info={}, raw_logprobs=None, weight_spans=[])
 
     return replace(batch, samples=[light(sample) for sample in batch.samples])
+
+
+def initial_folder(path: str) -> Path:
+    """The trainer's part of a checkpoint, given that or the checkpoint; UserError when it is neither."""
+    given = Path(path).expanduser().resolve()
+    for folder in (given / "trainer", given):
+        if (folder / "trainer.json").is_file():
+            return folder
+    raise UserError(
+        f"{path} is no checkpoint of a run", key="trainer.initial_checkpoint", fix="outputs/<run>/checkpoints/step_<N>"
+    )
 
 
 def check_installation() -> None:

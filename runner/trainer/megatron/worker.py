@@ -422,6 +422,13 @@ class Worker:
         self.quantization.resync()
         return self.version
 
+    def start_from(self, folder: Path) -> None:
+        """Masters and weights of another run's checkpoint; its moments and counters are not taken over. Collective."""
+        self.load(folder)
+        self.version = 0
+        self.nan = policy_step.NanGuard(self.config.max_nan_steps)
+        self.reset_optimizer()
+
 
 def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Losses are already divided by the step's token count, so gradients are summed and not scaled again."""
