@@ -1,7 +1,8 @@
 """Step time of INT4 QAT on Megatron ranks: in place against bf16 and against fake quantization in every forward.
 
-One process, one rank, one thread, three workers of the same model in turn, rounds interleaved. Times are the process's CPU
-time, which other programs on the machine do not stretch. Prints minimum and median over rounds, and the ratios.
+A process of one rank and one thread for each kind, taking turns step by step, so that a busy machine slows all of them alike.
+(Three workers in one process are no comparison: whichever was built last was the fastest by 20 %.) Times are the rank's CPU
+time, which other programs stretch less. Prints minimum, median and peak memory of each, and the ratios within rounds.
 
     python -m benchmarks.megatron_qat_step [rounds] [key=value ...]
 """
@@ -11,10 +12,10 @@ from __future__ import annotations
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -59,40 +60,59 @@ def _batch(cfg: Config) -> Batch:
     return Batch(samples=samples, advantages=advantages, temperature=1.0)
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.process_time()
-    function()
-    return time.process_time() - started
-
-
-def main(rounds: int, extra: list[str]) -> None:
-    configs = {kind: compose.load([*MODEL, *overrides, *extra], check_rules=False).config for kind, overrides in KINDS.items()}
-    os.environ |= arguments.environment(configs["bf16"])
+def serve(kind: str, extra: list[str]) -> None:
+    """One kind's rank: a step for every line on stdin, its CPU seconds on stdout; memory in GiB when stdin ends."""
+    cfg = compose.load([*MODEL, *KINDS[kind], *extra], check_rules=False).config
+    os.environ |= arguments.environment(cfg)
     from runner.precision import kernels
     from runner.trainer.megatron import worker
 
     torch.set_num_threads(1)
     kernels.load()  # a run of this size would load them after its first steps
-    worker.initialize(configs["bf16"], 0, f"file://{tempfile.mkdtemp()}/rendezvous")
-    workers = {kind: worker.Worker(cfg) for kind, cfg in configs.items()}
-    batches = {kind: _batch(cfg) for kind, cfg in configs.items()}
+    worker.initialize(cfg, 0, f"file://{tempfile.mkdtemp()}/rendezvous")
+    rank, batch = worker.Worker(cfg), _batch(cfg)
+    print(sum(parameter.numel() for parameter in rank.model.parameters()), flush=True)
+    for _ in sys.stdin:
+        started = time.process_time()
+        rank.step(batch)
+        rank.quantization.settle()
+        print(time.process_time() - started, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)
+
+
+def _ask(process: subprocess.Popen[str]) -> float:
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
+
+
+def main(rounds: int, extra: list[str]) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.megatron_qat_step", "--serve"]
+    ranks: dict[str, subprocess.Popen[str]] = {}
+    for kind in KINDS:
+        ranks[kind] = subprocess.Popen([*command, kind, *extra], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parameters = [int(rank.stdout.readline()) for rank in ranks.values() if rank.stdout is not None]
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(rounds + 1):
-        for kind in KINDS:
-            took = _seconds(lambda kind=kind: (workers[kind].step(batches[kind]), workers[kind].quantization.settle()))  # type: ignore[misc]
-            if number:  # the first compiles
+        for kind, rank in ranks.items():
+            took = _ask(rank)
+            if number:  # the first one allocates
                 times[kind].append(took)
-    parameters = sum(p.numel() for p in workers["bf16"].model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    load = os.getloadavg()[0]
-    print(f"{parameters / 1e6:.1f} M weights, {TOKENS} tokens a step, full recompute, load {load:.1f}, peak {peak:.2f} GiB")
+    print(f"{parameters[0] / 1e6:.1f} M weights, {TOKENS} tokens a step, full recompute, load {os.getloadavg()[0]:.1f}")
     for kind, rows in times.items():
+        peak = float(ranks[kind].communicate()[0])
         ratios = [a / b for a, b in zip(rows, times["bf16"], strict=True)]
         print(
-            f"{kind:9} min {min(rows):.3f} s  median {statistics.median(rows):.3f} s  over bf16: "
+            f"{kind:9} min {min(rows):.3f} s  median {statistics.median(rows):.3f} s  peak {peak:.2f} GiB  over bf16: "
             f"min/min {min(rows) / min(times['bf16']):.3f}, median of rounds {statistics.median(ratios):.3f}"
         )
+    forward = [a / b for a, b in zip(times["in place"], times["forward"], strict=True)]
+    print(f"in place over forward: median of rounds {statistics.median(forward):.3f}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7, sys.argv[2:])
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], sys.argv[3:])
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 7, sys.argv[2:])
