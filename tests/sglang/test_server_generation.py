@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cases import requests
+from test_server_faults import _failing
 
 from runner.samples import Status
 
@@ -71,6 +73,14 @@ def test_an_update_never_sends_pickles_and_flushes(sglang_fp32: Any, monkeypatch
     }  # fmt: skip
     commits = [body for path, body in asked if path == "/update_weights_from_ipc" and "commit" in body["zmq_handles"]["runner"]]
     assert len(commits) == 2 and all(body["flush_cache"] for body in commits)
+
+
+def test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process(tmp_path: Path) -> None:
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    message = _failing(tmp_path, mem_fraction_static=1e-6, max_total_tokens=None)
+    assert "it ran out of memory" in message and "rollout.max_concurrency" in message and "sglang_0.log" in message
+    after = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
+    assert [process for process in after if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def test_a_run_ends_without_a_word(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, FLEET = (
+CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET = (
     f"sglang/test_{name}.py"
     for name in (
-        "pool_contract", "server_faults", "server_weights", "server_twins", "server_generation", "server_router",
+        "pool_contract", "server_faults", "server_weights", "server_twins", "server_generation", "server_router", "server_drafts",
         "fleet",
     )
 )  # fmt: skip
@@ -58,6 +58,9 @@ TRAPS: dict[str, list[str]] = {
     "INT4 of linear layers cannot be loaded again on CUDA": [f"{ARGUMENTS}::test_dense_int4_on_gpus_can_be_planned_and_not_run"],
     "an expert that is not sent again keeps repacked bits": [
         f"{CONTRACT}::test_what_is_wrong_with_a_sync_is_named_and_changes_no_version",
+    ],
+    "what is restored for loading and not loaded is lost: a draft model that is not updated": [
+        f"{DRAFTS}::test_another_model_drafts_with_its_own_weights_over_updates",
     ],
     "retract loses routes": [f"{ARGUMENTS}::test_what_sglang_does_not_do_here_is_refused_with_the_reason"],
     "logprobs come after the temperature": [f"{CONTRACT}::test_logprobs_and_routes_equal_transformers"],
@@ -106,12 +109,17 @@ PROMISES: dict[str, list[str]] = {
     ],
     "a hanging server is started again": [f"{FAULTS}::test_a_hanging_engine_is_started_again"],
     "a port in use is replaced": [f"{FAULTS}::test_a_port_that_another_program_took_is_replaced"],
-    "a wrong checkpoint is one message": [
+    "out of memory and a wrong checkpoint are one message": [
+        f"{GENERATION}::test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process",
         f"{FAULTS}::test_a_wrong_checkpoint_is_one_message_with_the_log",
     ],
     "no orphans after the driver is killed": [
         f"{FAULTS}::test_a_driver_that_is_killed_takes_its_servers_along",
         f"{ROUTER}::test_a_driver_that_is_killed_takes_its_router_along",
+    ],
+    "drafts take part in weight sync": [
+        f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
+        f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
     ],
     "transports": [
         f"{WEIGHTS}::test_other_transports_bring_the_same_weights",

@@ -1,4 +1,5 @@
-"""Hooks for every device: no key in a log, no port that is open to the network, an end that does not wait for five seconds."""
+"""Hooks for every device: no key in a log, no port that is open to the network, an end that does not wait for five seconds,
+configs that SGLang's models have and transformers does not know."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.models import mimo_torch
 from runner.weights import broadcast
 
 
@@ -19,6 +21,7 @@ def register() -> None:
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _prompt_watchdog, HookType.AROUND
     )
     _local_store()
+    mimo_torch.register()  # MiMo's checkpoints bring code for this, which engines do not run
 
 
 def _local_store() -> None:
