@@ -16,6 +16,7 @@ OLD = "RuntimeError: address already in use\n"
     [
         ("ValueError: no such model\n", "ValueError: no such model"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate\n", "it ran out of memory"),
+        ("ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction\n", "it ran out of memory"),
         ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\n", "it ran out of memory"),
         ("ERROR: [Errno 98] error while attempting to bind: address already in use\n", "another program took its port"),
         ("INFO: nothing wrong\n", ""),

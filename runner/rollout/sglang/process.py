@@ -121,7 +121,10 @@ def free_ports(host: str, count: int) -> list[int]:
 # What a log says when a start failed -> what to tell the user.
 KNOWN_FAILURES = (
     (re.compile(r"address already in use", re.I), "another program took its port"),
-    (re.compile(r"(out of memory|not enough memory|MemoryError|can't allocate memory).*", re.I), "it ran out of memory"),
+    (
+        re.compile(r"out of memory|not enough memory|leave no GPU memory|MemoryError|can't allocate memory", re.I),
+        "it ran out of memory",
+    ),
 )
 
 

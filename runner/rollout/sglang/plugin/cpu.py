@@ -42,6 +42,14 @@ def _speculative_attention() -> None:
         return (backends["intel_amx"] if get_spec().speculative_num_draft_tokens else native)(runner)
 
     backends["torch_native"] = choose
+    HookRegistry.register(
+        "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend", _drafting_attention, HookType.AROUND
+    )
+
+
+def _drafting_attention(original: Any, self: Any, name: str, known: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A draft model's own attention, for the same reason."""
+    return original(self, name, {**known, "torch_native": known["intel_amx"]}, *args, **kwargs)
 
 
 def _latent_attention() -> None:
