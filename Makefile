@@ -11,8 +11,6 @@ TORCH ?= torch==2.13.0
 GPTQ_VENV ?= .venv-gptq
 GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
-# About half of the Megatron tests' time: they start whole runs, or wait for a rank to die.
-MEGATRON_RUNS := $(addprefix tests/megatron_trainer/test_,end_to_end.py restart.py checkpoints.py async_save.py faults.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-sglang test-sglang setup-gptq run test test-slow test-megatron test-gptq lint format bench clean
@@ -56,9 +54,8 @@ test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (els
 test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about five minutes)
 	$(BIN)/python -m pytest -m sglang
 
-test-megatron: setup ## Tests of the Megatron trainer on CPU ranks, in two processes at a time (under ten minutes)
-	@$(BIN)/python -m pytest -m megatron $(MEGATRON_RUNS) & first=$$!; \
-	$(BIN)/python -m pytest -m megatron $(MEGATRON_RUNS:%=--ignore=%) tests; second=$$?; wait $$first && exit $$second
+test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
+	$(BIN)/python -m pytest -m megatron
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

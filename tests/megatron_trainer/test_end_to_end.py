@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.megatron
-
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
@@ -26,6 +24,7 @@ def _runner(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.megatron
 @pytest.mark.timeout(600)
 def test_run_resume_export_audit(tmp_path: Path) -> None:
     overrides = [
@@ -53,6 +52,7 @@ def test_run_resume_export_audit(tmp_path: Path) -> None:
     assert "no differences" in _runner("audit", str(tmp_path / "int4"), str(converted)).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
     """int4_qat with R3 from the same weights, a warm-started policy: two tensor-parallel ranks against one process.
@@ -86,6 +86,7 @@ def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
         assert max(row["router_replay/disagreement"] for row in (ours, theirs)) < 0.02
 
 
+@pytest.mark.megatron
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:

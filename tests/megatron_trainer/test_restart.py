@@ -16,8 +16,6 @@ from runner.trainer.megatron.ranks import RankFailure
 from runner.trainer.protocol import TrainerLost
 from tests.megatron_trainer.configs import megatron_config
 
-pytestmark = pytest.mark.megatron
-
 STEPS, INTERVAL = 4, 2
 # Trainer steps in whose middle rank 1 is killed, counted over restarts. 0: before there is a checkpoint, so that the run begins
 # again; 1, 2, 3 are then steps 0, 1, 2. 4: step 3, after the checkpoint of 2 steps, so that step 2 is done again too.
@@ -61,6 +59,7 @@ def _restarts(run: Path) -> list[dict[str, object]]:
     return [row for row in rows if row["kind"] == RESTART]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives_a_killed_rank_and_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     done = _run(tmp_path, "whole", kills="none")
@@ -79,6 +78,7 @@ def test_a_run_survives_a_killed_rank_and_repeats_the_uninterrupted_one(tmp_path
     assert not _restarts(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_restarts_the_run_ends_with_a_message(tmp_path: Path) -> None:
     done = _run(tmp_path, "ended", "0", "trainer.max_restarts=0", "warm_start.enabled=false")
