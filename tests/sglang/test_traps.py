@@ -59,6 +59,9 @@ TRAPS: dict[str, list[str]] = {
     "an expert that is not sent again keeps repacked bits": [
         f"{CONTRACT}::test_what_is_wrong_with_a_sync_is_named_and_changes_no_version",
     ],
+    "what is restored for loading and not loaded is lost: a draft model that is not updated": [
+        f"{DRAFTS}::test_another_model_drafts_with_its_own_weights_over_updates",
+    ],
     "retract loses routes": [f"{ARGUMENTS}::test_what_sglang_does_not_do_here_is_refused_with_the_reason"],
     "logprobs come after the temperature": [f"{CONTRACT}::test_logprobs_and_routes_equal_transformers"],
     "sequences x drafts overflow the buffer of routes": [
