@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -21,6 +23,16 @@ pytestmark = pytest.mark.megatron
 
 def _config() -> Config:
     return megatron_config("moe", "dp2", format="int4", **{"router_replay.trainer": True, "trainer.async_save": True})
+
+
+def _members(sessions: list[int]) -> list[int]:
+    """Processes of these sessions that still run."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
 
 
 def test_what_is_saved_is_the_state_it_was_begun_at(tmp_path: Path) -> None:
@@ -52,9 +64,14 @@ def test_a_rank_killed_while_writing_leaves_the_last_complete_checkpoint(tmp_pat
         trainer.step(batch(cfg, seed=1))
         checkpoints.save(2, {})  # joins the one before
         assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step_000001"]
+        sessions = trainer.ranks.pids  # every rank leads one, which its writers are in
         os.kill(trainer.ranks.pids[1], signal.SIGKILL)
         with pytest.raises(RankFailure, match="rank 1 was killed by signal 9 during finish_save"):
             checkpoints.join()
+    deadline = time.monotonic() + 10
+    while (left := _members(sessions)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, "writers outlived their rank"
     latest = checkpoint.latest(tmp_path)
     assert latest.name == "step_000001" and not checkpoint.verify(latest)
     with megatron(cfg) as resumed:

@@ -13,10 +13,9 @@ between all parameters. Here every owned shard is put at its place in its parame
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -65,8 +64,6 @@ class AsyncSave:
         self._queue = AsyncCallsQueue()
         with _saying_what_failed(folder):
             request = dist_checkpointing.save(state, str(folder / FOLDER), async_sharded_save=True)
-            if request.async_fn is not None:
-                request = request._replace(async_fn=partial(_in_a_child, request.async_fn))
             self._queue.schedule_async_request(request)
 
     def finished(self) -> bool:
@@ -80,11 +77,6 @@ class AsyncSave:
         with _saying_what_failed(self.folder):
             self._queue.maybe_finalize_async_calls(blocking=True)
         dist.barrier()
-
-
-def _in_a_child(write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    die_with_parent()
-    write(*args, **kwargs)
 
 
 @contextmanager

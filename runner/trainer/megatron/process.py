@@ -26,6 +26,7 @@ _PR_SET_PDEATHSIG = 1
 def main(descriptor: int) -> int:
     """Serve one driver; returns when it closes the connection."""
     die_with_parent()
+    os.register_at_fork(after_in_child=die_with_parent)  # checkpoint writers, and theirs: without it they wait for a dead rank
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where a silent rank stands, into its log
     for number in (signal.SIGINT, signal.SIGTERM):  # the driver's to handle: it finishes the step, saves, and closes us
         signal.signal(number, signal.SIG_IGN)
