@@ -51,7 +51,7 @@ test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (elsewhere they are skipped)
 	$(BIN)/python -m pytest tests/test_convert_gptq.py
 
-test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about five minutes)
+test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about ten minutes)
 	$(BIN)/python -m pytest -m sglang
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
