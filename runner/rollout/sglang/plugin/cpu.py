@@ -70,11 +70,10 @@ def _plain_rotary_embedding() -> None:
     from sglang.srt.layers.rotary_embedding import factory
 
     with_yarn = factory.get_rope_cpu
-
-    plain = inspect.signature(factory.get_rope).parameters
+    signature, plain = inspect.signature(with_yarn), inspect.signature(factory.get_rope).parameters
 
     def choose(*args: Any, **kwargs: Any) -> Any:
-        asked = inspect.signature(with_yarn).bind(*args, **kwargs).arguments
+        asked = signature.bind(*args, **kwargs).arguments
         if asked.get("rope_scaling") is not None:
             return with_yarn(*args, **kwargs)
         return factory.get_rope(**{name: value for name, value in asked.items() if name in plain})
