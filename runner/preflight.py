@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 from runner.errors import UserError, UserErrors
-from runner.rollout.sglang import p2p
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
+from runner.weights import transfer_engine
 
 PACKAGES = {  # option -> (module, what installs it, what needs it)
     "trainer=megatron": ("megatron.core", "make setup", "Megatron's trainer ranks need megatron-core"),
@@ -101,12 +101,12 @@ def _engines(cfg: Config) -> list[UserError]:
                 fix="precision=fp8 or bf16, rollout=local, or precision.roles=[routed_expert] on a mixture of experts",
             )
         )
-    if cfg.rollout.weight_transport == "p2p":
+    if cfg.rollout.weight_transport == "p2p" and (missing := transfer_engine.obstacles(cfg.rollout.transfer_protocol)):
         errors.append(
             UserError(
-                f"RDMA peer-to-peer is not used here: {'; '.join(p2p.obstacles(cfg))}",
+                f"weights cannot be read peer to peer over {cfg.rollout.transfer_protocol} here: {'; '.join(missing)}",
                 key="rollout.weight_transport",
-                fix="rollout.weight_transport=distributed or disk_delta",
+                fix="rollout.weight_transport=distributed or disk_delta, or (slower than those) rollout.transfer_protocol=tcp",
             )
         )
     errors += _draft(cfg)

@@ -240,6 +240,8 @@ class SglangRolloutConfig(RolloutConfig):
     memory_fraction: float = MISSING  # of a GPU's memory, for weights and KV cache
     attention_backend: str = MISSING  # auto, or a name that SGLang knows
     weight_transport: str = MISSING  # tensor, distributed, disk_full, disk_delta or p2p
+    transfer_protocol: str = MISSING  # of p2p: rdma, or tcp
+    transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
     pause_mode: str = MISSING  # abort, retract or in_place
     startup_timeout_seconds: float = MISSING
     health_interval_seconds: float = MISSING  # between looks at whether an engine still works; 0: never

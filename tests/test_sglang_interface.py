@@ -14,6 +14,7 @@ from runner.errors import UserError, UserErrors
 from runner.rollout.sglang.interface import LOOPBACK, interfaces, listen_address, name_of, wildcard
 from runner.schema import ClusterConfig, Config
 from runner.weights import broadcast
+from runner.weights.buckets import describe
 
 OUTSIDE = [(name, ips[0]) for name, ips in interfaces().items() if not ips[0].startswith("127.")]
 
@@ -67,7 +68,7 @@ def test_a_broadcast_listens_on_its_address_alone(host: str) -> None:
         port = probe.getsockname()[1]
     meeting = broadcast.Meeting(host, port, 2, "gloo", 20.0)
     tensors = [torch.arange(7, dtype=torch.int32), torch.ones(3, 2)]
-    pieces = broadcast.describe([("a", tensors[0]), ("b", tensors[1])])
+    pieces = describe([("a", tensors[0]), ("b", tensors[1])])
     before = _listening()
     arrived: dict[str, torch.Tensor] = {}
     together = threading.Barrier(2)

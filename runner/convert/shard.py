@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from runner.convert.source import DTYPE_NAMES
+from runner.weights.files import DTYPE_NAMES
 
 ALIGNMENT = 8  # of the data section, as safetensors' own writer does
 

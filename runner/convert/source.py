@@ -15,29 +15,12 @@ from safetensors import SafetensorError, safe_open
 from runner.errors import UserError
 from runner.models import FAMILIES, Parameter
 from runner.schema import ModelConfig
+from runner.weights.files import DTYPES
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 SKIPPED_FOLDERS = (".git", ".cache")  # a version store and a downloader's state, not parts of a model
-
-# safetensors' own dtype names
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
             stream // 100 * (1 + engines),
             "for each 1% of the bytes that changed; written once, read by every engine",
         ),
-        "p2p": (stream * engines, "RDMA: every engine GPU receives only its own shard"),
+        "p2p": (stream * engines, "the GPUs of an engine read one copy together and exchange it among themselves"),
     }
     chosen = cfg.rollout.weight_transport
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]

@@ -132,6 +132,7 @@ CHOICES = {
     "trainer.moe_token_dispatcher": ("alltoall", "allgather", "flex"),
     "rollout.device": ("auto", "cpu", "cuda"),
     "rollout.weight_transport": ("tensor", "distributed", "disk_full", "disk_delta", "p2p"),
+    "rollout.transfer_protocol": ("rdma", "tcp"),
     "rollout.pause_mode": ("abort", "retract", "in_place"),
     "speculative.method": ("none", "ngram", "draft", "mtp", "eagle"),
     "algorithm.kl_estimator": ("k1", "k2", "k3"),

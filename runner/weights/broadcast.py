@@ -7,13 +7,15 @@ anew for every session, so an engine that was started again needs no place in an
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from runner.weights.buckets import Piece, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,6 @@ class Meeting:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor inside a bucket."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-
-    def bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * getattr(torch, self.dtype).itemsize
 
 
 def join(meeting: Meeting, rank: int, host: str) -> Any:
@@ -73,13 +60,9 @@ def open_store(host: str, port: int, size: int, is_master: bool, timeout: timede
     return dist.TCPStore(host, port, size, is_master, timeout, wait_for_workers=False, master_listen_fd=listener)
 
 
-def describe(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Piece]:
-    return [Piece(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for name, tensor in tensors]
-
-
 def send(group: Any, tensors: list[torch.Tensor], device: torch.device) -> int:
     """Broadcast one bucket from rank 0; returns its bytes."""
-    flat = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device) for tensor in tensors])
+    flat = pack(tensors, device)
     _broadcast(group, flat)
     return flat.numel()
 
@@ -88,12 +71,7 @@ def receive(group: Any, pieces: list[Piece], device: torch.device) -> Iterator[t
     """The tensors of one bucket, in its order."""
     flat = torch.empty(sum(piece.bytes() for piece in pieces), dtype=torch.uint8, device=device)
     _broadcast(group, flat)
-    start = 0
-    for piece in pieces:
-        stop = start + piece.bytes()
-        # a copy: slices at odd offsets cannot be viewed in a wider dtype
-        yield piece.name, flat[start:stop].clone().view(getattr(torch, piece.dtype)).view(piece.shape)
-        start = stop
+    yield from unpack(flat, pieces)
 
 
 def _broadcast(group: Any, flat: torch.Tensor) -> None:

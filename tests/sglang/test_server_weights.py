@@ -11,8 +11,12 @@ from cases import by_key, config, exported, flipped, reference_logprobs, request
 from reference import reference_routes
 
 from runner.errors import UserError
+from runner.weights import transfer_engine
+from runner.weights.transfer_engine import Endpoint
 
 pytestmark = pytest.mark.sglang
+MISSING = transfer_engine.obstacles("tcp")
+needs_mooncake = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 
 
 def test_packed_int4_computes_with_the_trainers_effective_weights(sglang_int4: Any) -> None:
@@ -127,13 +131,17 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
         pool._loop.run(client.post("/update_weights_from_distributed", body))
 
 
-@pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta"])
+@pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta", pytest.param("p2p", marks=needs_mooncake)])
 def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
     sglang_int4.fresh()
     kept, settings = pool._writer, pool._fleet.settings
     pool._rollout.weight_transport, pool._writer = transport, None
-    pool._fleet.settings = dataclasses.replace(settings, broadcast="gloo" if transport == "distributed" else None)
+    pool._fleet.settings = dataclasses.replace(
+        settings,
+        broadcast="gloo" if transport == "distributed" else None,
+        endpoint=Endpoint("127.0.0.1", "tcp") if transport == "p2p" else None,
+    )
     pool._fleet.weights.remove()
     pool._fleet.weights = None
     try:

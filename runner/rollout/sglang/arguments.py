@@ -11,22 +11,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.errors import UserError
-from runner.rollout.sglang import p2p
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.schema import Config, Format, SglangRolloutConfig
 
 Arguments = dict[str, Any]
 # Known when the process starts. The pool sets them; nobody else can.
-RUNTIME = (
-    *("model_path", "tokenizer_path", "host", "port", "nccl_port", "base_gpu_id", "api_key", "admin_api_key", "random_seed"),
-    p2p.PORT,
-)
+RUNTIME = ("model_path", "tokenizer_path", "host", "port", "nccl_port", "base_gpu_id", "api_key", "admin_api_key", "random_seed")
 # Options that would make a server less safe than this project promises, or change what the pool relies on.
 REFUSED = {
     "trust_remote_code": "code of a checkpoint is never run inside an engine",
     "checkpoint_engine_wait_weights_before_ready": "the pool brings the weights itself",
     "custom_weight_loader": "weights are loaded and verified by runner's plugin",
     "enable_custom_logit_processor": "it would execute code sent with a request",
+    "remote_instance_weight_loader_start_seed_via_transfer_engine": "it hands out addresses of the weights to anybody; "
+    "rollout.weight_transport=p2p reads them over RDMA",
     "dp_size": "the pool starts one server per engine and balances them itself",
 }
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}  # of rollout.attention_backend=auto
@@ -72,8 +70,6 @@ def server_arguments(cfg: Config) -> Arguments:
         decided["ep_size"] = par.engine_ep
     if rollout.pause_mode == "in_place":
         decided["disable_radix_cache"] = True  # it cannot be flushed under running requests, and old entries must not be met
-    if rollout.weight_transport == "p2p":
-        decided |= p2p.OPTIONS
     if device == "cpu":
         decided |= {
             "disable_cuda_graph": True,
@@ -173,6 +169,11 @@ def warnings(cfg: Config) -> list[str]:
         )
     if on_cpu(cfg) and cfg.precision.rollout.format is Format.fp8:
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
+    if rollout.weight_transport == "p2p":
+        found.append(
+            "weight_transport=p2p: while weights move, whoever reaches this machine and the engines' can read them (RDMA and "
+            "Mooncake know no keys); a change on the way is found by its hash"
+        )
     return found
 
 

@@ -17,10 +17,11 @@ from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_un
 from runner.rollout.sglang.decoding import Generation
 from runner.rollout.sglang.process import start_problem
 from runner.rollout.sglang.router import Router
-from runner.rollout.sglang.sender import Sender
+from runner.rollout.sglang.sender import Sender, lent
 from runner.rollout.sglang.server import Server
 from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Sample, Status
+from runner.weights.transfer_engine import Endpoint
 
 WATCH_SECONDS = 0.2  # between looks at whether the processes live
 BACKOFF_SECONDS = 0.2  # doubles with every failure of a request
@@ -38,7 +39,8 @@ class Settings:
     health_seconds: float
     max_retries: int
     pause_mode: str
-    broadcast: str | None  # backend of the distributed transport; None where weights travel as files
+    broadcast: str | None  # backend of the distributed transport
+    endpoint: Endpoint | None  # of the p2p transport; with neither, weights travel as files
     host: str  # where the driver's side of a broadcast listens
     draft: frozenset[str]  # weights of the policy's export that the draft model takes
 
@@ -413,7 +415,12 @@ class Fleet:
         await asyncio.gather(*(one(update, place) for place, update in enumerate(living)))
 
     async def _send(self, action: str, updates: list[EngineUpdate], weights: WeightSet, names: list[str], **request: Any) -> None:
-        """A plugin action that needs these tensors (on-disk names): through files, or by a broadcast beside the calls."""
+        """A plugin action that needs these tensors (on-disk names): through files, read out of our memory, or by a broadcast
+        beside the calls."""
+        if self.settings.endpoint is not None:
+            async with lent(self.settings.endpoint, weights, names) as offer:
+                await self._each(updates, lambda client, _: client.plugin(action, offer=offer, **request))
+            return
         if self.settings.broadcast is None:
             files = [str(file) for file in weights.files]
             await self._each(updates, lambda client, _: client.plugin(action, files=files, **request))

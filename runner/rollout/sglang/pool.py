@@ -34,6 +34,7 @@ from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWr
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, Role, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
+from runner.weights.transfer_engine import Endpoint, TransferError
 
 
 class SglangPool:
@@ -103,9 +104,19 @@ class SglangPool:
             max_retries=rollout.max_retries,
             pause_mode=rollout.pause_mode,
             broadcast=backend if rollout.weight_transport == "distributed" else None,
+            endpoint=self._endpoint() if rollout.weight_transport == "p2p" else None,
             host=self._host,
             draft=self._draft,
         )
+
+    def _endpoint(self) -> Endpoint:
+        log = self._logs() / "transfer_engine.log"
+        try:
+            return Endpoint(self._host, self._rollout.transfer_protocol, self._rollout.transfer_devices, log)
+        except TransferError as error:
+            raise UserError(
+                str(error), key="rollout.weight_transport", fix=f"look at {log}, or rollout.weight_transport=distributed"
+            ) from error
 
     def _logs(self) -> Path:
         return folder.logs_of_this_run() or self._scratch
@@ -210,7 +221,7 @@ class SglangPool:
         )
 
     def _weight_writer(self) -> WeightWriter | DeltaWriter:
-        """Files in shared memory (tensor; distributed keeps its copy for engines that start again), or on the run's disk."""
+        """Files in shared memory (tensor, p2p; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
             needed = sum(_bytes_of(self.plan, name) for name in self._loaded)
             logs = folder.logs_of_this_run()

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from runner.rollout.sglang import p2p
 from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import Child, free_ports
 
@@ -23,8 +22,8 @@ class Server(Child):
 
     def start(self) -> None:
         """Pick free ports and start the process."""
-        self.port, nccl_port, info_port = free_ports(self.host, 3)
-        ports = {"host": self.host, "port": self.port, "nccl_port": nccl_port, p2p.PORT: info_port}
+        self.port, nccl_port = free_ports(self.host, 2)
+        ports = {"host": self.host, "port": self.port, "nccl_port": nccl_port}
         self.launch({"server_args": {**self.arguments, **ports}})
 
     def environment(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Weight updates that are verified, inside the server.
 
 The client asks through SGLang's own endpoint /update_weights_from_ipc, whose body is a plain dictionary of strings: the
-key "runner" holds our request as JSON. Tensors come in safetensors files, in shared memory or on a disk, or by a broadcast;
-nothing is ever unpickled. SGLang's update session (begin and end) is opened and closed by the client around `load`.
+key "runner" holds our request as JSON. Tensors come in safetensors files (in shared memory or on a disk), by a broadcast, or are
+read out of the driver's memory; nothing is ever unpickled. SGLang's update session (begin and end) is opened and closed by the
+client around `load`.
 
     load       check the digest of every part on arrival, then hand all of them to the model's own loader
     check      residency: load named tensors again and compare bits with what is resident
@@ -18,6 +19,7 @@ Answers are JSON too: {"problems": [...], ...}.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +29,9 @@ import torch
 from safetensors import safe_open
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from runner.weights import broadcast
+from runner.weights import broadcast, buckets, p2p
 from runner.weights.stream import digest
+from runner.weights.transfer_engine import Endpoint
 
 Answer = dict[str, Any]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
@@ -119,12 +122,14 @@ def _from_files(files: Iterable[str], wanted: Callable[[str], bool]) -> NamedTen
 
 
 def _arriving(updater: Any, request: Answer, only: set[str] | None = None) -> NamedTensors:
-    """This model's tensors of a request, from files or by broadcast from the driver."""
+    """This model's tensors of a request: from files, by broadcast from the driver, or out of its memory."""
 
     def wanted(name: str) -> bool:
         return _is_ours(name, request) and (only is None or name in only)
 
-    if "meeting" not in request:
+    if "offer" in request:
+        yield from _from_memory(updater, request["offer"], wanted)
+    elif "meeting" not in request:
         yield from _from_files(request["files"], wanted)
     elif request["is_draft"]:
         yield from (item for item in _received if wanted(item[0]))
@@ -139,12 +144,29 @@ def _from_broadcast(updater: Any, request: Answer, wanted: Callable[[str], bool]
     group = broadcast.join(meeting, request["rank"] + get_parallel().tp_rank, get_server_args().host)
     _received.clear()
     for bucket in request["buckets"]:
-        pieces = [broadcast.Piece(**piece) for piece in bucket]
+        pieces = [buckets.Piece(**piece) for piece in bucket]
         for name, tensor in broadcast.receive(group, pieces, torch.device(updater.device)):
             if wanted(name):
                 yield name, tensor
             elif not _is_ours(name, request):
                 _received.append((name, tensor))
+
+
+def _from_memory(updater: Any, offer: Answer, wanted: Callable[[str], bool]) -> NamedTensors:
+    """Target and draft each read what is theirs."""
+    from sglang.srt.runtime_context import get_parallel
+
+    lent = [[p2p.Lent(**piece) for piece in bucket if wanted(piece["name"])] for bucket in offer["buckets"]]
+    group = get_parallel().tp_group.device_group if get_parallel().tp_size > 1 else None
+    endpoint = _endpoint(offer["protocol"], tuple(offer["devices"]))
+    yield from p2p.receive(endpoint, offer["session"], lent, torch.device(updater.device), group)
+
+
+@functools.cache
+def _endpoint(protocol: str, devices: tuple[str, ...]) -> Endpoint:
+    from sglang.srt.runtime_context import get_server_args
+
+    return Endpoint(get_server_args().host, protocol, devices)
 
 
 def _check(updater: Any, request: Answer) -> Answer:
