@@ -17,10 +17,11 @@ import yaml
 from runner import compose, preflight
 from runner.cli.problems import groups
 from runner.errors import UserErrors
-from runner.rollout.sglang import arguments, p2p
+from runner.rollout.sglang import arguments
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.rules import sglang
 from runner.schema import Config, SglangRolloutConfig
+from runner.weights import transfer_engine
 
 GOLDEN = Path(__file__).parent / "golden" / "sglang"
 RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
@@ -158,20 +159,26 @@ def test_transports_that_cannot_work_are_refused() -> None:
         load("recipe=qwen3_30b_int4", "rollout.weight_transport=distributed")
 
 
-def test_rdma_is_mapped_to_sglangs_options_and_refused_with_every_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rdma_is_refused_where_the_hardware_does_not_have_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cfg = load("model=tiny_moe", *CPU, "rollout.weight_transport=p2p")
-    found = arguments.server_arguments(cfg)
-    assert p2p.OPTIONS.items() <= found.items() and p2p.PORT in arguments.RUNTIME
-    assert all(problem_of(name, value) is None for name, value in p2p.OPTIONS.items()) and problem_of(p2p.PORT, 6789) is None
-    assert not p2p.OPTIONS.keys() & arguments.server_arguments(load("model=tiny_moe", *CPU)).keys()
-    monkeypatch.setattr(p2p, "RDMA", tmp_path / "nothing")
-    with pytest.raises(UserErrors) as caught:
+    monkeypatch.setattr(transfer_engine, "DEVICES", tmp_path / "nothing")
+    with pytest.raises(UserErrors, match="cannot be read peer to peer over rdma here: this machine has no RDMA device"):
         preflight.check(cfg)
-    for reason in ("registers GPU memory only", "no RDMA device", "mooncake-transfer-engine", "int4 weights lie repacked"):
-        assert reason in str(caught.value)
     (tmp_path / "mlx5_0").mkdir()
-    monkeypatch.setattr(p2p, "RDMA", tmp_path)
-    assert not any("no RDMA device" in reason for reason in p2p.obstacles(cfg))
+    monkeypatch.setattr(transfer_engine, "DEVICES", tmp_path)
+    monkeypatch.setattr(transfer_engine.importlib.util, "find_spec", lambda name: None)
+    (problem,) = transfer_engine.obstacles("rdma")[:1]
+    assert problem == "mooncake-transfer-engine is not installed"
+    with pytest.raises(UserErrors, match="rollout.transfer_protocol"):
+        load("model=tiny_moe", *CPU, "rollout.weight_transport=p2p", "rollout.transfer_protocol=udp")
+    (line,) = (line for line in arguments.warnings(cfg) if "p2p" in line)
+    assert "no keys" in line and not any("p2p" in line for line in arguments.warnings(load("model=tiny_moe", *CPU)))
+
+
+def test_sglangs_own_way_of_handing_out_weights_is_refused() -> None:
+    option = "remote_instance_weight_loader_start_seed_via_transfer_engine"
+    with pytest.raises(UserErrors, match="hands out addresses of the weights to anybody"):
+        load("model=tiny_moe", *CPU, f"+rollout.server_args.{option}=true")
 
 
 def test_cuda_graphs_that_do_not_cover_the_concurrency_are_a_warning() -> None:

@@ -85,5 +85,5 @@ def _problem_of_any(problem: str, group: Any) -> str:
 
 def _exchanged(share: torch.Tensor, group: Any) -> torch.Tensor:
     whole = share.new_empty(share.numel() * dist.get_world_size(group))
-    dist.all_gather_into_tensor(whole, share, group=group)
+    dist.all_gather(list(whole.split(share.numel())), share, group=group)
     return whole

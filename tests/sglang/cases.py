@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import pytest
 import torch
 
 from runner import compose
@@ -13,8 +15,11 @@ from runner.precision.formats import decode, encode
 from runner.precision.plan import PrecisionPlan
 from runner.samples import ExportedTensor, Request, Sample, SamplingParams
 from runner.schema import Config
+from runner.weights.transfer_engine import Endpoint, obstacles
 
 FP32 = ("precision.base_dtype=float32", "speculative=none", "rollout.max_concurrency=16")
+
+P2P = pytest.param("p2p", marks=pytest.mark.skipif(bool(obstacles("tcp")), reason="; ".join(obstacles("tcp"))))
 
 
 def config(rollout: str, *overrides: str) -> Config:
@@ -76,6 +81,15 @@ def flipped(item: ExportedTensor, part: str) -> ExportedTensor:
     parts = {name: tensor.clone() for name, tensor in item.parts.items()}
     parts[part].reshape(-1).view(torch.uint8)[5] ^= 1
     return ExportedTensor(item.name, item.format, parts)
+
+
+def over(settings: Any, transport: str) -> Any:
+    """A fleet's settings with another transport (files for those that are neither a broadcast nor reads)."""
+    return dataclasses.replace(
+        settings,
+        broadcast="gloo" if transport == "distributed" else None,
+        endpoint=Endpoint("127.0.0.1", "tcp") if transport == "p2p" else None,
+    )
 
 
 class Running:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import P2P
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,8 +26,7 @@ from runner.weights.p2p import Lent, ranges_of, receive
 from runner.weights.transfer_engine import Endpoint, TransferError
 
 HOST = "127.0.0.1"
-MISSING = transfer_engine.obstacles("tcp")
-needs_mooncake = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+needs_mooncake = P2P.marks[0]
 pytestmark = pytest.mark.sglang
 DTYPES = (torch.bfloat16, torch.int32, torch.float8_e4m3fn, torch.float32, torch.int64, torch.uint8)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Running, by_key, config, exported, flipped, requests
+from cases import P2P, Running, by_key, config, exported, flipped, over, requests
 from safetensors.torch import save_file
 
 from runner import compose
@@ -65,13 +65,13 @@ def drafted(running: Any) -> tuple[dict[Any, list[int]], dict[str, float]]:
     return {key: sample.response_tokens.tolist() for key, sample in samples.items()}, running.pool.metrics()
 
 
-@pytest.mark.parametrize("transport", ["tensor", "distributed"])
+@pytest.mark.parametrize("transport", ["tensor", "distributed", P2P])
 def test_a_new_mtp_layer_drafts_after_the_update_that_brought_it(with_mtp: Any, transport: str) -> None:
     """The same policy twice, with a blind and with a perfect MTP layer: only what is accepted changes."""
     pool, settings = with_mtp.pool, with_mtp.pool._fleet.settings
     hidden = with_mtp.cfg.model.hidden_size
     blind, perfect = torch.zeros(hidden, 2 * hidden), torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)
-    pool._fleet.settings = dataclasses.replace(settings, broadcast="gloo" if transport == "distributed" else None)
+    pool._fleet.settings = over(settings, transport)
     try:
         with_mtp.sync(chain(with_mtp.items, blind), 1)
         tokens, before = drafted(with_mtp)

@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import by_key, config, exported, flipped, reference_logprobs, requests
+from cases import P2P, by_key, config, exported, flipped, over, reference_logprobs, requests
 from reference import reference_routes
 
 from runner.errors import UserError
-from runner.weights import transfer_engine
-from runner.weights.transfer_engine import Endpoint
 
 pytestmark = pytest.mark.sglang
-MISSING = transfer_engine.obstacles("tcp")
-needs_mooncake = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
 
 
 def test_packed_int4_computes_with_the_trainers_effective_weights(sglang_int4: Any) -> None:
@@ -131,17 +127,13 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
         pool._loop.run(client.post("/update_weights_from_distributed", body))
 
 
-@pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta", pytest.param("p2p", marks=needs_mooncake)])
+@pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta", P2P])
 def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
     sglang_int4.fresh()
     kept, settings = pool._writer, pool._fleet.settings
     pool._rollout.weight_transport, pool._writer = transport, None
-    pool._fleet.settings = dataclasses.replace(
-        settings,
-        broadcast="gloo" if transport == "distributed" else None,
-        endpoint=Endpoint("127.0.0.1", "tcp") if transport == "p2p" else None,
-    )
+    pool._fleet.settings = over(settings, transport)
     pool._fleet.weights.remove()
     pool._fleet.weights = None
     try:
@@ -160,6 +152,24 @@ def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: st
         pool._rollout.weight_transport, pool._fleet.settings = "tensor", settings
     sglang_int4.sync(items, 3)
     assert all(torch.equal(samples[key].tokens, again.tokens) for key, again in _greedy(pool).items())
+
+
+@pytest.mark.parametrize("transport", [P2P])
+def test_weights_that_cannot_be_read_are_a_problem_and_the_next_sync_is_whole(sglang_int4: Any, transport: str) -> None:
+    pool = sglang_int4.pool
+    sglang_int4.fresh()
+    settings = pool._fleet.settings
+    pool._fleet.settings = over(settings, transport)
+    session = pool._fleet.settings.endpoint.session
+    try:
+        pool._fleet.settings.endpoint.session = "127.0.0.1:1"
+        report = pool.update_weights(1, iter(sglang_int4.items))
+        assert "could not be read over tcp" in report.problems[0] and (report.arrived, pool.version) == (0, 0)
+        pool._fleet.settings.endpoint.session = session
+        again = pool.update_weights(1, iter(sglang_int4.items))
+        assert again.problems == [] and again.arrived == len(sglang_int4.items) and pool.version == 1
+    finally:
+        pool._fleet.settings = settings
 
 
 def _greedy(pool: Any) -> Any:

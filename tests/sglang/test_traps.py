@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET = (
+CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET, P2P = (
     f"sglang/test_{name}.py"
     for name in (
         "pool_contract", "server_faults", "server_weights", "server_twins", "server_generation", "server_router", "server_drafts",
-        "fleet",
+        "fleet", "p2p",
     )
 )  # fmt: skip
 ARGUMENTS, INTERFACE, COLLECT = "test_sglang_arguments.py", "test_sglang_interface.py", "test_collect.py"
@@ -124,7 +124,10 @@ PROMISES: dict[str, list[str]] = {
     "transports": [
         f"{WEIGHTS}::test_other_transports_bring_the_same_weights",
         f"{ROUTER}::test_samples_through_the_router_are_those_of_the_engines",
-        f"{ARGUMENTS}::test_rdma_is_mapped_to_sglangs_options_and_refused_with_every_reason",
+        f"{P2P}::test_every_rank_reads_the_same_bits",
+        f"{P2P}::test_memory_is_out_of_reach_when_the_action_is_over",
+        f"{WEIGHTS}::test_weights_that_cannot_be_read_are_a_problem_and_the_next_sync_is_whole",
+        f"{ARGUMENTS}::test_rdma_is_refused_where_the_hardware_does_not_have_it",
     ],
 }
 
