@@ -22,6 +22,7 @@ from cases import Running, by_key, config, exported, reference_logprobs, request
 
 from runner import folder
 from runner.errors import UserError
+from runner.rollout.sglang.entry import shared_file
 from runner.rollout.sglang.server import Server
 
 pytestmark = pytest.mark.sglang
@@ -167,14 +168,19 @@ pool = SglangPool(config("sglang", "model=tiny_dense", "precision=bf16", "router
 print(pool._fleet.engines[0].server.pid, flush=True)
 sys.stdin.read()
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(tmp_path)}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path)}
     driver = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     assert driver.stdout is not None
-    processes = family(int(driver.stdout.readline()))
+    server = int(driver.stdout.readline())
+    processes = family(server)
+    shared = shared_file(server, "*")
     assert len(processes) >= 3  # server, scheduler, detokenizer
+    assert len(list(shared.parent.glob(shared.name))) == 1
     driver.kill()
     driver.wait()
     assert gone(processes), [process for process in processes if process.is_running()]
+    assert list(shared.parent.glob(shared.name)) == []
 
 
 def _failing(tmp_path: Path, **arguments: Any) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET, P2P = (
+CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET, P2P, LATENT = (
     f"sglang/test_{name}.py"
     for name in (
         "pool_contract", "server_faults", "server_weights", "server_twins", "server_generation", "server_router", "server_drafts",
-        "fleet", "p2p",
+        "fleet", "p2p", "server_latent",
     )
 )  # fmt: skip
 ARGUMENTS, INTERFACE, COLLECT = "test_sglang_arguments.py", "test_sglang_interface.py", "test_collect.py"
@@ -62,6 +62,10 @@ TRAPS: dict[str, list[str]] = {
     "what is restored for loading and not loaded is lost: a draft model that is not updated": [
         f"{DRAFTS}::test_another_model_drafts_with_its_own_weights_over_updates",
     ],
+    "latent attention is not served on a CPU": [
+        f"{LATENT}::test_latent_attention_computes_what_transformers_does_and_follows_its_weights",
+    ],
+    "files of killed servers stay in shared memory": [f"{FAULTS}::test_a_driver_that_is_killed_takes_its_servers_along"],
     "retract loses routes": [f"{ARGUMENTS}::test_what_sglang_does_not_do_here_is_refused_with_the_reason"],
     "logprobs come after the temperature": [f"{CONTRACT}::test_logprobs_and_routes_equal_transformers"],
     "sequences x drafts overflow the buffer of routes": [
@@ -120,6 +124,9 @@ PROMISES: dict[str, list[str]] = {
     "drafts take part in weight sync": [
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
+    ],
+    "the engine's quantized set is read back and audited against the plan": [
+        f"{WEIGHTS}::test_a_plan_that_the_engine_does_not_follow_stops_the_start",
     ],
     "transports": [
         f"{WEIGHTS}::test_other_transports_bring_the_same_weights",

@@ -13,9 +13,11 @@ import os
 import select
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 GUARD_SECONDS = 0.3  # between looks at whether the server itself still lives
+SHARED = Path("/dev/shm")
 VERSION = "0.5.23"  # the plugin hooks private functions of exactly this version
 
 
@@ -48,6 +50,18 @@ def main() -> int:
     return 0
 
 
+def shared_file(group: int, name: str) -> Path:
+    """Where SGLang keeps the load figures of a server. Its own names say nothing about who made them, so that files of killed
+    servers could never be told from those of living ones."""
+    return SHARED / f"sglang_loads_{group}_{name}.shm"
+
+
+def remove_shared_files(group: int) -> None:
+    """Of a server that was killed; SGLang removes nothing then. `group`: its process group."""
+    for path in SHARED.glob(shared_file(group, "*").name):
+        path.unlink(missing_ok=True)
+
+
 def start_guard() -> None:
     """Fork, before anything large is imported, a process that kills our group when the driver or we end."""
     server = os.getpid()
@@ -58,6 +72,7 @@ def start_guard() -> None:
         readable, _, _ = select.select([0], [], [], GUARD_SECONDS)
         if readable and not os.read(0, 4096):
             break
+    remove_shared_files(os.getpgid(0))
     os.killpg(0, signal.SIGKILL)  # server.py started us in a session of our own
 
 

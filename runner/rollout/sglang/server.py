@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import Child, free_ports
 
@@ -25,6 +26,12 @@ class Server(Child):
         self.port, nccl_port = free_ports(self.host, 2)
         ports = {"host": self.host, "port": self.port, "nccl_port": nccl_port}
         self.launch({"server_args": {**self.arguments, **ports}})
+
+    def kill(self) -> None:
+        group = self._process.pid if self._process else None
+        super().kill()
+        if group is not None:
+            remove_shared_files(group)
 
     def environment(self) -> dict[str, str]:
         env = super().environment()

@@ -1,10 +1,11 @@
-"""Hooks for every device: no key in a log, no port that is open to the network, an end that does not wait for five seconds,
-configs that SGLang's models have and transformers does not know."""
+"""Hooks for every device: no key in a log, no port that is open to the network, an end without a wait of five
+seconds, shared memory that says whose it is, configs that SGLang's models have and transformers does not know."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner.models import mimo_torch
+from runner.rollout.sglang.entry import shared_file
 from runner.weights import broadcast
 
 
@@ -20,6 +22,7 @@ def register() -> None:
     HookRegistry.register(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _prompt_watchdog, HookType.AROUND
     )
+    HookRegistry.register("sglang.srt.managers.load_snapshot.shm_path_for", _shared_file, HookType.AROUND)
     _local_store()
     mimo_torch.register()  # MiMo's checkpoints bring code for this, which engines do not run
 
@@ -36,6 +39,11 @@ def _local_store() -> None:
 
 def _without_keys(result: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {key: "***" if key in ("api_key", "admin_api_key") and value else value for key, value in result.items()}
+
+
+def _shared_file(original: Callable[[str], str], ipc_name: str) -> str:
+    """A name that says whose it is: the process group, which all processes of a server share."""
+    return str(shared_file(os.getpgid(0), original(ipc_name).rpartition("_")[2].removesuffix(".shm")))
 
 
 async def _prompt_watchdog(original: Callable[[Any], Awaitable[None]], self: Any) -> None:
