@@ -246,6 +246,7 @@ class SglangRolloutConfig(RolloutConfig):
     startup_timeout_seconds: float = MISSING
     health_interval_seconds: float = MISSING  # between looks at whether an engine still works; 0: never
     cpu_engines: int = MISSING  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
+    cpu_tp: int = MISSING  # tensor-parallel ranks of each of them
     max_retries: int = MISSING
     use_router: bool = MISSING
     cuda_graph_max_batch: int = MISSING

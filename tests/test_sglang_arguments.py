@@ -102,11 +102,13 @@ def test_an_option_may_repeat_what_follows_from_the_config() -> None:
         (["model=tiny_moe", *CPU, "cluster.interface='::'"], "open on every network"),
         (["model=tiny_moe", *CPU, "precision=mxfp4_qat"], "not with mxfp4"),
         (["model=tiny_moe", *CPU, "rollout.pause_mode=retract"], "loses its routes"),
-        (["model=tiny_moe", *CPU, "rollout.cpu_engines=0"], "0 servers"),
+        (["model=tiny_moe", *CPU, "rollout.cpu_engines=0"], "must be at least 1"),
+        (["model=tiny_moe", *CPU, "rollout.cpu_tp=3"], "attention heads do not divide by 3.*rollout.cpu_tp=2"),
+        (["model=tiny_moe", *CPU, "parallelism.engine_ep=2"], "does not divide an engine of 1 ranks.*rollout.cpu_tp=2"),
     ],
 )
 def test_what_sglang_does_not_do_here_is_refused_with_the_reason(overrides: list[str], message: str) -> None:
-    with pytest.raises(UserErrors, match=message):
+    with pytest.raises(UserErrors, match=f"(?s){message}"):
         load(*overrides)
 
 

@@ -33,6 +33,8 @@ AT_LEAST_ONE = [
     "rollout.prefill_chunk_tokens",
     "rollout.cuda_graph_max_batch",
     "rollout.chunked_prefill_tokens",
+    "rollout.cpu_engines",
+    "rollout.cpu_tp",
     "speculative.auto_disable_after_steps",
     "speculative.ngram_min",
     "speculative.ngram_max",

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.errors import UserError
+from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
 from runner.schema import Config, SglangRolloutConfig
 
 
 def positive(cfg: Config) -> bool:
     """Whether sizes can be divided by at all; numbers.py reports those that cannot."""
     par = cfg.parallelism
-    return min(par.ranks, par.tp, par.pp, par.cp, par.ep, par.etp, par.engine_ep) >= 1 and par.gpus_per_engine >= 0
+    sizes = (par.ranks, par.tp, par.pp, par.cp, par.ep, par.etp, par.engine_ep, ranks_per_engine(cfg))
+    return min(sizes) >= 1 and par.gpus_per_engine >= 0
 
 
 def sizes_multiply(cfg: Config) -> Iterator[UserError]:
@@ -76,18 +78,18 @@ def model_divides(cfg: Config) -> Iterator[UserError]:
                 key=f"parallelism.{key}",
                 fix=f"parallelism.{key}={_largest_divisor(model.num_experts, getattr(par, key))}",
             )
-    for key, size in (("tp", par.tp), ("gpus_per_engine", max(1, par.gpus_per_engine))):
+    for key, size in (("parallelism.tp", par.tp), (ranks_key(cfg), ranks_per_engine(cfg))):
         if model.num_heads % size:
             yield UserError(
                 f"{model.num_heads} attention heads do not divide by {size}",
-                key=f"parallelism.{key}",
-                fix=f"parallelism.{key}={_largest_divisor(model.num_heads, size)}",
+                key=key,
+                fix=f"{key}={_largest_divisor(model.num_heads, size)}",
             )
         elif not model.kv_lora_rank and model.num_kv_heads % size and size % model.num_kv_heads:
             yield UserError(
                 f"{model.num_kv_heads} key/value heads neither divide by {size} nor divide it",
-                key=f"parallelism.{key}",
-                fix=f"parallelism.{key}={_largest_divisor(model.num_kv_heads, size)}",
+                key=key,
+                fix=f"{key}={_largest_divisor(model.num_kv_heads, size)}",
             )
 
 
@@ -134,11 +136,12 @@ def engines(cfg: Config) -> Iterator[UserError]:
             key="parallelism.gpus_per_engine",
             fix=f"parallelism.gpus_per_engine={_largest_divisor(par.rollout_gpus, par.gpus_per_engine)}",
         )
-    if par.engine_ep > 1 and par.gpus_per_engine % par.engine_ep:
+    ranks = ranks_per_engine(cfg)
+    if par.engine_ep > 1 and ranks % par.engine_ep:
         yield UserError(
-            f"expert parallel {par.engine_ep} does not divide an engine of {par.gpus_per_engine} GPUs",
+            f"expert parallel {par.engine_ep} does not divide an engine of {ranks} ranks",
             key="parallelism.engine_ep",
-            fix=f"parallelism.engine_ep={_largest_divisor(max(1, par.gpus_per_engine), par.engine_ep)}",
+            fix=f"parallelism.engine_ep={_largest_divisor(ranks, par.engine_ep)}, or {ranks_key(cfg)}={par.engine_ep}",
         )
     if cfg.rollout.name == "local" and max(par.gpus_per_engine, par.rollout_gpus) > 1:
         yield UserError(

@@ -9,6 +9,7 @@ from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
 from runner.models.family import Parameter
 from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
 from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role, TorchTrainerConfig
 
 FIXED_GROUPS = {Format.fp8: 128, Format.mxfp4: 32, Format.nvfp4: 16}
@@ -97,10 +98,10 @@ def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
     """A group never lies on two tensor-parallel ranks: its amax, and so its scale, would differ from the checkpoint's."""
     if not known_model(cfg) or _bad_roles(cfg):
         return
-    par = cfg.parallelism
-    expert_shards = par.gpus_per_engine // par.engine_ep if par.engine_ep else 1
+    par, ranks = cfg.parallelism, ranks_per_engine(cfg)
+    expert_shards = ranks // par.engine_ep if par.engine_ep else 1
     yield from _cut_groups(cfg, "trainer", cfg.precision.train, par.tp, par.etp)
-    yield from _cut_groups(cfg, "engine", cfg.precision.rollout, par.gpus_per_engine, expert_shards)
+    yield from _cut_groups(cfg, "engine", cfg.precision.rollout, ranks, expert_shards)
 
 
 def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
@@ -134,13 +135,17 @@ def _sharding_fix(cfg: Config, side: str, expert: bool, size: int, shards: int, 
     par = cfg.parallelism
     fits = next(n for n in range(shards - 1, 0, -1) if shards % n == 0 and (n == 1 or size % (n * unit) == 0))
     if expert and side == "engine":
-        return "parallelism.engine_ep", f"parallelism.engine_ep={par.gpus_per_engine // fits}, or a smaller precision.group_size"
+        return (
+            "parallelism.engine_ep",
+            f"parallelism.engine_ep={ranks_per_engine(cfg) // fits}, or a smaller precision.group_size",
+        )
     if expert:
         return "parallelism.etp", f"parallelism.etp={fits}, or a smaller precision.group_size"
     if side == "trainer":
         return "parallelism.tp", f"parallelism.tp={fits}, or a smaller precision.group_size"
     ep = f" parallelism.engine_ep={min(par.engine_ep, fits)}" if par.engine_ep > 1 else ""
-    return "parallelism.gpus_per_engine", f"parallelism.gpus_per_engine={fits}{ep}, or leave the role out of precision.roles"
+    key = ranks_key(cfg)
+    return key, f"{key}={fits}{ep}, or leave the role out of precision.roles"
 
 
 def _bad_roles(cfg: Config) -> bool:

@@ -76,8 +76,6 @@ def limits(cfg: Config) -> Iterator[UserError]:
             key="rollout.weight_transport",
             fix="rollout.weight_transport=tensor, or parallelism.colocate=false",
         )
-    if cfg.rollout.cpu_engines < 1:
-        yield UserError(f"{cfg.rollout.cpu_engines} servers", key="rollout.cpu_engines", fix="rollout.cpu_engines=1")
     if cfg.model.vision:
         yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
 

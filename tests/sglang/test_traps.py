@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET, P2P, LATENT = (
+CONTRACT, FAULTS, WEIGHTS, TWINS, GENERATION, ROUTER, DRAFTS, FLEET, P2P, LATENT, RANKS = (
     f"sglang/test_{name}.py"
     for name in (
         "pool_contract", "server_faults", "server_weights", "server_twins", "server_generation", "server_router", "server_drafts",
-        "fleet", "p2p", "server_latent",
+        "fleet", "p2p", "server_latent", "server_ranks",
     )
 )  # fmt: skip
 ARGUMENTS, INTERFACE, COLLECT = "test_sglang_arguments.py", "test_sglang_interface.py", "test_collect.py"
@@ -125,8 +125,14 @@ PROMISES: dict[str, list[str]] = {
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
     ],
+    "engines of several ranks: shards, experts and transports": [
+        f"{RANKS}::test_two_ranks_compute_what_transformers_does_over_every_transport",
+        f"{RANKS}::test_a_bit_that_differs_on_one_rank_is_named_with_it",
+        "test_sglang_residency.py::test_overlaps_gaps_and_lost_tensors_are_named",
+    ],
     "the engine's quantized set is read back and audited against the plan": [
         f"{WEIGHTS}::test_a_plan_that_the_engine_does_not_follow_stops_the_start",
+        f"{RANKS}::test_every_ranks_formats_are_read_back",
     ],
     "transports": [
         f"{WEIGHTS}::test_other_transports_bring_the_same_weights",

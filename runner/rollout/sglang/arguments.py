@@ -45,6 +45,18 @@ def num_engines(cfg: Config) -> int:
     return max(1, cfg.parallelism.rollout_gpus // max(1, cfg.parallelism.gpus_per_engine))
 
 
+def ranks_per_engine(cfg: Config) -> int:
+    """Tensor-parallel size of every engine; 1 for the in-process one."""
+    if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg):
+        return cfg.rollout.cpu_tp
+    return max(1, cfg.parallelism.gpus_per_engine)
+
+
+def ranks_key(cfg: Config) -> str:
+    """The key that decides `ranks_per_engine`."""
+    return "rollout.cpu_tp" if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg) else "parallelism.gpus_per_engine"
+
+
 def server_arguments(cfg: Config) -> Arguments:
     """Options of SGLang's ServerArgs for every server of this run, without those of RUNTIME; sorted by name."""
     rollout, par = _rollout(cfg), cfg.parallelism
@@ -63,7 +75,7 @@ def server_arguments(cfg: Config) -> Arguments:
         "max_running_requests": rollout.max_concurrency,
         "skip_server_warmup": True,
         "skip_tokenizer_init": True,  # tokens go in and come out
-        "tp_size": max(1, par.gpus_per_engine),
+        "tp_size": ranks_per_engine(cfg),
         "trust_remote_code": False,
     }
     if par.engine_ep > 1:

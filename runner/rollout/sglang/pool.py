@@ -29,7 +29,7 @@ from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
 from runner.rollout.sglang.interface import listen_address
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
-from runner.rollout.sglang.server import Server, threads_per_engine
+from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, Role, SglangRolloutConfig
@@ -74,6 +74,7 @@ class SglangPool:
         count = arguments.num_engines(self._cfg)
         logs = self._logs()
         common = arguments.server_arguments(self._cfg)
+        threads = threads_per_rank(count * arguments.ranks_per_engine(self._cfg))
         servers = []
         for index in range(count):
             started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
@@ -82,9 +83,7 @@ class SglangPool:
             if common["device"] == "cuda":
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
-            servers.append(
-                Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads_per_engine(count))
-            )
+            servers.append(Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads))
         return servers
 
     def _router(self, api_key: str) -> Router | None:

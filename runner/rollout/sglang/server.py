@@ -50,11 +50,20 @@ class Server(Child):
                 "TORCHDYNAMO_DISABLE": "1",
                 "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(self.threads)),
                 "OMP_WAIT_POLICY": "PASSIVE",  # trainer and servers share the cores: waiting threads must not spin
+                "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(self.arguments["tp_size"]),
                 "PYTHONPATH": os.pathsep.join([str(STUBS), *filter(None, [env.get("PYTHONPATH")])]),
             }
         return env
 
 
-def threads_per_engine(engines: int) -> int:
-    """CPU threads of each server when `engines` of them share this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // engines)
+def threads_per_rank(ranks: int) -> int:
+    """CPU threads of each rank of a server when `ranks` of all servers share this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _cores_of_ranks(ranks: int) -> str:
+    """Cores by rank in SGLang's notation; "all" for one rank. Without it, SGLang wants a NUMA node for every rank."""
+    if ranks == 1:
+        return "all"
+    cores = sorted(os.sched_getaffinity(0))
+    return "|".join(",".join(map(str, cores[rank::ranks] or cores)) for rank in range(ranks))

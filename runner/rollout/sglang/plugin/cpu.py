@@ -15,6 +15,7 @@ def register() -> None:
     _host_memory()
     _speculative_attention()
     _latent_attention()
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _own_experts, HookType.AROUND)
     HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
 
 
@@ -79,6 +80,20 @@ def _plain_rotary_embedding() -> None:
         return factory.get_rope(**{name: value for name, value in asked.items() if name in plain})
 
     factory.get_rope_cpu = choose
+
+
+def _own_experts(original: Any, layer: Any, hidden: torch.Tensor, topk: Any, config: Any) -> torch.Tensor:
+    """Expert parallel: -1 stands for an expert of another rank, which the plain implementation does not know. The ranks' parts
+    are summed outside."""
+    if not bool((topk.topk_ids < 0).any()):
+        computed: torch.Tensor = original(layer, hidden, topk, config)
+        return computed
+    token, place = (topk.topk_ids >= 0).nonzero(as_tuple=True)
+    own = topk._replace(topk_weights=topk.topk_weights[token, place, None], topk_ids=topk.topk_ids[token, place, None])
+    part = torch.zeros_like(hidden, dtype=torch.float32)
+    if len(token):
+        part.index_add_(0, token, original(layer, hidden[token], own, config).float())
+    return part.to(hidden.dtype)
 
 
 def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

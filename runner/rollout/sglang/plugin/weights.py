@@ -6,7 +6,7 @@ read out of the driver's memory; nothing is ever unpickled. SGLang's update sess
 client around `load`.
 
     load       check the digest of every part on arrival, then hand all of them to the model's own loader
-    check      residency: load named tensors again and compare bits with what is resident
+    check      residency: what is resident is what was received (residency.py)
     describe   which on-disk weights this engine computes with in which format
     commit     nothing; the call carries the new version and flushes the caches
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from safetensors import safe_open
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.rollout.sglang.plugin import residency
 from runner.weights import broadcast, buckets, p2p
 from runner.weights.stream import digest
 from runner.weights.transfer_engine import Endpoint
@@ -76,15 +76,20 @@ def _together(target: Answer, draft: Answer) -> Answer:
 
 
 def _of_all_ranks(answer: Answer) -> Answer:
-    """Only the first rank of a tensor-parallel engine answers the client: it must know what the others found."""
+    """Only the first rank of an engine answers the client: it must know what the others found, and what all hold together."""
     from sglang.srt.runtime_context import get_parallel
 
-    if get_parallel().tp_size == 1:
-        return answer
-    answers: list[Any] = [None] * get_parallel().tp_size
-    torch.distributed.all_gather_object(answers, answer, group=get_parallel().tp_group.cpu_group)
-    problems = [f"rank {rank}: {problem}" for rank, other in enumerate(answers) for problem in other["problems"]]
-    return {**answer, "problems": problems}
+    answers: list[Any] = [answer]
+    if get_parallel().tp_size > 1:
+        answers = [None] * get_parallel().tp_size
+        torch.distributed.all_gather_object(answers, answer, group=get_parallel().tp_group.cpu_group)
+    ranked = len(answers) > 1
+    problems = [f"rank {rank}: {text}" if ranked else text for rank, each in enumerate(answers) for text in each["problems"]]
+    problems += residency.of_all_ranks([each["held"] for each in answers if "held" in each])
+    together = {key: value for key, value in answer.items() if key != "held"} | {"problems": problems}
+    if "formats" in answer:  # with expert parallelism every rank has experts of its own
+        together["formats"] = {name: form for each in answers for name, form in each["formats"].items()}
+    return together
 
 
 def _load(updater: Any, request: Answer) -> Answer:
@@ -170,80 +175,15 @@ def _endpoint(protocol: str, devices: tuple[str, ...]) -> Endpoint:
 
 
 def _check(updater: Any, request: Answer) -> Answer:
-    """Residency of `parts` (names of on-disk tensors), layer by layer.
+    """Residency of `parts` (names of on-disk tensors): see residency.py.
 
-    Loading a tensor with every bit inverted must change exactly as many resident values as the tensor has, which proves that
-    the loader knows the name; loading the tensor itself must then give back the bits that were resident before. Values that
-    the engine derived from resident ones (effective weights of the CPU twin) are derived again and compared.
     On CUDA quantized weights lie repacked for their kernel and are not loadable again: they are named in `unchecked`.
     """
-    model = updater.get_model()
     wanted = {name for name in request["parts"] if _is_ours(name, request)}
     unchecked = sorted(wanted & set(request["repacked"])) if torch.device(updater.device).type == "cuda" else []
-    layers: dict[str, list[tuple[str, torch.Tensor]]] = defaultdict(list)
-    for name, tensor in _arriving(updater, request, wanted - set(unchecked)):
-        layers[_layer_of(name)].append((name, tensor))
-    problems: list[str] = []
-    for layer, tensors in layers.items():
-        problems += _check_layer(model, layer, tensors)
-    return {"problems": problems, "checked": sum(map(len, layers.values())), "unchecked": unchecked}
-
-
-def _layer_of(name: str) -> str:
-    """`model.layers.3.` of `model.layers.3.mlp.up_proj.weight`; "" outside of layers."""
-    head, marker, rest = name.partition(".layers.")
-    return f"{head}{marker}{rest.partition('.')[0]}." if marker else ""
-
-
-def _check_layer(model: Any, layer: str, tensors: list[tuple[str, torch.Tensor]]) -> list[str]:
-    resident = {name: parameter for name, parameter in _tensors_of(model) if _layer_of(name) == layer}
-    problems = []
-    before = {name: parameter.detach().clone() for name, parameter in resident.items()}
-    for pieces in _loadable_alone(tensors):
-        model.load_weights((name, _inverted(tensor)) for name, tensor in pieces)
-        written = sum(_values_that_differ(resident[name], before[name]) for name in resident)
-        model.load_weights(iter(pieces))
-        names = " + ".join(name for name, _ in pieces)
-        expected = sum(tensor.numel() for _, tensor in pieces)
-        if written != expected:
-            problems.append(f"{names}: has {expected} values, but {written} resident values follow it")
-        wrong = [name for name in resident if _values_that_differ(resident[name], before[name])]
-        if wrong:
-            problems.append(f"{names}: resident {', '.join(wrong)} differ from what was received")
-            for name in wrong:
-                before[name] = resident[name].detach().clone()
-    for name, module in model.named_modules():
-        if hasattr(module, "derive_effective") and _layer_of(name + ".") == layer:
-            again = module.derive_effective()
-            wrong = [key for key in again if _values_that_differ(module.effective[key], again[key])]
-            problems += [f"{name}: resident effective {key} differs from resident integers and scales" for key in wrong]
-    return problems
-
-
-def _tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _loadable_alone(tensors: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
-    """DeepSeek's loader fuses the two low-rank projections and waits for both: they go together."""
-    fused = [item for item in tensors if ".q_a_proj." in item[0] or ".kv_a_proj_with_mqa." in item[0]]
-    alone = [[item] for item in tensors if item not in fused]
-    return [*alone, fused] if fused else alone
-
-
-def _inverted(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.contiguous().reshape(-1)
-    return torch.bitwise_not(flat.view(torch.uint8)).view(flat.dtype).reshape(tensor.shape)
-
-
-def _values_that_differ(a: torch.Tensor, b: torch.Tensor) -> int:
-    """Compares bits, so that NaN equals itself and -0.0 is not 0.0."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return max(a.numel(), b.numel())
-    width = a.element_size()
-    bytes_a, bytes_b = (t.detach().contiguous().reshape(-1).view(torch.uint8).view(-1, width) for t in (a, b))
-    return int((bytes_a != bytes_b).any(-1).sum())
+    tensors = list(_arriving(updater, request, wanted - set(unchecked)))
+    problems, held = residency.check(updater.get_model(), tensors)
+    return {"problems": problems, "held": held, "checked": len(tensors), "unchecked": unchecked}
 
 
 def _commit(updater: Any, request: Answer) -> Answer:
@@ -282,10 +222,12 @@ FUSED = {
 
 
 def _disk_names(name: str, module: Any) -> list[str]:
-    """On-disk weight names of one of SGLang's modules, which stack projections and experts."""
+    """On-disk weight names of one of SGLang's modules, which stack projections and the experts of their rank."""
     own = dict(module.named_parameters(recurse=False))
     if any(key.startswith("w13_weight") for key in own):
-        experts = range(next(iter(own.values())).shape[0])
+        count = next(iter(own.values())).shape[0]
+        first = getattr(module, "moe_ep_rank", 0) * count
+        experts = range(first, first + count)
         return [f"{name}.{expert}.{piece}.weight" for expert in experts for piece in ("gate_proj", "up_proj", "down_proj")]
     head, _, last = name.rpartition(".")
     return [f"{head}.{piece}.weight" for piece in FUSED.get(last, (last,))]
