@@ -26,7 +26,7 @@ from runner.samples import Status
 
 SETTINGS = Settings(
     startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode="abort", broadcast=None,
-    endpoint=None, host="127.0.0.1", draft=frozenset(),
+    endpoint=None, repacks=False, host="127.0.0.1", draft=frozenset(),
 )  # fmt: skip
 
 

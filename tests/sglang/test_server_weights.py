@@ -47,8 +47,8 @@ def _answer_of(pool: Any) -> Any:
     return EngineUpdate(pool._fleet.engines[0])
 
 
-def _resident_check(running: Any, names: list[str], change: Any) -> list[str]:
-    """Load the items, then ask the residency check about a set of files in which `change` was made."""
+def _resident_check(running: Any, names: list[str], change: Any, *, repacked: bool = False) -> list[str]:
+    """Load the items, then ask the residency check about a set of files in which `change` was made to the named."""
     running.fresh()
     pool = running.pool
     changed = [change(item) if item.name in names else item for item in running.items]
@@ -56,7 +56,7 @@ def _resident_check(running: Any, names: list[str], change: Any) -> list[str]:
     update = _answer_of(pool)
     parts = other.parts_of(names)
     try:
-        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
+        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=parts if repacked else []))
     finally:
         other.remove()
     assert update.checked == len(parts)
@@ -79,6 +79,29 @@ def test_a_resident_bit_that_differs_from_what_was_sent_is_named(sglang_int4: An
     assert problems[0].startswith(name) and "differ from what was received" in problems[0]
     assert all("resident effective" in problem for problem in problems[1:]), problems  # loading did not derive them again
     assert _resident_check(sglang_int4, [weight], lambda item: item) == []
+
+
+def test_repacked_layers_are_restored_loaded_and_repacked_again(sglang_int4: Any) -> None:
+    """How INT4 is checked on CUDA, here where repacking is deriving effective weights: by SGLang's own functions, a layer at a
+    time, so that a sync asks for all of the layer."""
+    layer, wrong = "model.layers.1.", "model.layers.1.mlp.experts.3.down_proj.weight"
+    pool, settings = sglang_int4.pool, sglang_int4.pool._fleet.settings
+    of_layer = [item.name for item in sglang_int4.items if item.name.startswith(layer)]
+    pool._repacks, pool._fleet.settings = True, dataclasses.replace(settings, repacks=True)
+    try:
+        for version in range(3):
+            report = pool.update_weights(version, iter(sglang_int4.items))
+            assert report.problems == [] and report.resident_checked >= len(of_layer)
+    finally:
+        pool._repacks, pool._fleet.settings = False, settings
+    assert _resident_check(sglang_int4, of_layer, lambda item: item, repacked=True) == []
+    change = lambda item: flipped(item, f"{wrong}_packed") if item.name == wrong else item  # noqa: E731
+    problems = _resident_check(sglang_int4, of_layer, change, repacked=True)
+    assert [problem.partition(":")[0] for problem in problems] == [
+        f"{layer}mlp.experts.effective w2_weight",
+        f"{layer}mlp.experts.w2_weight_packed",
+    ]
+    sglang_int4.fresh()
 
 
 def test_effective_weights_that_were_not_derived_again_are_found(sglang_int4: Any) -> None:

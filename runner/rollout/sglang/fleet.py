@@ -42,6 +42,7 @@ class Settings:
     broadcast: str | None  # backend of the distributed transport
     endpoint: Endpoint | None  # of the p2p transport; with neither, weights travel as files
     host: str  # where the driver's side of a broadcast listens
+    repacks: bool  # whether engines lay quantized weights out for a kernel: they are then checked by whole layers
     draft: frozenset[str]  # weights of the policy's export that the draft model takes
 
 
@@ -65,7 +66,6 @@ class EngineUpdate:
     engine: Engine
     arrived: int = 0
     checked: int = 0
-    unchecked: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     died: str = ""
 
@@ -73,7 +73,6 @@ class EngineUpdate:
         self.problems += answer.get("problems", [])
         self.arrived += answer.get("arrived", 0)
         self.checked += answer.get("checked", 0)
-        self.unchecked += answer.get("unchecked", [])
 
 
 class Fleet:
@@ -377,7 +376,8 @@ class Fleet:
         await self._send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
         await self._each(updates, lambda client, _: client.end_update())
         if parts and not any(update.problems for update in updates):
-            repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16")
+            repacks = self.settings.repacks
+            repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16") if repacks else []
             checked = [part for part in draft if part in parts]
             await self._send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=checked)
         if not any(update.problems for update in updates):

@@ -28,11 +28,12 @@ from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
 from runner.rollout.sglang.interface import listen_address
 from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, Role, SglangRolloutConfig
+from runner.schema import Config, Format, Role, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
 from runner.weights.transfer_engine import Endpoint, TransferError
 
@@ -48,6 +49,7 @@ class SglangPool:
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
         self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
+        self._repacks = not arguments.on_cpu(cfg) and cfg.precision.rollout.format is not Format.bf16
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
@@ -105,6 +107,7 @@ class SglangPool:
             broadcast=backend if rollout.weight_transport == "distributed" else None,
             endpoint=self._endpoint() if rollout.weight_transport == "p2p" else None,
             host=self._host,
+            repacks=self._repacks,
             draft=self._draft,
         )
 
@@ -254,11 +257,15 @@ class SglangPool:
 
     def _checked_now(self, first: bool) -> list[str]:
         """Weights whose residency is checked at this sync: all at the first, then a rotating sample, each with what SGLang
-        fuses it with: its loader waits for both low-rank projections of latent attention before it writes either."""
+        fuses it with: its loader waits for both low-rank projections of latent attention before it writes either. Weights that
+        are repacked for a kernel are loaded again a layer at a time, so all of the layer is needed."""
         order = self._loaded
         count = len(order) if first else min(self._residency_tensors, len(order))
         start = self._fleet.updates * count
         chosen = [order[(start + i) % len(order)] for i in range(count)]
+        if self._repacks:
+            layers = {layer_of(name) for name in chosen} - {""}
+            chosen += [name for name in order if layer_of(name) in layers]
         return list(dict.fromkeys(part for name in chosen for part in self.plan.same_matrix(name)))
 
     def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:

@@ -5,6 +5,9 @@ loaded with every bit inverted, and the resident values that change are those th
 tensor has (or a multiple, where ranks hold copies) and be the same values. Loading the tensor itself must then give back, on
 every rank, the bits that were resident before. Values that the engine derived from resident ones (effective weights of the CPU
 twin) are derived again and compared.
+
+Where the engine repacks for a kernel (INT4 for Marlin on CUDA), no value follows a bit of the tensor any more. There a whole
+layer is restored, loaded and repacked again, by SGLang's own functions as in a weight update, and must have the bits it had.
 """
 
 from __future__ import annotations
@@ -35,12 +38,36 @@ def check(model: Any, tensors: Tensors) -> tuple[list[str], dict[str, Held]]:
     """(problems of this rank, what it holds by name). Layer by layer: that much is copied."""
     layers: dict[str, Tensors] = defaultdict(list)
     for name, tensor in tensors:
-        layers[_layer_of(name)].append((name, tensor))
+        layers[layer_of(name)].append((name, tensor))
     problems: list[str] = []
     held: dict[str, Held] = {}
     for layer, of_layer in layers.items():
         problems += _check_layer(model, layer, of_layer, held)
     return problems, held
+
+
+def check_repacked(model: Any, layer: str, tensors: Tensors, device: torch.device) -> list[str]:
+    """Problems of one layer, all of whose tensors must be given: what is restored and not loaded again would be lost."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    module = model.get_submodule(layer.removesuffix("."))
+    before = {name: tensor.detach().clone() for name, tensor in _computed_with(module)}
+    DefaultModelLoader.restore_weights_before_loading(module, device)
+    model.load_weights(iter(tensors))
+    DefaultModelLoader.postprocess_weights(module, device)
+    after = dict(_computed_with(module))
+    return [
+        f"{layer}{name}: resident values differ from those that loading and repacking the layer again gives"
+        for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or differing(before[name], after[name]).any()
+    ]
+
+
+def _computed_with(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from _tensors_of(module)
+    for name, part in module.named_modules():
+        for key, tensor in getattr(part, "effective", {}).items():
+            yield f"{name}.effective {key}", tensor
 
 
 def of_all_ranks(held: list[dict[str, Held]]) -> list[str]:
@@ -78,7 +105,7 @@ def _signed(word: int) -> int:
 
 
 def _check_layer(model: Any, layer: str, tensors: Tensors, held: dict[str, Held]) -> list[str]:
-    resident = {name: parameter for name, parameter in _tensors_of(model) if _layer_of(name) == layer}
+    resident = {name: parameter for name, parameter in _tensors_of(model) if layer_of(name) == layer}
     problems = []
     before = {name: parameter.detach().clone() for name, parameter in resident.items()}
     for pieces in _loadable_alone(tensors):
@@ -94,7 +121,7 @@ def _check_layer(model: Any, layer: str, tensors: Tensors, held: dict[str, Held]
             for name in wrong:
                 before[name] = resident[name].detach().clone()
     for name, module in model.named_modules():
-        if hasattr(module, "derive_effective") and _layer_of(name + ".") == layer:
+        if hasattr(module, "derive_effective") and layer_of(name + ".") == layer:
             again = module.derive_effective()
             wrong = [key for key in again if differing(module.effective[key], again[key]).any()]
             problems += [f"{name}: resident effective {key} differs from resident integers and scales" for key in wrong]
@@ -124,7 +151,7 @@ def _inverted(tensor: torch.Tensor) -> torch.Tensor:
     return torch.bitwise_not(flat.view(torch.uint8)).view(flat.dtype).reshape(tensor.shape)
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """`model.layers.3.` of `model.layers.3.mlp.up_proj.weight`; "" outside of layers."""
     head, marker, rest = name.partition(".layers.")
     return f"{head}{marker}{rest.partition('.')[0]}." if marker else ""

@@ -175,15 +175,15 @@ def _endpoint(protocol: str, devices: tuple[str, ...]) -> Endpoint:
 
 
 def _check(updater: Any, request: Answer) -> Answer:
-    """Residency of `parts` (names of on-disk tensors): see residency.py.
-
-    On CUDA quantized weights lie repacked for their kernel and are not loadable again: they are named in `unchecked`.
-    """
+    """Residency of `parts` (names of on-disk tensors), of which `repacked` do not lie as they were loaded: see residency.py."""
     wanted = {name for name in request["parts"] if _is_ours(name, request)}
-    unchecked = sorted(wanted & set(request["repacked"])) if torch.device(updater.device).type == "cuda" else []
-    tensors = list(_arriving(updater, request, wanted - set(unchecked)))
-    problems, held = residency.check(updater.get_model(), tensors)
-    return {"problems": problems, "held": held, "checked": len(tensors), "unchecked": unchecked}
+    tensors = list(_arriving(updater, request, wanted))
+    again = {residency.layer_of(name) for name in wanted & set(request["repacked"])}
+    problems, held = residency.check(updater.get_model(), [item for item in tensors if residency.layer_of(item[0]) not in again])
+    for layer in sorted(again):
+        of_layer = [item for item in tensors if residency.layer_of(item[0]) == layer]
+        problems += residency.check_repacked(updater.get_model(), layer, of_layer, torch.device(updater.device))
+    return {"problems": problems, "held": held, "checked": len(tensors)}
 
 
 def _commit(updater: Any, request: Answer) -> Answer:
