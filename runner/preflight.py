@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from runner.errors import UserError, UserErrors
+from runner.rollout.sglang.arguments import takes_turns
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
 from runner.weights import transfer_engine
@@ -110,6 +111,15 @@ def _engines(cfg: Config) -> list[UserError]:
             )
         )
     errors += _draft(cfg)
+    if takes_turns(cfg) and not installed("torch_memory_saver"):
+        errors.append(
+            UserError(
+                "engines that take turns with the trainer on its GPUs give their memory back through torch-memory-saver, which is "
+                "not installed",
+                key="parallelism.colocate",
+                fix="pip install torch-memory-saver, or parallelism.colocate=false with GPUs of their own",
+            )
+        )
     if cfg.rollout.use_router and not installed("sglang_router"):
         errors.append(
             UserError(

@@ -26,12 +26,14 @@ from runner.loop import Components, train
 from runner.models.build import load_tokenizer
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
+from runner.rollout.sglang.arguments import takes_turns
 from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks import shows_images
 from runner.tasks.protocol import Task
 from runner.tracking.tracker import Tracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
+from runner.turns import Turns
 from runner.warm_start import warm_start
 from runner.watch import Watcher
 
@@ -97,7 +99,12 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     tokenizer = load_tokenizer(cfg.model)
     task = _build_task(cfg, tokenizer)
     trainer = _build_trainer(cfg)
+    if takes_turns(cfg):
+        trainer.sleep()  # the engines fill the GPUs when they start
     pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
+    shared = Turns(trainer, pool) if takes_turns(cfg) else None
+    if shared:
+        trainer, pool = shared.trainer, shared.pool
     untouched = pool.state()
 
     def decode(ids: list[int]) -> str:
@@ -114,7 +121,11 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
                 restarts += 1
                 begin = _restart_point(cfg, folder.path, error, restarts, tracker)
             trainer.close()
+            if shared:
+                shared.make_room()
             trainer = _build_trainer(cfg)
+            if shared:
+                trainer = shared.replace_trainer(trainer)
     finally:
         pool.close()
         trainer.close()

@@ -36,10 +36,11 @@ class WeightSync:
 
     def __call__(self) -> dict[str, float]:
         """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises UserError naming the tensors."""
+        ours = None if self._batch is None else torch.cat(self.trainer.logprobs(self._batch, routes="own"))
         for attempt in range(ATTEMPTS):
             report = self.pool.update_weights(self.trainer.version, self.trainer.export("rollout"))
             if not report.problems:
-                return {**_metrics(report), **self._probe_metrics()}
+                return {**_metrics(report), **self._probe_metrics(ours)}
             self.tracker.event(
                 "sync_failed",
                 f"weight sync {report.version}, attempt {attempt + 1}: {report.problems[0]}",
@@ -51,10 +52,10 @@ class WeightSync:
             fix="check the memory and the network of the machine; resume=<this run> continues from the last checkpoint",
         )
 
-    def _probe_metrics(self) -> dict[str, float]:
-        if self._batch is None:
+    def _probe_metrics(self, ours: torch.Tensor | None) -> dict[str, float]:
+        """`ours` is taken before the engines load: where both take turns on the GPUs, the trainer sleeps by now."""
+        if ours is None:
             return {}
-        ours = torch.cat(self.trainer.logprobs(self._batch, routes="own"))
         theirs = torch.cat([row.to(ours.device) for row in self.pool.score(self.probe, self.images)])
         difference = (ours - theirs).abs()
         return {"probe/logprob_abs_diff": float(difference.mean()), "probe/logprob_abs_diff_max": float(difference.max())}

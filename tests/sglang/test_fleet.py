@@ -145,6 +145,19 @@ def test_a_request_that_fails_too_often_is_a_failed_sample_with_the_reason(monke
     assert sample.status is Status.failed and "no answer within 5 s" in sample.finish_reason and sample.response_length == 0
 
 
+def test_a_logprob_that_is_no_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang answers null for NaN and goes on generating."""
+    monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
+    for value in (None, float("nan"), float("-inf")):
+        wrong = reply([7, 8])
+        wrong["meta_info"]["output_token_logprobs"][1] = (value, 8, None)
+        sample = asyncio.run(ready_fleet(FakeClient(wrong)).complete(generation()))
+        assert sample.status is Status.failed and "a logprob is not a number" in sample.finish_reason
+        scored = {"meta_info": {"input_token_logprobs": [(None, 5, None), (value, 6, None)]}}
+        with pytest.raises(EngineFailure, match="a scored sequence: a logprob is not a number"):
+            asyncio.run(ready_fleet(FakeClient(scored)).score([5, 6]))
+
+
 def test_an_aborted_request_goes_on_from_what_it_kept() -> None:
     client = FakeClient(reply([7, 8], "abort", "3.1"), reply([9, 4], "length", "4.2"))
     sample = asyncio.run(ready_fleet(client).complete(generation(room=4)))
@@ -166,6 +179,59 @@ def test_an_update_is_a_session_between_pause_and_resume_and_flushes(tmp_path: P
     ]  # fmt: skip
     assert client.calls[0] == ("pause", mode) and client.calls[5][1] == {"flush": flush, "version": "4.2"}
     assert fleet.engines[0].synced == fleet.updates == 2
+
+
+def test_engines_give_their_memory_back_and_take_it_around_a_load(tmp_path: Path) -> None:
+    """A server that is not idle would end itself; the caches come back before the flush that commits."""
+    client = FakeClient()
+    weights = WeightSet(4, tmp_path, digests={"a": "x"}, parts={"a": ["a"]}, formats={"a": "bf16"})
+
+    async def run() -> None:
+        fleet = ready_fleet(client)
+        fleet.weights = weights
+        await fleet.sleep()
+        await fleet.sleep()
+        assert [call[0] for call in client.calls] == ["pause", "release_memory"] and not fleet._ready()
+        client.calls.clear()
+        await fleet.wake()
+        await fleet.wake()
+        assert fleet._ready() and not fleet.engines[0].asleep
+
+    asyncio.run(run())
+    assert [call[0] for call in client.calls] == [
+        "take_memory", "begin_update", "load", "end_update", "take_memory", "commit", "resume",
+    ]  # fmt: skip
+    assert [call[1] for call in client.calls if call[0] == "take_memory"] == [("weights",), ("kv_cache", "cuda_graph")]
+
+
+def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the trainer has the GPUs."""
+    weights = WeightSet(4, tmp_path, digests={"a": "x"}, parts={"a": ["a"]}, formats={"a": "bf16"})
+    started = []
+
+    async def run() -> None:
+        fleet = ready_fleet(FakeClient(), FakeClient())
+        fleet.weights = weights
+
+        async def start(engine: Any) -> None:
+            started.append(engine.server.index)
+            engine.up = True
+
+        monkeypatch.setattr(fleet, "_start", start)
+        for engine in fleet.engines:
+            monkeypatch.setattr(engine.server, "kill", lambda: None, raising=False)
+        await fleet.sleep()
+        fleet._restart(fleet.engines[1], "it ended")
+        await asyncio.sleep(0.05)
+        assert started == []
+        await fleet.wake()
+        assert fleet.engines[1].restarting is not None
+        await fleet.engines[1].restarting
+        assert started == [1] and all(engine.synced == fleet.updates for engine in fleet.engines)
+
+    asyncio.run(run())
 
 
 def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
-from cases import requests
+import torch
+from cases import by_key, reference_logprobs, requests
 from test_server_faults import _failing
 
 from runner.samples import Status
@@ -24,7 +25,7 @@ def test_samples_come_as_they_finish(sglang_fp32: Any) -> None:
     """Short ones while long ones of the same call still run."""
     pool = sglang_fp32.pool
     sglang_fp32.fresh()
-    long = [dataclasses.replace(r, prompt_id=f"long{i}") for i, r in enumerate(requests(3, max_response_tokens=230))]
+    long = named(requests(3, max_response_tokens=230))
     short = requests(3, max_response_tokens=3)
     run = pool.generate([*long, *short])
     first = [next(run) for _ in short]
@@ -81,6 +82,40 @@ def test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process(
     assert "it ran out of memory" in message and "rollout.max_concurrency" in message and "sglang_0.log" in message
     after = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
     assert [process for process in after if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_engines_that_slept_compute_as_before(sglang_int4: Any) -> None:
+    """Their memory comes back empty (the CPU twin overwrites it): waking brings the weights, and so does an update."""
+    pool, built = sglang_int4.pool, sglang_int4.fresh()
+    for wake in (pool.wake, lambda: sglang_int4.sync(sglang_int4.items, 1)):
+        pool.sleep()
+        pool.sleep()  # nothing to do
+        wake()
+        pool.wake()
+        samples = list(pool.generate(requests(4)))
+        assert len(samples) == 4
+        for sample in samples:
+            torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
+    assert pool._fleet.counters["restarts"] == 0
+
+
+def test_what_runs_is_aborted_before_engines_sleep_and_goes_on_when_they_wake(sglang_fp32: Any) -> None:
+    pool, built = sglang_fp32.pool, sglang_fp32.fresh()
+    pool.metrics()
+    short, long = requests(1, max_response_tokens=4, routes=False), requests(3, max_response_tokens=200, routes=False)
+    run = pool.generate([*short, *named(long)])
+    first = next(run)
+    pool.sleep()
+    pool.wake()
+    samples = [first, *run]
+    assert len(by_key(samples)) == 4 and pool.metrics()["rollout/requests_continued"] == 3
+    for sample in samples:
+        torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
+
+
+def named(asked: list[Any]) -> list[Any]:
+    """Other names than those of the same prompts in another list."""
+    return [dataclasses.replace(request, prompt_id=f"long{index}") for index, request in enumerate(asked)]
 
 
 def test_a_run_ends_without_a_word(tmp_path: Path) -> None:

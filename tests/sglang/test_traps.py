@@ -125,6 +125,14 @@ PROMISES: dict[str, list[str]] = {
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
     ],
+    "engines sleep while the trainer has their GPUs": [
+        f"{GENERATION}::test_engines_that_slept_compute_as_before",
+        f"{GENERATION}::test_what_runs_is_aborted_before_engines_sleep_and_goes_on_when_they_wake",
+        f"{FLEET}::test_engines_give_their_memory_back_and_take_it_around_a_load",
+        f"{FLEET}::test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake",
+        "test_turns.py::test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync",
+    ],
+    "logprobs that are no numbers are a failure": [f"{FLEET}::test_a_logprob_that_is_no_number_is_a_failure"],
     "engines of several ranks: shards, experts and transports": [
         f"{RANKS}::test_two_ranks_compute_what_transformers_does_over_every_transport",
         f"{RANKS}::test_a_bit_that_differs_on_one_rank_is_named_with_it",

@@ -37,6 +37,12 @@ def on_cpu(cfg: Config) -> bool:
     return cfg.parallelism.rollout_gpus == 0
 
 
+def takes_turns(cfg: Config) -> bool:
+    """Whether trainer and engines are processes with the same GPUs (turns.py). The in-process engine lives in the trainer's."""
+    par = cfg.parallelism
+    return isinstance(cfg.rollout, SglangRolloutConfig) and par.colocate and min(par.gpus, par.rollout_gpus) > 0
+
+
 def num_engines(cfg: Config) -> int:
     """Servers of the run."""
     rollout = _rollout(cfg)
@@ -92,7 +98,7 @@ def server_arguments(cfg: Config) -> Arguments:
     else:
         decided |= {
             "cuda_graph_max_bs_decode": rollout.cuda_graph_max_batch,
-            "enable_memory_saver": par.colocate,
+            "enable_memory_saver": takes_turns(cfg),
             "mem_fraction_static": rollout.memory_fraction,
         }
         if par.gpus_per_engine > cfg.cluster.gpus_per_node > 0:

@@ -11,6 +11,9 @@ import aiohttp
 Reply = dict[str, Any]
 
 
+WEIGHTS, CACHES = ("weights",), ("kv_cache", "cuda_graph")  # SGLang's names of what its memory is for
+
+
 class EngineFailure(Exception):
     """The server died, hung or answered something that it should not have; the request may be tried elsewhere."""
 
@@ -57,6 +60,14 @@ class Client:
 
     async def resume(self) -> None:
         await self._call("/continue_generation", {})
+
+    async def release_memory(self) -> None:
+        """Of a server that is paused and idle: SGLang's scheduler ends itself otherwise."""
+        await self._call("/release_memory_occupation", {"tags": [*WEIGHTS, *CACHES]})
+
+    async def take_memory(self, tags: tuple[str, ...]) -> None:
+        """Each tag once after a release; what lies in it is undefined."""
+        await self._call("/resume_memory_occupation", {"tags": list(tags)})
 
     async def begin_update(self, selector: str) -> None:
         """`selector`: all, or target where a draft model is not updated: what is restored for loading must be loaded."""

@@ -6,6 +6,7 @@ Shape legend: P prompt tokens, R response tokens, T = P + R, L MoE layers, K exp
 from __future__ import annotations
 
 import base64
+import math
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ class Generation:
         if reason["type"] == "abort" and reason.get("status_code"):
             raise EngineFailure(f"{self.where}: {reason.get('message')}")
         new = list(reply["output_ids"])
-        logprobs = [float(entry[0]) for entry in meta["output_token_logprobs"]] if new else []
+        logprobs = finite_logprobs(meta["output_token_logprobs"], self.where) if new else []
         if len(logprobs) != len(new):
             raise EngineFailure(f"{self.where}: {len(new)} tokens came with {len(logprobs)} logprobs")
         start = len(self.tokens)
@@ -147,6 +148,14 @@ class Generation:
             routes=torch.cat(self.routes) if self.routes else None,
             weight_spans=self.spans,
         )
+
+
+def finite_logprobs(entries: list[Any], where: str) -> list[float]:
+    """Of SGLang's [logprob, token, text] entries. It answers null for NaN, and goes on generating: EngineFailure."""
+    values = [entry[0] for entry in entries]
+    if any(value is None or not math.isfinite(value) for value in values):
+        raise EngineFailure(f"{where}: a logprob is not a number: the engine computes with NaN or infinite values")
+    return [float(value) for value in values]
 
 
 def _spans(meta: Reply, count: int) -> list[tuple[str, int, int]]:

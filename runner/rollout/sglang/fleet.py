@@ -13,8 +13,8 @@ from typing import Any
 import aiohttp
 
 from runner.errors import UserError
-from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
-from runner.rollout.sglang.decoding import Generation
+from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused, wait_until_ready
+from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.process import start_problem
 from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.sender import Sender, lent
@@ -54,6 +54,7 @@ class Engine:
         self.client: Client | None = None
         self.up = False
         self.synced = 0
+        self.asleep = False  # without GPU memory, paused
         self.outstanding = 0  # tokens of requests it works on
         self.restarting: asyncio.Task[None] | None = None
         self.broken: UserError | None = None
@@ -89,7 +90,8 @@ class Fleet:
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
         self._changed = asyncio.Condition()
-        self._open = True  # False while weights change
+        self._open = True  # False while weights change or engines sleep
+        self._sleeping = False
         self._updating = asyncio.Lock()
         self._homes: OrderedDict[str, Engine] = OrderedDict()
         self._tasks: list[asyncio.Task[None]] = []
@@ -231,13 +233,12 @@ class Fleet:
             assert engine.client is not None
             try:
                 reply = await engine.client.generate(body)
+                return finite_logprobs(reply["meta_info"]["input_token_logprobs"][1:], "a scored sequence")
             except EngineFailure:
                 if attempt == self.settings.max_retries:
                     raise
                 self._suspect(engine)
                 await asyncio.sleep(BACKOFF_SECONDS * 2**attempt)
-                continue
-            return [float(entry[0]) for entry in reply["meta_info"]["input_token_logprobs"][1:]]
         raise AssertionError("unreachable")
 
     # watching
@@ -295,6 +296,10 @@ class Fleet:
 
     async def _revive(self, engine: Engine) -> None:
         engine.server.kill()
+        engine.asleep = False
+        async with self._changed:
+            while self._sleeping:  # somebody else has the GPUs
+                await self._changed.wait()
         try:
             if self.router:
                 await self.router.drop(engine.server.url)
@@ -331,6 +336,8 @@ class Fleet:
     async def update(self, weights: WeightSet, parts: list[str], clock: Callable[[], float]) -> tuple[list[EngineUpdate], float]:
         """Bring a set to every engine; (answers, seconds without generation). Engines that are down get it when they are back."""
         async with self._updating:
+            self._sleeping = False
+            await self._notify()
             await self._some_engine_up()
             self._open = False
             began = clock()
@@ -354,6 +361,31 @@ class Fleet:
                     self._suspect(answer.engine)
             return answers, clock() - began
 
+    async def sleep(self) -> None:
+        """Every engine gives its GPU memory back and generates nothing until `update` or `wake`. Safe to call again."""
+        async with self._updating:
+            self._open, self._sleeping = False, True
+            updates = [EngineUpdate(engine) for engine in self.engines if engine.up and not engine.asleep]
+            await self._abort_all(updates)
+            await self._each(updates, lambda client, _: client.pause("abort"))
+            await self._each(updates, lambda client, _: client.release_memory())
+            for update in updates:
+                if update.problems:
+                    who = f"SGLang server {update.engine.server.index}"
+                    raise UserError(f"{who} keeps its GPU memory: {update.problems[0]}", key="rollout")
+                update.engine.asleep = not update.died
+                if update.died:
+                    self._suspect(update.engine)
+
+    async def wake(self) -> None:
+        """Engines take their memory again and get the weights that they had. UserError when one does not take them."""
+        if not self._sleeping or self.weights is None:
+            return
+        updates, _ = await self.update(self.weights, [], asyncio.get_running_loop().time)
+        problems = [problem for update in updates for problem in update.problems]
+        if problems:
+            raise UserError(f"weights did not come back into an engine: {problems[0]}", key="rollout")
+
     async def _some_engine_up(self) -> None:
         async with self._changed:
             while not any(engine.up for engine in self.engines):
@@ -366,8 +398,10 @@ class Fleet:
         An engine that dies on the way drops out; one that reports problems is still brought back to a state in which it answers.
         """
         updates = [EngineUpdate(engine) for engine in engines]
+        asleep = [update for update in updates if update.engine.asleep]  # and so paused already
         mode = self.settings.pause_mode
-        if pause:
+        await self._each(asleep, lambda client, _: client.take_memory(WEIGHTS))
+        if pause and not asleep:
             if mode == "abort":
                 await self._abort_all(updates)
             await self._each(updates, lambda client, _: client.pause(mode))
@@ -380,6 +414,9 @@ class Fleet:
             repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16") if repacks else []
             checked = [part for part in draft if part in parts]
             await self._send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=checked)
+        await self._each(asleep, lambda client, _: client.take_memory(CACHES))
+        for update in asleep:
+            update.engine.asleep = False
         if not any(update.problems for update in updates):
             # Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0.
             named = label(self.updates + 1, weights.version)

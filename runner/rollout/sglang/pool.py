@@ -23,6 +23,7 @@ from runner.precision.plan import PrecisionPlan, shorten
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.background import BackgroundLoop
+from runner.rollout.sglang.client import EngineFailure
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
@@ -222,6 +223,14 @@ class SglangPool:
             problems=problems,
         )
 
+    def sleep(self) -> None:
+        """Engines give their GPU memory back, until `wake` or the next weights. What runs is aborted. Safe to call again."""
+        self._loop.run(self._fleet.sleep())
+
+    def wake(self) -> None:
+        """With the weights that they had before. Nothing to do for engines that are awake."""
+        self._loop.run(self._fleet.wake())
+
     def _weight_writer(self) -> WeightWriter | DeltaWriter:
         """Files in shared memory (tensor, p2p; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
@@ -272,7 +281,10 @@ class SglangPool:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1."""
         self._need_weights()
         futures = [self._loop.submit(self._fleet.score(sequence.tolist())) for sequence in sequences]
-        return [torch.tensor(future.result(), dtype=torch.float32) for future in futures]
+        try:
+            return [torch.tensor(future.result(), dtype=torch.float32) for future in futures]
+        except EngineFailure as failure:
+            raise UserError(f"SGLang could not score a sequence: {failure}", key="rollout", fix="look at its log") from failure
 
     def describe(self) -> EngineDescription:
         """Formats as read back from the engines; `info`: what they say about themselves."""

@@ -15,6 +15,11 @@ def register() -> None:
     _host_memory()
     _speculative_attention()
     _latent_attention()
+    HookRegistry.register(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.release_memory_occupation",
+        _emptied,
+        HookType.AFTER,
+    )
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _own_experts, HookType.AROUND)
     HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
 
@@ -94,6 +99,15 @@ def _own_experts(original: Any, layer: Any, hidden: torch.Tensor, topk: Any, con
     if len(token):
         part.index_add_(0, token, original(layer, hidden[token], own, config).float())
     return part.to(hidden.dtype)
+
+
+def _emptied(result: Any, self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Memory that was given back comes back with undefined content. A CPU server keeps its own: it is overwritten, so that
+    nothing works here that would not work on a GPU."""
+    if not request.tags or "weights" in request.tags:
+        for parameter in self.tp_worker.model_runner.model.parameters():
+            parameter.data.untyped_storage().fill_(0xFF)
+    return result
 
 
 def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
