@@ -114,7 +114,7 @@ def _engines(cfg: Config) -> list[UserError]:
     if takes_turns(cfg) and not installed("torch_memory_saver"):
         errors.append(
             UserError(
-                "engines that take turns with the trainer give their memory back through torch-memory-saver, which is not installed",
+                "engines that take turns with the trainer need torch-memory-saver to give memory back; it is not installed",
                 key="parallelism.colocate",
                 fix="pip install torch-memory-saver, or parallelism.colocate=false with GPUs of their own",
             )
