@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.importorskip("aiohttp", reason="make setup-sglang")
 import aiohttp
 from aiohttp import web
 
+from runner.errors import UserError
 from runner.rollout.sglang import fleet as fleets
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation
@@ -40,6 +42,9 @@ class FakeServer:
     def alive(self) -> bool:
         return not self.dead
 
+    def kill(self) -> None:
+        """A process that is started again is another one."""
+
 
 class FakeClient:
     """Records what it is asked. `answers` are given in turn to generate; an exception is raised, the last one stays."""
@@ -56,7 +61,7 @@ class FakeClient:
 
     async def plugin(self, action: str, **request: Any) -> dict[str, Any]:
         self.calls.append((action, request))
-        return {"problems": []}
+        return {"problems": [], "arrived": len(request.get("digests", [])), "checked": len(request.get("parts", []))}
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[None]]:
         async def record(*given: Any) -> None:
@@ -220,8 +225,6 @@ def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
             engine.up = True
 
         monkeypatch.setattr(fleet, "_start", start)
-        for engine in fleet.engines:
-            monkeypatch.setattr(engine.server, "kill", lambda: None, raising=False)
         await fleet.sleep()
         fleet._restart(fleet.engines[1], "it ended")
         await asyncio.sleep(0.05)
@@ -232,6 +235,146 @@ def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
         assert started == [1] and all(engine.synced == fleet.updates for engine in fleet.engines)
 
     asyncio.run(run())
+
+
+WEIGHTS = {"digests": {"a": "x"}, "parts": {"a": ["a"]}, "formats": {"a": "bf16"}}
+
+
+def test_labels_of_updates_always_grow(tmp_path: Path) -> None:
+    """The trainer's version may begin anew (a restart from a checkpoint); SGLang's label must not come twice."""
+    client = FakeClient()
+    fleet = ready_fleet(client)
+    for version in (5, 6, 2, 6):
+        asyncio.run(fleet.update(WeightSet(version, tmp_path, **WEIGHTS), [], lambda: 0.0))  # type: ignore[arg-type]
+    labels = [call[1]["version"] for call in client.calls if call[0] == "commit"]
+    assert labels == ["5.2", "6.3", "2.4", "6.5"] and [fleets.version_of_label(text) for text in labels] == [5, 6, 2, 6]
+
+
+@pytest.mark.parametrize(("action", "answer"), [("load", {"arrived": 0}), ("check", {"checked": 0})])
+def test_an_engine_that_saw_less_than_was_sent_is_a_problem_and_stays_paused(
+    tmp_path: Path, action: str, answer: dict[str, int]
+) -> None:
+    """What it would generate came of weights that are partly old."""
+
+    class Blind(FakeClient):
+        async def plugin(self, asked: str, **request: Any) -> dict[str, Any]:
+            found = await super().plugin(asked, **request)
+            return found | answer if asked == action else found
+
+    client = Blind()
+    fleet = ready_fleet(client)
+    (update,), _ = asyncio.run(fleet.update(WeightSet(4, tmp_path, **WEIGHTS), ["a"], lambda: 0.0))  # type: ignore[arg-type]
+    assert update.problems == [f"0 of 1 parts were {next(iter(answer))}"]
+    assert fleet.engines[0].synced == 0 and not {"commit", "resume"} & {call[0] for call in client.calls}
+
+
+async def revived(fleet: Fleet, start: Callable[[Any], Awaitable[None]], index: int) -> Any:
+    """The engine after its restart, which ended one way or the other."""
+    engine = fleet.engines[index]
+    fleet._start = start  # type: ignore[method-assign]
+    fleet._restart(engine, "it ended")
+    fleet._restart(engine, "it ended")  # one at a time
+    assert engine.restarting is not None
+    await engine.restarting
+    return engine
+
+
+def test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken(tmp_path: Path) -> None:
+    async def run(failures: int) -> tuple[Any, int]:
+        fleet, starts = ready_fleet(FakeClient(), FakeClient()), []
+        fleet.weights = WeightSet(4, tmp_path, **WEIGHTS)  # type: ignore[arg-type]
+
+        async def start(engine: Any) -> None:
+            starts.append(engine)
+            if len(starts) <= failures:
+                raise OSError("no more processes")
+            engine.up = True
+
+        return await revived(fleet, start, 1), len(starts)
+
+    engine, starts = asyncio.run(run(2))
+    assert engine.up and engine.synced == 1 and not engine.broken and starts == 3
+    checks = [call[1]["parts"] for call in engine.client.calls if call[0] == "check"]
+    assert checks == [["a"]]  # everything, as at a first sync
+    engine, starts = asyncio.run(run(9))
+    assert not engine.up and "no more processes" in str(engine.broken) and starts == fleets.RESTARTS
+
+
+def test_an_engine_that_loads_weights_is_not_taken_for_hanging() -> None:
+    """Its scheduler gives no sign of life meanwhile."""
+
+    class Busy(FakeClient):
+        async def healthy(self, seconds: float) -> bool:
+            return False
+
+    async def run(synced: int) -> float:
+        fleet = ready_fleet(Busy(), health_seconds=0.01)
+        fleet.engines[0].synced = synced
+
+        async def start(engine: Any) -> None:
+            engine.up = True
+
+        fleet._start = start  # type: ignore[method-assign]
+        probing = asyncio.create_task(fleet._probe_health())
+        await asyncio.sleep(0.2)
+        probing.cancel()
+        return fleet.counters["restarts"]
+
+    assert asyncio.run(run(synced=0)) == 0
+    assert asyncio.run(run(synced=1)) >= 1
+
+
+def test_an_engine_that_hangs_in_an_update_is_started_again(tmp_path: Path) -> None:
+    class Hanging(FakeClient):
+        async def pause(self, mode: str) -> None:
+            raise EngineFailure("/pause_generation did not answer within 120 s")
+
+    async def run() -> Fleet:
+        fleet = ready_fleet(Hanging(), FakeClient())
+
+        async def start(engine: Any) -> None:
+            engine.client, engine.up = FakeClient(), True
+
+        fleet._start = start  # type: ignore[method-assign]
+        await fleet.update(WeightSet(4, tmp_path, **WEIGHTS), [], lambda: 0.0)  # type: ignore[arg-type]
+        assert fleet.engines[0].restarting is not None and fleet.engines[1].synced == fleet.updates
+        await fleet.engines[0].restarting
+        return fleet
+
+    fleet = asyncio.run(run())
+    assert [engine.synced for engine in fleet.engines] == [fleet.updates] * 2 and fleet.counters["restarts"] == 1
+
+
+def test_a_server_that_never_answers_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(FakeServer):
+        title = "SGLang server 0"
+
+        def start(self) -> None:
+            self.url = "http://127.0.0.1:9"
+
+        def kill(self) -> None:
+            self.dead = True
+
+        stop = kill
+
+    async def run() -> None:
+        fleet = Fleet([Silent(0)], "key", dataclasses.replace(SETTINGS, startup_seconds=0.2))  # type: ignore[list-item]
+        with pytest.raises(UserError, match="(?s)SGLang server 0 did not answer within 0 s.*startup_timeout_seconds"):
+            await fleet.start()
+        assert fleet.engines[0].server.dead  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+
+
+def test_a_broadcast_whose_port_somebody_took_is_a_problem_of_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runner.rollout.sglang import sender
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(sender, "free_ports", lambda host, count: [taken.getsockname()[1]])
+        broadcast = sender.Sender("gloo", "127.0.0.1", 2, WeightSet(4, tmp_path), [])
+        assert "in use" in broadcast.run()
 
 
 def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def server_arguments(cfg: Config) -> Arguments:
             "cuda_graph_max_bs_decode": rollout.cuda_graph_max_batch,
             "enable_memory_saver": takes_turns(cfg),
             "mem_fraction_static": rollout.memory_fraction,
+            "sampling_backend": "pytorch",  # the one whose every way of sampling takes a request's seed
         }
         if par.gpus_per_engine > cfg.cluster.gpus_per_node > 0:
             decided["nnodes"] = -(-par.gpus_per_engine // cfg.cluster.gpus_per_node)

@@ -11,6 +11,7 @@ import aiohttp
 Reply = dict[str, Any]
 
 
+CONTROL_SECONDS = 120.0  # for calls that neither generate nor move weights: a server that hangs must not hold up a sync
 WEIGHTS, CACHES = ("weights",), ("kv_cache", "cuda_graph")  # SGLang's names of what its memory is for
 
 
@@ -23,16 +24,19 @@ class Refused(Exception):
 
 
 class Client:
-    """`timeout_seconds` bounds every call unless one is given."""
+    """`timeout_seconds` bounds a request for tokens, `load_seconds` one that moves weights; others end in CONTROL_SECONDS."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, api_key: str, timeout_seconds: float) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, api_key: str, timeout_seconds: float, load_seconds: float | None = None
+    ) -> None:
         self._session, self.url, self._timeout = session, url, timeout_seconds
+        self._load = load_seconds or timeout_seconds
         self._headers = {"Authorization": f"Bearer {api_key}"}
 
     async def generate(self, payload: Reply) -> Reply:
         """One request that does not stream; returns SGLang's answer. Cancelling aborts it in the server, too: the server
         notices that the connection closed."""
-        reply: Reply = await self._call("/generate", payload)
+        reply: Reply = await self._call("/generate", payload, seconds=self._timeout)
         return reply
 
     async def ready(self, path: str = "/ready") -> bool:
@@ -71,10 +75,10 @@ class Client:
 
     async def begin_update(self, selector: str) -> None:
         """`selector`: all, or target where a draft model is not updated: what is restored for loading must be loaded."""
-        await self._call("/begin_weight_update", {"selector": selector})
+        await self._call("/begin_weight_update", {"selector": selector}, seconds=self._load)
 
     async def end_update(self) -> None:
-        await self._call("/end_weight_update", {})
+        await self._call("/end_weight_update", {}, seconds=self._load)
 
     async def plugin(self, action: str, *, flush: bool = False, version: str | None = None, **request: Any) -> Reply:
         """Ask runner's plugin (plugin/weights.py). Its answer has `problems`; a server that never heard of it raises Refused."""
@@ -84,7 +88,7 @@ class Client:
         }
         if version is not None:
             body["weight_version"] = version
-        reply = await self._call("/update_weights_from_ipc", body, refusals=False)
+        reply = await self._call("/update_weights_from_ipc", body, refusals=False, seconds=self._load)
         try:
             answer: Reply = json.JSONDecoder().raw_decode(reply["message"])[0]
         except ValueError:
@@ -104,16 +108,19 @@ class Client:
     async def delete(self, path: str) -> None:
         await self._call(path, None, method="DELETE")
 
-    async def _call(self, path: str, body: Reply | None, *, refusals: bool = True, method: str = "") -> Any:
+    async def _call(
+        self, path: str, body: Reply | None, *, refusals: bool = True, method: str = "", seconds: float | None = None
+    ) -> Any:
         method = method or ("POST" if body is not None else "GET")
-        timeout = aiohttp.ClientTimeout(total=self._timeout)
+        seconds = seconds or min(self._timeout, CONTROL_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(
                 method, self.url + path, json=body, headers=self._headers, timeout=timeout
             ) as response:
                 text = await response.text()
         except TimeoutError:
-            raise EngineFailure(f"{path} did not answer within {self._timeout:.0f} s") from None
+            raise EngineFailure(f"{path} did not answer within {seconds:.0f} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise EngineFailure(f"{path}: {type(error).__name__}: {error}") from None
         if response.status >= 500:

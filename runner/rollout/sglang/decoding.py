@@ -108,6 +108,8 @@ class Generation:
         if new and self.decoder:
             rows = len(self.request.tokens) + start + len(new) - 1 - self.rows
             encoded = meta.get("routed_experts")
+            if encoded is None and reason["type"] == "abort":  # while it waited to be computed again: these tokens are lost
+                return "abort"
             if encoded is None:
                 raise RouteError(f"{self.where} has no routes, although router replay is on: the engine recorded none")
             self.routes.append(self.decoder.decode(encoded, rows, self.where))

@@ -7,7 +7,6 @@ import contextlib
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
@@ -15,13 +14,13 @@ import aiohttp
 from runner.errors import UserError
 from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
+from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label, version_of_label
 from runner.rollout.sglang.process import start_problem
 from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.sender import Sender, lent
 from runner.rollout.sglang.server import Server
 from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Sample, Status
-from runner.weights.transfer_engine import Endpoint
 
 WATCH_SECONDS = 0.2  # between looks at whether the processes live
 BACKOFF_SECONDS = 0.2  # doubles with every failure of a request
@@ -30,50 +29,7 @@ AFFINITY_REQUESTS = 16  # a group stays on its engine until that has so many req
 AFFINITY_PROMPTS = 4096  # remembered
 ABORT_SECONDS = 5.0  # for aborted requests to come back, before SGLang's own pause waits for them
 ABORT_POLL_SECONDS = 0.02
-
-
-@dataclass
-class Settings:
-    startup_seconds: float
-    request_seconds: float
-    health_seconds: float
-    max_retries: int
-    pause_mode: str
-    broadcast: str | None  # backend of the distributed transport
-    endpoint: Endpoint | None  # of the p2p transport; with neither, weights travel as files
-    host: str  # where the driver's side of a broadcast listens
-    repacks: bool  # whether engines lay quantized weights out for a kernel: they are then checked by whole layers
-    draft: frozenset[str]  # weights of the policy's export that the draft model takes
-
-
-class Engine:
-    """A server and what the pool knows about it. `synced`: number of the weight update that is resident; 0 is none."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.client: Client | None = None
-        self.up = False
-        self.synced = 0
-        self.asleep = False  # without GPU memory, paused
-        self.outstanding = 0  # tokens of requests it works on
-        self.restarting: asyncio.Task[None] | None = None
-        self.broken: UserError | None = None
-
-
-@dataclass
-class EngineUpdate:
-    """What one engine answered to a weight update."""
-
-    engine: Engine
-    arrived: int = 0
-    checked: int = 0
-    problems: list[str] = field(default_factory=list)
-    died: str = ""
-
-    def take(self, answer: dict[str, Any]) -> None:
-        self.problems += answer.get("problems", [])
-        self.arrived += answer.get("arrived", 0)
-        self.checked += answer.get("checked", 0)
+RESTARTS = 3  # starts of an engine that died, until it counts as broken
 
 
 class Fleet:
@@ -116,12 +72,13 @@ class Fleet:
         for _ in range(3):
             engine.server.start()
             assert self._session is not None
-            engine.client = Client(self._session, engine.server.url, self._api_key, self.settings.request_seconds)
+            seconds = (self.settings.request_seconds, self.settings.startup_seconds)
+            engine.client = Client(self._session, engine.server.url, self._api_key, *seconds)
             if await wait_until_ready(engine.client, engine.server.alive, self.settings.startup_seconds):
                 engine.up = True
                 return
             problem = start_problem(engine.server, self.settings.startup_seconds)
-            engine.server.kill()
+            await asyncio.to_thread(engine.server.kill)
             if "port" not in problem.problem:
                 break
         raise problem
@@ -257,13 +214,17 @@ class Fleet:
         while self.settings.health_seconds:
             await asyncio.sleep(self.settings.health_seconds)
             for index, engine in enumerate(self.engines):
-                if not engine.up or not self._open or engine.client is None:
+                if not engine.up or not self._serving(engine) or engine.client is None:
                     continue
                 healthy = await engine.client.healthy(max(5.0, self.settings.health_seconds))
-                failures[index] = 0 if healthy or not self._open else failures[index] + 1
+                failures[index] = 0 if healthy or not self._serving(engine) else failures[index] + 1
                 if failures[index] >= HEALTH_FAILURES:
                     failures[index] = 0
                     self._restart(engine, "it hangs: no sign of life from its scheduler")
+
+    def _serving(self, engine: Engine) -> bool:
+        """A scheduler that loads weights gives no sign of life: those calls have their own timeouts."""
+        return self._open and engine.synced == self.updates
 
     def _suspect(self, target: Engine | Router) -> None:
         """After a failed call: a dead process is started again; a live one that hangs is left to `_probe_health`."""
@@ -277,15 +238,15 @@ class Fleet:
                 self._restart(engine, f"it ended: {engine.server.failure()}")
 
     def _restart(self, engine: Engine, reason: str) -> None:
-        if self._closing or not engine.up:
-            return
+        if self._closing or not engine.up or (engine.restarting and not engine.restarting.done()):
+            return  # `_revive` sees for itself that the engine ended
         engine.up, engine.synced = False, 0
         self.counters["restarts"] += 1
         print(f"SGLang server {engine.server.index} is started again: {reason}", file=sys.stderr, flush=True)
         engine.restarting = asyncio.create_task(self._revive(engine))
 
     async def _revive_router(self, router: Router) -> None:
-        router.process.kill()
+        await asyncio.to_thread(router.process.kill)
         try:
             assert self._session is not None
             await router.start(self._session)
@@ -295,31 +256,47 @@ class Fleet:
         await self._notify()
 
     async def _revive(self, engine: Engine) -> None:
-        engine.server.kill()
-        engine.asleep = False
-        async with self._changed:
-            while self._sleeping:  # somebody else has the GPUs
-                await self._changed.wait()
-        try:
-            if self.router:
-                await self.router.drop(engine.server.url)
-            await self._start(engine)
-            async with self._updating:
-                if self.weights is not None:
-                    (update,) = await self._deliver([engine], self.weights, [], pause=False)
-                    if update.died or update.problems:
-                        raise UserError(
-                            f"SGLang server {engine.server.index} could not be given its weights again: "
-                            f"{(update.problems or [update.died])[0]}",
-                            key="rollout",
-                            fix=f"look at {engine.server.log}",
-                        )
-                    engine.synced = self.updates
-                    await self._register()
-        except UserError as error:
-            engine.up, engine.broken = False, error
-            print(f"SGLang server {engine.server.index} stays down: {error}", file=sys.stderr, flush=True)
+        """A few starts; after that the engine stays down, and the run ends when no other one is left."""
+        problem: Exception | None = None
+        for _ in range(RESTARTS):
+            await asyncio.to_thread(engine.server.kill)
+            engine.up = engine.asleep = False
+            async with self._changed:
+                while self._sleeping:  # somebody else has the GPUs
+                    await self._changed.wait()
+            try:
+                await self._start_with_weights(engine)
+            except (UserError, EngineFailure, Refused, OSError) as error:
+                problem = error
+                print(f"SGLang server {engine.server.index} did not come back: {error}", file=sys.stderr, flush=True)
+            else:
+                await self._notify()
+                return
+        await asyncio.to_thread(engine.server.kill)
+        engine.up = False
+        engine.broken = problem if isinstance(problem, UserError) else UserError(str(problem), key="rollout")
+        print(f"SGLang server {engine.server.index} stays down", file=sys.stderr, flush=True)
         await self._notify()
+
+    async def _start_with_weights(self, engine: Engine) -> None:
+        """Everything resident is checked, as at a first sync."""
+        if self.router:
+            await self.router.drop(engine.server.url)
+        await self._start(engine)
+        async with self._updating:
+            if self.weights is None:
+                return
+            parts = self.weights.parts_of(self.weights.parts)
+            (update,) = await self._deliver([engine], self.weights, parts, pause=False)
+            if update.died or update.problems:
+                raise UserError(
+                    f"SGLang server {engine.server.index} could not be given its weights again: "
+                    f"{(update.problems or [update.died])[0]}",
+                    key="rollout",
+                    fix=f"look at {engine.server.log}",
+                )
+            engine.synced = self.updates
+            await self._register()
 
     async def _register(self) -> None:
         """Tell the router which engines have the current weights."""
@@ -357,8 +334,8 @@ class Fleet:
                 self._open = True
                 await self._notify()
             for answer in answers:
-                if answer.died:
-                    self._suspect(answer.engine)
+                if answer.died:  # or hangs: it has no weights, so nothing else would find it
+                    self._restart(answer.engine, answer.died)
             return answers, clock() - began
 
     async def sleep(self) -> None:
@@ -375,7 +352,7 @@ class Fleet:
                     raise UserError(f"{who} keeps its GPU memory: {update.problems[0]}", key="rollout")
                 update.engine.asleep = not update.died
                 if update.died:
-                    self._suspect(update.engine)
+                    self._restart(update.engine, update.died)
 
     async def wake(self) -> None:
         """Engines take their memory again and get the weights that they had. UserError when one does not take them."""
@@ -395,7 +372,8 @@ class Fleet:
     async def _deliver(self, engines: list[Engine], weights: WeightSet, parts: list[str], *, pause: bool) -> list[EngineUpdate]:
         """pause -> begin -> load -> end -> check -> commit (version and flush) -> continue, on these engines together.
 
-        An engine that dies on the way drops out; one that reports problems is still brought back to a state in which it answers.
+        An engine that dies on the way drops out. When one reports problems, all stay paused for the next try: what they would
+        generate came of weights that are partly old.
         """
         updates = [EngineUpdate(engine) for engine in engines]
         asleep = [update for update in updates if update.engine.asleep]  # and so paused already
@@ -409,11 +387,13 @@ class Fleet:
         await self._each(updates, lambda client, _: client.begin_update("all" if draft else "target"))
         await self._send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
         await self._each(updates, lambda client, _: client.end_update())
+        _expect(updates, "arrived", len(weights.digests))
         if parts and not any(update.problems for update in updates):
             repacks = self.settings.repacks
             repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16") if repacks else []
             checked = [part for part in draft if part in parts]
             await self._send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=checked)
+            _expect(updates, "checked", len(parts))
         await self._each(asleep, lambda client, _: client.take_memory(CACHES))
         for update in asleep:
             update.engine.asleep = False
@@ -422,8 +402,8 @@ class Fleet:
             named = label(self.updates + 1, weights.version)
             commit = lambda client, _: client.plugin("commit", flush=mode != "in_place", version=named)  # noqa: E731
             await self._each(updates, commit)
-        if pause:
-            await self._each(updates, lambda client, _: client.resume())
+            if pause:
+                await self._each(updates, lambda client, _: client.resume())
         return updates
 
     async def _abort_all(self, updates: list[EngineUpdate]) -> None:
@@ -488,10 +468,8 @@ class Fleet:
         return list(await asyncio.gather(*(client.plugin(action, **request) for client in clients)))
 
 
-def label(update: int, version: int) -> str:
-    """SGLang's weight_version: it must change with every update, also when the trainer's version does not."""
-    return f"{version}.{update}"
-
-
-def version_of_label(text: str) -> int:
-    return int(text.partition(".")[0])
+def _expect(updates: list[EngineUpdate], what: str, count: int) -> None:
+    """An engine that says it is fine must also have seen everything."""
+    for update in updates:
+        if not update.died and not update.problems and (found := getattr(update, what)) != count:
+            update.problems.append(f"{found} of {count} parts were {what}")

@@ -23,7 +23,7 @@ from runner.precision.plan import PrecisionPlan, shorten
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.background import BackgroundLoop
-from runner.rollout.sglang.client import EngineFailure
+from runner.rollout.sglang.client import EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
@@ -33,6 +33,7 @@ from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
+from runner.routing.routes import RouteError
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, Format, Role, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
@@ -170,7 +171,10 @@ class SglangPool:
                     return
                 future = finished.get()
                 running.discard(future)
-                sample = future.result()
+                try:
+                    sample = future.result()
+                except (RouteError, Refused) as error:
+                    raise UserError(str(error), key="rollout", fix="look at the servers' logs") from error
                 self._tokens += sample.response_length
                 yield sample
         finally:

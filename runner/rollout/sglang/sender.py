@@ -73,8 +73,8 @@ class Sender:
             group = broadcast.join(self.meeting, 0, self.meeting.host)
             for names in self._buckets:
                 broadcast.send(group, [tensor for _, tensor in read_parts(self._weights, names)], self._device)
-        except RuntimeError as error:  # torch.distributed's errors
-            return f"broadcast: {str(error).splitlines()[0]}"
+        except (RuntimeError, OSError) as error:  # torch.distributed's errors; a port that somebody else took
+            return f"broadcast: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return ""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner.models import mimo_torch
@@ -23,6 +24,7 @@ def register() -> None:
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog", _prompt_watchdog, HookType.AROUND
     )
     HookRegistry.register("sglang.srt.managers.load_snapshot.shm_path_for", _shared_file, HookType.AROUND)
+    HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
     _local_store()
     mimo_torch.register()  # MiMo's checkpoints bring code for this, which engines do not run
 
@@ -51,3 +53,11 @@ async def _prompt_watchdog(original: Callable[[Any], Awaitable[None]], self: Any
     while not self.gracefully_exit:
         await asyncio.sleep(0.1)
     await original(self)
+
+
+def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Every request samples from its own stream. SGLang hands seeds on only under enable_deterministic_inference, which is slower
+    and knows no CPU attention backend; its seeded sampler itself runs anywhere (with sampling_backend=pytorch)."""
+    seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
+    if all(seed is not None for seed in seeds):
+        result.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)

@@ -21,7 +21,6 @@ def register() -> None:
         HookType.AFTER,
     )
     HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _own_experts, HookType.AROUND)
-    HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
 
 
 def _host_memory() -> None:
@@ -108,11 +107,3 @@ def _emptied(result: Any, self: Any, request: Any, *args: Any, **kwargs: Any) ->
         for parameter in self.tp_worker.model_runner.model.parameters():
             parameter.data.untyped_storage().fill_(0xFF)
     return result
-
-
-def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """Every request samples from its own stream. SGLang hands seeds on only under enable_deterministic_inference, which
-    knows no CPU attention backend; its seeded sampler itself runs anywhere."""
-    seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-    if all(seed is not None for seed in seeds):
-        result.sampling_seed = torch.tensor(seeds, dtype=torch.int64)
