@@ -111,7 +111,21 @@ PROMISES: dict[str, list[str]] = {
         f"{FAULTS}::test_killing_an_engine_in_the_middle_loses_and_doubles_nothing",
         f"{FAULTS}::test_an_update_while_an_engine_is_down_reaches_it_later",
     ],
-    "a hanging server is started again": [f"{FAULTS}::test_a_hanging_engine_is_started_again"],
+    "a hanging server is started again": [
+        f"{FAULTS}::test_a_hanging_engine_is_started_again",
+        f"{FLEET}::test_an_engine_that_hangs_in_an_update_is_started_again",
+        f"{FLEET}::test_a_server_that_never_answers_is_one_message",
+    ],
+    "a server that loads weights is not taken for hanging; one that does not come back is tried again": [
+        f"{FLEET}::test_an_engine_that_loads_weights_is_not_taken_for_hanging",
+        f"{FLEET}::test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken",
+    ],
+    "a failed sync is tried again, then stops the run": [
+        "test_sync.py::test_a_sync_that_fails_is_tried_again_with_everything",
+        "test_sync.py::test_the_run_stops_with_the_tensors_name_when_the_retry_fails_too",
+        f"{FLEET}::test_an_engine_that_saw_less_than_was_sent_is_a_problem_and_stays_paused",
+    ],
+    "versions are monotonic": [f"{FLEET}::test_labels_of_updates_always_grow"],
     "a port in use is replaced": [f"{FAULTS}::test_a_port_that_another_program_took_is_replaced"],
     "out of memory and a wrong checkpoint are one message": [
         f"{GENERATION}::test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process",
