@@ -11,7 +11,7 @@ Shape legend: B samples, T tokens of one, H hidden, N predictions laid end to en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -61,6 +61,14 @@ class NoMtp:
     def take_metrics(self, prefix: str) -> dict[str, float]:
         return {}
 
+    def kept(self) -> Iterator[torch.Tensor]:
+        """For parking.py: what is trained, and how."""
+        yield from ()
+
+    def dropped(self) -> Iterator[torch.Tensor]:
+        """Gradients."""
+        yield from ()
+
 
 class MtpTraining(NoMtp):
     """Trains `layers`, whose parameters hold bf16(master); `rotary` gives their position embeddings."""
@@ -84,6 +92,14 @@ class MtpTraining(NoMtp):
         self.device = named[0][1].device
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # negative logprobs, predictions
         self._norms: list[float] = []
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        for layer in self.layers:
+            yield from layer.parameters()
+        yield from self.optimizer.kept()
+
+    def dropped(self) -> Iterator[torch.Tensor]:
+        yield self.optimizer.gradient
 
     def begin(self, sequences: Sequences, masks: Sequence[torch.Tensor]) -> None:
         """A new update: its samples on all ranks, and their loss masks [R]."""

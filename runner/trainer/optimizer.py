@@ -7,13 +7,14 @@ handful of kernel calls, whatever its number of parameters. Matrices get weight 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 
 from runner.errors import UserError
 from runner.schema import OptimizerConfig
+from runner.trainer.parking import tensors_of_optimizer
 
 CLIP_EPSILON = 1e-6
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,6 +110,10 @@ class MasterOptimizer:
                 by_decay[param.dim() >= 2].append(param)
             groups = [{"params": rows, "weight_decay": c.weight_decay if key else 0.0} for key, rows in by_decay.items() if rows]
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+    def kept(self) -> Iterator[torch.Tensor]:
+        """Masters, or the parameters that are trained themselves, and the moments; for parking.py."""
+        yield from tensors_of_optimizer(self._adam)
 
     def zero_grad(self) -> None:
         self._flat_grad.zero_()

@@ -88,4 +88,13 @@ class Trainer(Protocol):
         """Restore what `save` wrote: unquantized weights -> masters -> quantize."""
         ...
 
+    def sleep(self) -> None:
+        """Give device memory back until `wake`: weights, masters and optimizer state move to host memory, gradients are dropped.
+        Safe to call again. Only `wake` and `close` may follow."""
+        ...
+
+    def wake(self) -> None:
+        """Everything where it was, bit for bit. Safe to call again."""
+        ...
+
     def close(self) -> None: ...

@@ -29,6 +29,7 @@ from runner.trainer import attention, checkpoint, experts, microbatch, mtp, poli
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.optimizer import MasterOptimizer, learning_rate
+from runner.trainer.parking import Parking
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
 from runner.trainer.torch_qat import (
@@ -89,6 +90,7 @@ class TorchTrainer:
         self._reference: dict[str, torch.Tensor] | None = None
         self._write_weights()
         self._freeze_reference()
+        self._parking = Parking(self.device, self._kept, self._dropped)
 
     # ---- set-up
 
@@ -414,6 +416,23 @@ class TorchTrainer:
 
     def load(self, folder: Path) -> None:
         checkpoint.load(self, folder)
+
+    def sleep(self) -> None:
+        self._parking.sleep()
+
+    def wake(self) -> None:
+        self._parking.wake()
+
+    def _kept(self) -> Iterator[torch.Tensor]:
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        yield from self.optimizer.kept()
+        yield from self.mtp.kept()
+        yield from (self._reference or {}).values()
+
+    def _dropped(self) -> Iterator[torch.Tensor]:
+        yield self.optimizer.gradient
+        yield from self.mtp.dropped()
 
     def close(self) -> None:
         """Nothing outlives the object."""

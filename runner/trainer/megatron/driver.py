@@ -136,6 +136,12 @@ class MegatronTrainer:
     def load(self, folder: Path) -> None:
         self._version = self.ranks.call("load", folder.resolve())[0]
 
+    def sleep(self) -> None:
+        self.ranks.call("sleep")
+
+    def wake(self) -> None:
+        self.ranks.call("wake")
+
     def close(self) -> None:
         self.ranks.close()
 

@@ -35,6 +35,7 @@ from runner.trainer.megatron.wire import Rows, StepResult
 from runner.trainer.microbatch import TokenScores
 from runner.trainer.mtp import all_tokens, sequences_of
 from runner.trainer.optimizer import learning_rate
+from runner.trainer.parking import Parking, tensors_of_optimizer
 from runner.trainer.protocol import Routes, Weights
 
 Sequences = Sequence[tuple[torch.Tensor, int]]
@@ -69,6 +70,7 @@ class Worker:
         self.reference: list[torch.Tensor] | None = None
         self.quantization.resync()
         self._freeze_reference()
+        self.parking = Parking(self.device, self._kept, self._dropped)
         par = cfg.parallelism
         self.geometry = Geometry(par.tp, par.cp, par.sequence_parallel)
 
@@ -415,6 +417,30 @@ class Worker:
     def finish_save(self) -> None:
         """Wait for the save that was begun. Collective."""
         self.saving.wait()
+
+    # ---- turns on a GPU
+
+    def sleep(self) -> int:
+        """Device memory back until `wake`; its bytes. Collective: gathers that are under way end first."""
+        if self.parking.full:
+            return 0
+        self.quantization.settle()
+        return self.parking.sleep()
+
+    def wake(self) -> None:
+        self.parking.wake()
+
+    def _kept(self) -> Iterator[torch.Tensor]:
+        yield from self.ddp.parameters()
+        yield from self.model.buffers()
+        for optimizer in self.masters.optimizers:
+            yield from tensors_of_optimizer(optimizer.optimizer)
+        yield from self.mtp.kept()
+        yield from self.reference or ()
+
+    def _dropped(self) -> Iterator[torch.Tensor]:
+        yield from (buffer.grad_data for buffer in self.ddp.buffers + self.ddp.expert_parallel_buffers)
+        yield from self.mtp.dropped()
 
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote, from any layout; returns the version. Collective."""
