@@ -78,6 +78,14 @@ def test_options_of_the_config_arrive() -> None:
         ("trust_remote_code=true", "code of a checkpoint is never run"),
         ("enable_custom_logit_processor=true", "execute code"),
         ("tp_size=2", "contradicts 1"),
+        ("speculative_algorithm=NGRAM", "the speculative group says"),
+        ("speculative_num_draft_tokens=3", "the speculative group says"),
+        ("speculative_accept_threshold_single=0.5", "would not have sampled"),
+        ("quantization=fp8", "the precision group says"),
+        ("pp_size=2", "parallelism.gpus_per_engine"),
+        ("dp_size=2", "balances them itself"),
+        ("ssl_keyfile=key.pem", "plain HTTP"),
+        ("weight_cache_mode=owner", "verified by runner's plugin"),
         ("dtype=float16", "precision.base_dtype"),
         ("schedule_conservativeness=often", "is not one of: float"),
         ("speculative_ngram_match_type=DEEP", "'BFS'"),
@@ -90,13 +98,14 @@ def test_wrong_options_fail_at_composition(option: str, message: str) -> None:
 
 
 def test_an_option_may_repeat_what_follows_from_the_config() -> None:
-    load("model=tiny_moe", *CPU, "+rollout.server_args.tp_size=1")
+    load("model=tiny_moe", *CPU, *(f"+rollout.server_args.{option}=1" for option in ("tp_size", "dp_size", "pp_size")))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=tiny_moe", "rollout=sglang", "speculative=ngram"], "accepts drafts greedily"),
+        (["model=tiny_moe", "rollout=sglang", "speculative=ngram", "rollout.sampling.temperature=0"], "ignores evaluation"),
         (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops the routes"),
         (["model=tiny_moe", *CPU, "cluster.interface=0.0.0.0"], "open on every network"),
         (["model=tiny_moe", *CPU, "cluster.interface='::'"], "open on every network"),
@@ -115,7 +124,7 @@ def test_what_sglang_does_not_do_here_is_refused_with_the_reason(overrides: list
 def test_greedy_speculation_is_mapped_and_its_routes_must_fit_their_buffer() -> None:
     cfg = load("model=tiny_moe", *CPU)
     cfg.speculative = load("model=tiny_moe").speculative
-    cfg.rollout.sampling.temperature = 0.0  # what an evaluation may do; training refuses it
+    cfg.rollout.sampling.temperature = cfg.evaluation.sampling.temperature = 0.0  # training refuses it
     assert list(sglang.speculation(cfg)) == []
     found = arguments.server_arguments(cfg)
     assert found["speculative_algorithm"] == "NGRAM" and found["speculative_num_draft_tokens"] == 5

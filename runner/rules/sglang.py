@@ -28,12 +28,17 @@ def speculation(cfg: Config) -> Iterator[UserError]:
             key="speculative.method",
             fix="speculative=ngram or none",
         )
-    if arguments.on_cpu(cfg) and cfg.rollout.sampling.temperature > 0:
-        yield UserError(
-            f"SGLang on a CPU accepts drafts greedily and ignores temperature {cfg.rollout.sampling.temperature}",
-            key="speculative",
-            fix="speculative=none, or rollout=local",
-        )
+    sampled = {"rollout": cfg.rollout.sampling.temperature}
+    if cfg.evaluation.interval_steps:
+        sampled["evaluation"] = cfg.evaluation.sampling.temperature
+    for where, temperature in sampled.items():
+        if arguments.on_cpu(cfg) and temperature > 0:
+            yield UserError(
+                f"SGLang on a CPU accepts drafts greedily and ignores {where}.sampling.temperature={temperature}",
+                key="speculative",
+                fix="speculative=none, or rollout=local",
+            )
+            return
     if cfg.router_replay.rollout and cfg.rollout.max_concurrency * verified > cfg.rollout.chunked_prefill_tokens:
         yield UserError(
             f"{cfg.rollout.max_concurrency} sequences x {verified} draft tokens do not fit SGLang's buffer of routes, which has "

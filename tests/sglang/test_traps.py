@@ -139,6 +139,12 @@ PROMISES: dict[str, list[str]] = {
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
     ],
+    "the program itself runs, in bf16 and packed INT4, and taking turns changes nothing": [
+        "sglang/test_end_to_end_sglang.py::test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing",
+    ],
+    "the CPU's parts refuse to load beside CUDA": [
+        "sglang/test_plugin_guards.py::test_the_twins_parts_refuse_to_load_beside_cuda",
+    ],
     "engines sleep while the trainer has their GPUs": [
         f"{GENERATION}::test_engines_that_slept_compute_as_before",
         f"{GENERATION}::test_what_runs_is_aborted_before_engines_sleep_and_goes_on_when_they_wake",

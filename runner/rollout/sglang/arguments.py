@@ -17,16 +17,43 @@ from runner.schema import Config, Format, SglangRolloutConfig
 Arguments = dict[str, Any]
 # Known when the process starts. The pool sets them; nobody else can.
 RUNTIME = ("model_path", "tokenizer_path", "host", "port", "nccl_port", "base_gpu_id", "api_key", "admin_api_key", "random_seed")
-# Options that would make a server less safe than this project promises, or change what the pool relies on.
+# Options, and beginnings of options, that would make a server less safe than this project promises, or change what it relies on.
 REFUSED = {
     "trust_remote_code": "code of a checkpoint is never run inside an engine",
+    "forward_hooks": "it would run code of a file inside the engine",
+    "stat_loggers": "it would run code of a file inside the engine",
+    "sidecar": "it would run another program beside the engine",
+    "enable_custom_logit_processor": "it would execute code sent with a request",
     "checkpoint_engine_wait_weights_before_ready": "the pool brings the weights itself",
     "custom_weight_loader": "weights are loaded and verified by runner's plugin",
-    "enable_custom_logit_processor": "it would execute code sent with a request",
-    "remote_instance_weight_loader_start_seed_via_transfer_engine": "it hands out addresses of the weights to anybody; "
-    "rollout.weight_transport=p2p reads them over RDMA",
+    "remote_instance_weight_loader_": "it hands out addresses of the weights to anybody; rollout.weight_transport=p2p reads them",
+    "weight_cache_": "weights are loaded and verified by runner's plugin",
+    "delete_ckpt_after_loading": "weights are loaded and verified by runner's plugin",
+    "json_model_override_args": "the model group says what the model is",
+    "quantization": "the precision group says what is quantized",
+    "quantize_and_serve": "the precision group says what is quantized",
+    "modelopt_": "the precision group says what is quantized",
+    "rl_quant_profile": "the precision group says what is quantized",
+    "speculative_algorithm": "the speculative group says how drafts are made",
+    "speculative_draft_model_path": "the speculative group says how drafts are made",
+    "speculative_num_": "the speculative group says how drafts are made",
+    "speculative_accept_threshold_": "it accepts drafts that the policy would not have sampled",
+    "preferred_sampling_params": "rollout.sampling says how tokens are sampled",
+    "watermark_": "it changes what is sampled",
+    "enable_watermark": "it changes what is sampled",
+    "enable_lora": "the pool serves the policy alone",
+    "lora_paths": "the pool serves the policy alone",
+    "disaggregation_mode": "the pool sends all of a request to one engine",
+    "encoder_": "the pool sends all of a request to one engine",
     "dp_size": "the pool starts one server per engine and balances them itself",
+    "pp_size": "engines are tensor and expert parallel (parallelism.gpus_per_engine, engine_ep)",
+    "dist_init_addr": "the pool starts the processes of an engine",
+    "node_rank": "the pool starts the processes of an engine",
+    "ssl_": "servers talk plain HTTP, with a key, on one interface (cluster.interface)",
+    "use_ray": "the cluster group starts processes",
+    "skip_tokenizer_init": "tokens go in and come out",
 }
+HARMLESS = {"dp_size": 1, "pp_size": 1, "node_rank": 0, "disaggregation_mode": "null"}  # values that change nothing
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}  # of rollout.attention_backend=auto
 ALGORITHMS = {"ngram": "NGRAM", "draft": "STANDALONE", "mtp": "NEXTN", "eagle": "EAGLE"}
 CONTEXT_SLACK = 8  # SGLang takes inputs of at most context_length - 6 tokens; the pool itself ends samples at the model's context
@@ -144,8 +171,8 @@ def problems(cfg: Config) -> Iterator[UserError]:
             yield UserError("SGLang 0.5.23 has no such option", key=key, fix=hint)
         elif name in RUNTIME:
             yield UserError("the pool sets this for every server it starts", key=key, fix="leave it out")
-        elif name in REFUSED and value != decided.get(name, False):
-            yield UserError(f"refused: {REFUSED[name]}", key=key, fix="leave it out")
+        elif (reason := _refusal(name)) and value not in (decided.get(name, False), None, HARMLESS.get(name)):
+            yield UserError(f"refused: {reason}", key=key, fix="leave it out")
         elif problem := problem_of(name, value):
             yield UserError(problem, key=key, fix=f"rollout.server_args.{name}=<another value>")
         elif name in decided and decided[name] != value:
@@ -154,6 +181,12 @@ def problems(cfg: Config) -> Iterator[UserError]:
                 key=key,
                 fix=f"leave it out, or change {SOURCES.get(name, 'what it follows from')}",
             )
+
+
+def _refusal(name: str) -> str:
+    return REFUSED.get(name) or next(
+        (why for start, why in REFUSED.items() if start.endswith("_") and name.startswith(start)), ""
+    )
 
 
 # Where the value of an option comes from, for messages.
@@ -178,7 +211,8 @@ def warnings(cfg: Config) -> list[str]:
     """What is allowed but probably not meant; the pool prints them when it starts, and `plan` may."""
     rollout = _rollout(cfg)
     found = []
-    asked = -(-cfg.algorithm.prompts_per_step * cfg.algorithm.samples_per_prompt // num_engines(cfg))
+    prompts = cfg.algorithm.prompts_per_step + cfg.algorithm.oversample_prompts
+    asked = -(-prompts * cfg.algorithm.samples_per_prompt // num_engines(cfg))
     asked = min(rollout.max_concurrency, asked)
     graphs = rollout.server_args.get("cuda_graph_bs_decode") or [rollout.cuda_graph_max_batch]
     if not on_cpu(cfg) and not rollout.server_args.get("disable_cuda_graph") and max(graphs) < asked:

@@ -15,7 +15,7 @@ from runner.errors import UserError
 from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label, version_of_label
-from runner.rollout.sglang.process import start_problem
+from runner.rollout.sglang.process import PORT_TAKEN, start_problem
 from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.sender import Sender, lent
 from runner.rollout.sglang.server import Server
@@ -79,7 +79,7 @@ class Fleet:
                 return
             problem = start_problem(engine.server, self.settings.startup_seconds)
             await asyncio.to_thread(engine.server.kill)
-            if "port" not in problem.problem:
+            if PORT_TAKEN not in problem.problem:
                 break
         raise problem
 

@@ -118,9 +118,10 @@ def free_ports(host: str, count: int) -> list[int]:
         return ports
 
 
+PORT_TAKEN = "another program took its port"  # worth another start, with other ports
 # What a log says when a start failed -> what to tell the user.
 KNOWN_FAILURES = (
-    (re.compile(r"address already in use", re.I), "another program took its port"),
+    (re.compile(r"address already in use", re.I), PORT_TAKEN),
     (
         re.compile(r"out of memory|not enough memory|leave no GPU memory|MemoryError|can't allocate memory", re.I),
         "it ran out of memory",

@@ -16,7 +16,7 @@ import aiohttp
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.interface import LOOPBACK
-from runner.rollout.sglang.process import Child, free_ports, start_problem
+from runner.rollout.sglang.process import PORT_TAKEN, Child, free_ports, start_problem
 
 START_SECONDS = 60.0
 REGISTER_SECONDS = 30.0  # for the router to take a worker in or out: it asks the engine about itself first
@@ -64,7 +64,7 @@ class Router:
                 await asyncio.sleep(POLL_SECONDS)
             problem = start_problem(self.process, START_SECONDS)
             self.process.kill()
-            if "port" not in problem.problem:
+            if PORT_TAKEN not in problem.problem:
                 break
         raise problem
 

@@ -1,0 +1,54 @@
+"""`python -m runner rollout=sglang`: the program itself, with real servers, for two steps. (That it learns is in README.)"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
+SMALL = [
+    "rollout=sglang", "model=tiny_moe", "steps=2", "warm_start.enabled=false", "algorithm.prompts_per_step=8",
+    "algorithm.samples_per_prompt=4", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=1",
+    "evaluation.interval_steps=2", "checkpoint.interval_steps=1", "trainer.threads=1",
+]  # fmt: skip
+IN_TURNS = """
+import sys
+import runner.run
+from runner.__main__ import main
+runner.run.takes_turns = lambda cfg: True  # on a GPU: trainer and engines share it
+sys.exit(main())
+"""
+
+
+def run(tmp_path: Path, name: str, *overrides: str, program: tuple[str, ...] = ("-m", "runner")) -> list[dict[str, Any]]:
+    """The metrics of every step."""
+    command = [sys.executable, *program, *SMALL, f"outputs_dir={tmp_path}", f"run_name={name}", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    events = (tmp_path / name / "events.jsonl").read_text()
+    assert "sync_failed" not in events and "Traceback" not in done.stderr
+    mine = [p for p in psutil.process_iter(["cmdline"]) if f"run_name={name}" in " ".join(p.info["cmdline"] or [])]
+    assert mine == []
+    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing(tmp_path: Path) -> None:
+    plain = {name: run(tmp_path, name, f"precision={name}") for name in ("bf16", "int4_qat")}
+    for steps in plain.values():
+        assert len(steps) == 2
+        for step in steps:
+            assert step["perf/rollout_tokens"] > 0 and step["probe/logprob_abs_diff"] < 0.05
+            assert step["sync/resident_checked"] >= 16
+    wire = {name: steps[-1]["perf/update_weights_wire_bytes"] for name, steps in plain.items()}
+    assert wire["int4_qat"] < wire["bf16"] / 2
+    turns = run(tmp_path, "turns", "precision=int4_qat", program=("-c", IN_TURNS))
+    for alone, shared in zip(plain["int4_qat"], turns, strict=True):
+        # which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often
+        compared = [key for key in alone if not key.startswith(("perf/", "_")) and key != "sync/resident_checked"]
+        assert len(compared) > 20 and {key: alone[key] for key in compared} == {key: shared[key] for key in compared}
