@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from runner.errors import UserError
 from runner.rollout.collect import Collector
-from runner.samples import SamplingParams
+from runner.samples import SamplingParams, Status
 from runner.schema import Config
 
 
@@ -30,6 +31,9 @@ def evaluate(cfg: Config, collector: Collector, step: int) -> dict[str, float]:
     )
     # Evaluation draws from streams of its own: the negative step never meets a training step's seeds.
     samples = collector.generate(prompts, section.samples_per_prompt, sampling, step=-1 - step, capture_routes=False)
+    samples = [sample for sample in samples if sample.status is not Status.failed]  # the engine's fault, not the policy's
+    if not samples:
+        raise UserError("every sample of the evaluation failed in the engine", key="rollout", fix="the warning above says why")
     rewards: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         rewards[sample.prompt_id].append(sample.reward or 0.0)
@@ -40,6 +44,7 @@ def evaluate(cfg: Config, collector: Collector, step: int) -> dict[str, float]:
         f"eval/{name}_response_len": sum(sample.response_length for sample in samples) / len(samples),
     }
     if k > 1:
-        passes = [pass_at_k(len(group), sum(value >= 1.0 for value in group), k) for group in rewards.values()]
-        metrics[f"eval/{name}_pass@{k}"] = sum(passes) / len(passes)
+        passes = [pass_at_k(len(group), sum(value >= 1.0 for value in group), k) for group in rewards.values() if len(group) >= k]
+        if passes:
+            metrics[f"eval/{name}_pass@{k}"] = sum(passes) / len(passes)
     return metrics

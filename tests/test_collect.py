@@ -7,7 +7,7 @@ import torch
 
 from runner.compose import load
 from runner.errors import UserError
-from runner.evaluation import pass_at_k
+from runner.evaluation import evaluate, pass_at_k
 from runner.rollout.collect import Collector, Interrupted
 from runner.samples import Request, Sample, Status, request_seed
 from runner.tasks.protocol import Prompt
@@ -48,13 +48,14 @@ class FakePool:
                 torch.ones(1, dtype=torch.bool),
                 torch.zeros(1),
                 status,
-                "stop",
+                "it hung" if status is Status.failed else "stop",
             )
 
 
-def collector(pool: FakePool, *overrides: str, stop: bool = False) -> Collector:
+def collector(pool: FakePool, *overrides: str, stop: bool = False, warnings: list[str] | None = None) -> Collector:
     cfg = load(["algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=2", *overrides]).config
-    return Collector(cfg, FakeTask(), pool, lambda ids: "text", (0,), lambda: stop, warn=lambda message: None)  # type: ignore[arg-type]
+    warn = (warnings if warnings is not None else []).append
+    return Collector(cfg, FakeTask(), pool, lambda ids: "text", (0,), lambda: stop, warn=warn)  # type: ignore[arg-type]
 
 
 def test_groups_come_back_in_prompt_order_whatever_finished_first() -> None:
@@ -80,10 +81,20 @@ def test_oversampling_asks_for_more_and_keeps_what_carries_an_advantage() -> Non
 
 
 def test_failed_samples_leave_their_group_and_a_step_without_any_is_an_error() -> None:
-    rollout = collector(FakePool({"0/0/1"})).collect(step=0)
+    warnings: list[str] = []
+    rollout = collector(FakePool({"0/0/1"}), warnings=warnings).collect(step=0)
     assert [group.prompt.prompt_id for group in rollout.groups] == ["0/0/0", "0/0/2", "0/0/3"]
+    assert warnings == ["2 of 8 samples failed in the engine and are left out (prompt 0/0/1, sample 0: it hung)"]
     with pytest.raises(UserError, match="no sample of the rollout came back"):
         collector(FakePool({f"0/0/{i}" for i in range(4)})).collect(step=0)
+
+
+def test_failed_samples_are_no_wrong_answers_of_an_evaluation() -> None:
+    cfg = load(["evaluation.num_prompts=4", "evaluation.samples_per_prompt=2"]).config
+    scores = [evaluate(cfg, collector(FakePool(failing)), step=0) for failing in ((), ("0/0/1", "0/0/3"))]
+    assert [score["eval/arithmetic"] for score in scores] == [0.75, 1.0]
+    with pytest.raises(UserError, match="every sample of the evaluation failed"):
+        evaluate(cfg, collector(FakePool(f"0/0/{i}" for i in range(4))), step=0)
 
 
 def test_an_interrupt_abandons_the_rollout() -> None:

@@ -61,7 +61,8 @@ class Collector:
         should_stop: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> None:
-        """`decode` turns response ids into text without special tokens; `warn` gets one line about failed rewards."""
+        """`decode` turns response ids into text without special tokens; `warn` gets one line about samples or
+        rewards that failed."""
         self.cfg, self.task, self.pool = cfg, task, pool
         self.decode, self.stop_token_ids, self.should_stop, self.warn = decode, stop_token_ids, should_stop, warn
 
@@ -126,6 +127,10 @@ class Collector:
         if len(finished) != len(requests):
             raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
         samples = [finished[request.prompt_id, request.sample_index] for request in requests]
+        failed = [sample for sample in samples if sample.status is Status.failed]
+        if failed:
+            first = f"prompt {failed[0].prompt_id}, sample {failed[0].sample_index}: {failed[0].finish_reason}"
+            self.warn(f"{len(failed)} of {len(samples)} samples failed in the engine and are left out ({first})")
         self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
         return samples
 

@@ -22,7 +22,7 @@ from cases import Running, by_key, config, exported, reference_logprobs, request
 
 from runner import folder
 from runner.errors import UserError
-from runner.rollout.sglang.entry import shared_file
+from runner.rollout.sglang.entry import SHARED, shared_file, shared_segment
 from runner.rollout.sglang.server import Server
 
 pytestmark = pytest.mark.sglang
@@ -159,12 +159,14 @@ def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_en
     assert listening == {"127.0.0.1"}
 
 
-def test_a_driver_that_is_killed_takes_its_servers_along(tmp_path: Path) -> None:
-    code = """
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_driver_that_is_killed_takes_its_servers_along(tmp_path: Path, ranks: int) -> None:
+    """Processes, and what they have in shared memory."""
+    code = f"""
 import sys
 from cases import config
 from runner.rollout.sglang import SglangPool
-pool = SglangPool(config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none"))
+pool = SglangPool(config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none", "rollout.cpu_tp={ranks}"))
 print(pool._fleet.engines[0].server.pid, flush=True)
 sys.stdin.read()
 """
@@ -174,13 +176,17 @@ sys.stdin.read()
     assert driver.stdout is not None
     server = int(driver.stdout.readline())
     processes = family(server)
-    shared = shared_file(server, "*")
-    assert len(processes) >= 3  # server, scheduler, detokenizer
-    assert len(list(shared.parent.glob(shared.name))) == 1
+    names = (shared_file(server, "*").name, shared_segment("*", server, "*"))
+
+    def shared() -> list[Path]:
+        return [path for name in names for path in SHARED.glob(name)]
+
+    assert len(processes) >= 2 + ranks  # server, schedulers, detokenizer
+    assert len(shared()) >= ranks
     driver.kill()
     driver.wait()
     assert gone(processes), [process for process in processes if process.is_running()]
-    assert list(shared.parent.glob(shared.name)) == []
+    assert shared() == []
 
 
 def _failing(tmp_path: Path, **arguments: Any) -> str:

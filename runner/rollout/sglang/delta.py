@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from runner.errors import UserError
 from runner.rollout.sglang.weight_files import MANIFEST, WeightSet, WeightWriter, read_parts
 from runner.samples import ExportedTensor
-from runner.weights.stream import SealedTensor, seal
+from runner.weights.stream import SealedTensor, digest, seal
 
 INDEX, VALUE, WHOLE = "index", "value", "whole"
 
@@ -79,15 +80,30 @@ def difference(name: str, new: torch.Tensor, previous: WeightSet) -> dict[str, t
 def patch(base: WeightSet, delta: WeightSet, carried: list[SealedTensor]) -> Iterator[SealedTensor]:
     """The full stream of the new version from the old full copy and the delta as it lies on the disk."""
     manifest = json.loads((delta.folder / MANIFEST).read_text())
+
+    def damaged(what: object) -> UserError:
+        return UserError(
+            f"the delta of version {delta.version} is damaged on its disk: {what}",
+            key="rollout.weight_transport",
+            fix="check the disk of outputs_dir, or rollout.weight_transport=disk_full",
+        )
+
     places: dict[str, Path] = {}
     for file in (delta.folder / name for name in manifest["files"]):
-        with safe_open(file, framework="pt") as opened:
-            places |= dict.fromkeys(opened.keys(), file)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                places |= dict.fromkeys(opened.keys(), file)
+        except (OSError, SafetensorError) as error:
+            raise damaged(f"{file.name}: {error}") from error
+    if missing := sorted(manifest["digests"].keys() - places.keys()):
+        raise damaged(f"{missing[0]} is missing")
 
     def entry(key: str) -> torch.Tensor:
         with safe_open(places[key], framework="pt") as opened:
             found: torch.Tensor = opened.get_tensor(key)
-            return found
+        if digest(found) != manifest["digests"][key]:
+            raise damaged(key)
+        return found
 
     for sealed in carried:
         item = sealed.exported

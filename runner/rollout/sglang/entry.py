@@ -56,10 +56,16 @@ def shared_file(group: int, name: str) -> Path:
     return SHARED / f"sglang_loads_{group}_{name}.shm"
 
 
+def shared_segment(kind: str, group: int, rest: str) -> str:
+    """Name of a segment through which the processes of a server talk; `rest` is SGLang's own end of it."""
+    return f"sgl_shm_{kind}_g{group}_{rest}"
+
+
 def remove_shared_files(group: int) -> None:
     """Of a server that was killed; SGLang removes nothing then. `group`: its process group."""
-    for path in SHARED.glob(shared_file(group, "*").name):
-        path.unlink(missing_ok=True)
+    for name in (shared_file(group, "*").name, shared_segment("*", group, "*")):
+        for path in SHARED.glob(name):
+            path.unlink(missing_ok=True)
 
 
 def start_guard() -> None:

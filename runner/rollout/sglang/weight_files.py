@@ -6,6 +6,8 @@ the current version stays until the next one is complete, for engines that have 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from runner.checkpoint import sync_to_disk
 from runner.errors import UserError
 from runner.rollout.local.weights import changed
 from runner.samples import ExportedTensor
@@ -26,7 +29,8 @@ from runner.weights.stream import SealedTensor, seal, wire_bytes
 
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
-PREFIX = "runner-weights-"  # then the process id of the driver
+PREFIX = "runner-weights-"
+LOCK = ".lock"
 BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
 
 
@@ -59,13 +63,16 @@ class WeightSet:
 
 
 class WeightWriter:
-    """Writes sets under `root`, a folder of this process alone."""
+    """Writes sets under `root`, a folder of this process alone. What an earlier process of the run left there is removed: a
+    resumed run's first sync brings everything."""
 
     def __init__(self, root: Path, *, durable: bool, bucket_bytes: int = BUCKET_BYTES) -> None:
         """`durable`: versioned folders on a disk, synced and renamed into place, with a manifest; else plain files."""
         self.root, self.durable, self.bucket_bytes = root, durable, bucket_bytes
         self._count = 0
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for stale in (*root.glob("v[0-9]*"), *root.glob(".v[0-9]*")):
+            shutil.rmtree(stale, ignore_errors=True)
 
     def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:
         """Seal what is not sealed yet and write it, a bucket at a time. UserError when the disk or shared memory is full."""
@@ -92,8 +99,12 @@ class WeightWriter:
                 self._seal_folder(written)
             target = self.root / name
             partial.rename(target)
-        except (OSError, SafetensorError) as error:
+            if self.durable:
+                sync_to_disk(self.root)
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, (OSError, SafetensorError)):
+                raise
             raise UserError(
                 f"cannot write the weights of version {version} under {self.root}: {error}",
                 key="rollout.weight_transport",
@@ -141,15 +152,33 @@ def shared_memory_folder(needed_bytes: int) -> Path:
     if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 3 * needed_bytes:
         root = str(shared)
     _remove_abandoned(Path(root or tempfile.gettempdir()))
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
+    made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+    _held.append(_locked(made))
+    return made
+
+
+_held: list[int | None] = []  # file descriptors whose locks last as long as this process
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor of the folder's lock; None when a living process has it. Process ids would not do: shared memory may be
+    shared with containers whose processes are not to be seen."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _remove_abandoned(root: Path) -> None:
     """Folders of drivers that were killed: shared memory is not given back by itself."""
-    for folder in root.glob(f"{PREFIX}*-*"):
-        owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists() and folder.stat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in root.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or removed by now
+            if folder.stat().st_uid == os.getuid() and (lock := _locked(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

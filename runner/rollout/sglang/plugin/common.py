@@ -14,7 +14,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner.models import mimo_torch
-from runner.rollout.sglang.entry import shared_file
+from runner.rollout.sglang.entry import shared_file, shared_segment
 from runner.weights import broadcast
 
 
@@ -25,6 +25,8 @@ def register() -> None:
     )
     HookRegistry.register("sglang.srt.managers.load_snapshot.shm_path_for", _shared_file, HookType.AROUND)
     HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
+    for module in ("device_communicators.shm_broadcast", "parallel_state"):
+        HookRegistry.register(f"sglang.srt.distributed.{module}.make_shm_name", _shared_segment, HookType.AROUND)
     _local_store()
     mimo_torch.register()  # MiMo's checkpoints bring code for this, which engines do not run
 
@@ -46,6 +48,10 @@ def _without_keys(result: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str
 def _shared_file(original: Callable[[str], str], ipc_name: str) -> str:
     """A name that says whose it is: the process group, which all processes of a server share."""
     return str(shared_file(os.getpgid(0), original(ipc_name).rpartition("_")[2].removesuffix(".shm")))
+
+
+def _shared_segment(original: Callable[[str], str], kind: str) -> str:
+    return shared_segment(kind, os.getpgid(0), original(kind).partition(f"_{kind}_")[2])
 
 
 async def _prompt_watchdog(original: Callable[[Any], Awaitable[None]], self: Any) -> None:
