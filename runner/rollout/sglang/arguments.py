@@ -222,6 +222,8 @@ def warnings(cfg: Config) -> list[str]:
         )
     if on_cpu(cfg) and cfg.precision.rollout.format is Format.fp8:
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
+    if cfg.speculative.method == "draft":
+        found.append("SGLang 0.5.23 shows a draft model the text without its first token, so even an equal model misses some")
     if rollout.weight_transport == "p2p":
         found.append(
             "weight_transport=p2p: while weights move, whoever reaches this machine and the engines' can read them (RDMA and "
