@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from runner.weights.transfer_engine import Endpoint, obstacles
 FP32 = ("precision.base_dtype=float32", "speculative=none", "rollout.max_concurrency=16")
 
 P2P = pytest.param("p2p", marks=pytest.mark.skipif(bool(obstacles("tcp")), reason="; ".join(obstacles("tcp"))))
+TRANSPORTS = ["tensor", "distributed", "disk_full", "disk_delta", P2P]
 
 
 def config(rollout: str, *overrides: str) -> Config:
@@ -69,7 +72,8 @@ def by_key(samples: list[Sample]) -> dict[tuple[str, int], Sample]:
 
 
 def reference_logprobs(built: torch.nn.Module, sample: Sample, temperature: float = 1.0) -> torch.Tensor:
-    """[R] of transformers over the sample's own tokens."""
+    """[R] of transformers over the sample's own tokens. A failed sample has none, which would equal anything's."""
+    assert sample.response_length > 0, f"{sample.status}: {sample.finish_reason}"
     with torch.no_grad():
         logits = built(sample.tokens[None]).logits[0].float() / temperature
     scored = logits.log_softmax(-1)[sample.prompt_length - 1 : -1]
@@ -90,6 +94,37 @@ def over(settings: Any, transport: str) -> Any:
         broadcast="gloo" if transport == "distributed" else None,
         endpoint=Endpoint("127.0.0.1", "tcp") if transport == "p2p" else None,
     )
+
+
+@contextmanager
+def switched(pool: Any, transport: str) -> Iterator[None]:
+    """The pool sends weights another way; engines keep what arrived, the pool forgets it."""
+    kept, settings, before = pool._writer, pool._fleet.settings, pool._rollout.weight_transport
+    pool._rollout.weight_transport, pool._writer = transport, None
+    pool._fleet.settings = over(settings, transport)
+    if pool._fleet.weights is not None:
+        pool._fleet.weights.remove()
+    pool._fleet.weights = None
+    try:
+        yield
+    finally:
+        if pool._writer is not None:
+            pool._writer.close()
+        pool._writer, pool._fleet.weights = kept, None
+        pool._rollout.weight_transport, pool._fleet.settings = before, settings
+
+
+def assert_follows_over(pool: Any, cfg: Config, transport: str, *, tolerance: float) -> None:
+    """Two updates with different weights, after each of which logprobs are those of transformers over them. (The second one
+    is a real delta.)"""
+    with switched(pool, transport):
+        for version, seed in enumerate((1, 2)):
+            built, items = exported(cfg, seed=seed)
+            assert pool.update_weights(version, iter(items)).problems == []
+            samples = list(pool.generate(requests(3)))
+            assert len(samples) == 3
+            for sample in samples:
+                torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=tolerance, rtol=0)
 
 
 class Running:

@@ -6,14 +6,17 @@ Greedy throughout: SGLang verifies by argmax on a CPU.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cases import P2P, Running, by_key, config, exported, flipped, over, requests
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from runner import compose
 from runner.precision.plan import PrecisionPlan
@@ -191,3 +194,54 @@ def test_another_model_drafts_with_its_own_weights_over_updates(tmp_path: Path) 
         assert rates[0] == pytest.approx(without_the_first_token(built, drafts=3))
     finally:
         running.pool.close()
+
+
+def eagle_head(cfg: Any, folder: Path) -> None:
+    """An EAGLE head on disk that hands the last token's embedding through: for a `chain` policy, a perfect one."""
+    model = cfg.model
+    config = LlamaConfig(
+        vocab_size=model.vocab_size, hidden_size=model.hidden_size, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=model.num_heads, num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim,
+        max_position_embeddings=model.max_context_tokens, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder.mkdir()
+    described = config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(described))
+    state = {
+        name.removeprefix("model."): torch.zeros_like(value) if name.endswith(("o_proj.weight", "down_proj.weight")) else value
+        for name, value in LlamaForCausalLM(config).state_dict().items()
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name  # an EAGLE head has none
+    }
+    hidden = model.hidden_size
+    state |= {"fc.weight": torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], 1), "fc.bias": torch.zeros(hidden)}
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_an_eagle_head_drafts_over_updates_of_the_policy(tmp_path: Path) -> None:
+    """Its own weights stay; embeddings and output layer are the policy's, and follow it."""
+    from runner.rollout.sglang import SglangPool
+
+    cfg = config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none")
+    eagle_head(cfg, tmp_path / "eagle")
+    cfg.speculative = speculating(
+        "speculative=eagle", "speculative.num_draft_tokens=3", f"speculative.draft_model={tmp_path / 'eagle'}"
+    )
+    pool = SglangPool(cfg)
+    try:
+        for version, seed in enumerate((1, 2)):
+            items = chain(exported(cfg, seed=seed)[1], torch.zeros(0))
+            assert pool.update_weights(version, iter(items)).problems == []
+            parts = {name: value for item in items for name, value in item.parts.items()}
+            embedding = parts["model.embed_tokens.weight"]
+            scaled = embedding / (embedding.pow(2).mean(-1, keepdim=True) + cfg.model.norm_eps).sqrt()
+            following = (scaled @ parts.get("lm_head.weight", embedding).T).argmax(-1).tolist()
+            tokens, metrics = drafted(SimpleNamespace(pool=pool))
+            assert metrics["rollout/spec_accept_rate"] > 0.9 and metrics["rollout/spec_accept_length"] > 3.5
+            for request in requests(6, routes=False):
+                expected, last = [], request.tokens[-1]
+                for _ in range(40):
+                    last = following[last]
+                    expected.append(last)
+                assert tokens[request.prompt_id, 0] == expected
+    finally:
+        pool.close()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import config, exported, reference_logprobs, requests
+from cases import assert_follows_over, config, exported, reference_logprobs, requests
 from reference import reference_routes
 
 from runner import compose
+from runner.weights import transfer_engine
 
 pytestmark = pytest.mark.sglang
 
 
-def test_fp8_blocks_compute_with_their_effective_weights() -> None:
+def test_fp8_blocks_compute_with_their_effective_weights_over_every_transport() -> None:
     from runner.rollout.sglang import SglangPool
 
     # k_proj has 64 rows here, and SGLang cannot cut its stacked q, k and v at half a block
@@ -24,6 +25,8 @@ def test_fp8_blocks_compute_with_their_effective_weights() -> None:
         assert sum(form == "fp8" for form in pool.describe().formats.values()) == len(pool.plan.quantized) > 0
         for sample in pool.generate(requests(6)):
             torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-3, rtol=0)
+        for transport in ("distributed", "disk_full", "disk_delta", *([] if transfer_engine.obstacles("tcp") else ["p2p"])):
+            assert_follows_over(pool, cfg, transport, tolerance=1e-3)
     finally:
         pool.close()
 

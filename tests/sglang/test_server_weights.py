@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import P2P, by_key, config, exported, flipped, over, reference_logprobs, requests
+from cases import (
+    P2P,
+    TRANSPORTS,
+    assert_follows_over,
+    by_key,
+    config,
+    exported,
+    flipped,
+    over,
+    reference_logprobs,
+    requests,
+    switched,
+)
 from reference import reference_routes
 
 from runner.errors import UserError
@@ -154,12 +166,7 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
 def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
     sglang_int4.fresh()
-    kept, settings = pool._writer, pool._fleet.settings
-    pool._rollout.weight_transport, pool._writer = transport, None
-    pool._fleet.settings = over(settings, transport)
-    pool._fleet.weights.remove()
-    pool._fleet.weights = None
-    try:
+    with switched(pool, transport):
         whole = pool.update_weights(1, iter(sglang_int4.items))
         assert whole.problems == [] and whole.wire_bytes > 1_000_000
         items = list(sglang_int4.items)
@@ -169,12 +176,14 @@ def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: st
         assert second.problems == [] and 0 < second.changed_integers < 1e-4
         assert second.wire_bytes == (8 if transport == "disk_delta" else whole.wire_bytes)  # one word and its index
         samples = _greedy(pool)
-    finally:
-        pool._writer.close()
-        pool._writer, pool._fleet.weights = kept, None
-        pool._rollout.weight_transport, pool._fleet.settings = "tensor", settings
     sglang_int4.sync(items, 3)
     assert all(torch.equal(samples[key].tokens, again.tokens) for key, again in _greedy(pool).items())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_bf16_follows_over_every_transport(sglang_fp32: Any, transport: str) -> None:
+    """The engine computes in fp32 here, so the bits of bf16 and of fp32 weights travel alike."""
+    assert_follows_over(sglang_fp32.pool, sglang_fp32.cfg, transport, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("transport", [P2P])

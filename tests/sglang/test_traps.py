@@ -139,6 +139,7 @@ PROMISES: dict[str, list[str]] = {
         f"{ROUTER}::test_a_driver_that_is_killed_takes_its_router_along",
     ],
     "drafts take part in weight sync": [
+        f"{DRAFTS}::test_an_eagle_head_drafts_over_updates_of_the_policy",
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
     ],
@@ -167,6 +168,8 @@ PROMISES: dict[str, list[str]] = {
     ],
     "transports": [
         f"{WEIGHTS}::test_other_transports_bring_the_same_weights",
+        f"{WEIGHTS}::test_bf16_follows_over_every_transport",
+        f"{TWINS}::test_fp8_blocks_compute_with_their_effective_weights_over_every_transport",
         f"{ROUTER}::test_samples_through_the_router_are_those_of_the_engines",
         f"{P2P}::test_every_rank_reads_the_same_bits",
         f"{P2P}::test_memory_is_out_of_reach_when_the_action_is_over",

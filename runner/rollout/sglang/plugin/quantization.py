@@ -97,10 +97,11 @@ def _keep_runner_config(self: Any, module: Any, moe_runner_config: Any) -> None:
     self.moe_runner_config = moe_runner_config
 
 
-def _run_experts(self: Any, module: Any, dispatch_output: Any) -> Any:
+def _run_experts(self: Any, layer: Any, dispatch_output: Any) -> Any:
+    """By these names: SGLang's FP8 experts are called with keywords."""
     from sglang.srt.layers.moe.fused_moe_native import moe_forward_native
     from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 
-    weights = SimpleNamespace(**module.effective, num_experts=module.effective["w2_weight"].shape[0])
+    weights = SimpleNamespace(**layer.effective, num_experts=layer.effective["w2_weight"].shape[0])
     hidden = moe_forward_native(weights, dispatch_output.hidden_states, dispatch_output.topk_output, self.moe_runner_config)
     return StandardCombineInput(hidden_states=hidden)
