@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from runner.errors import UserError, UserErrors
 from runner.rollout.sglang.arguments import takes_turns
@@ -143,23 +144,44 @@ def _engines(cfg: Config) -> list[UserError]:
 
 
 def _draft(cfg: Config) -> list[UserError]:
-    """SGLang turns some architectures into their multi-token-prediction layer when they draft, and then finds no such weights."""
-    folder = cfg.speculative.draft_model
-    if cfg.speculative.method != "draft" or not folder:
+    """What SGLang would load and then draft badly with, or not at all."""
+    folder, method = cfg.speculative.draft_model, cfg.speculative.method
+    if method not in ("draft", "eagle") or not folder:
         return []
     try:
-        architectures = json.loads((Path(folder).expanduser() / "config.json").read_text()).get("architectures") or []
+        config = json.loads((Path(folder).expanduser() / "config.json").read_text())
     except (OSError, ValueError):
         return []  # a hub id, or what `_files` and SGLang report
+    return _whole_model(config) if method == "draft" else _eagle_head(cfg, config)
+
+
+def _whole_model(config: dict[str, Any]) -> list[UserError]:
+    """SGLang turns some architectures into their multi-token-prediction layer when they draft, and then finds no such weights."""
     return [
         UserError(
             f"SGLang 0.5.23 makes a multi-token-prediction layer of a draft model of {name}, whatever its folder has",
             key="speculative.draft_model",
             fix="speculative.draft_model=<a dense Qwen3 model of the same vocabulary>, or speculative=ngram",
         )
-        for name in architectures
+        for name in config.get("architectures") or []
         if name in REWRITTEN_DRAFTS
     ]
+
+
+def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
+    """SGLang loads any model as an EAGLE head. One of EAGLE-3 skips its projection, a whole model ignores the policy's hidden
+    states: neither is an error there, only drafts that are not accepted."""
+    fix = "speculative.draft_model=<a LlamaForCausalLMEagle or Qwen2ForCausalLMEagle of the policy's hidden size>"
+    problems = [
+        UserError(f"{name} is not an EAGLE head (EAGLE-3 is not supported)", key="speculative.draft_model", fix=fix)
+        for name in config.get("architectures") or []
+        if not name.endswith("ForCausalLMEagle")
+    ]
+    width = config.get("hidden_size")
+    if width is not None and width != cfg.model.hidden_size:
+        message = f"the EAGLE head reads hidden states of width {width}, {cfg.model.name} has {cfg.model.hidden_size}"
+        problems.append(UserError(message, key="speculative.draft_model", fix=fix))
+    return problems
 
 
 def _files(cfg: Config) -> list[UserError]:

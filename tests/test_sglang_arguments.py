@@ -154,6 +154,24 @@ def test_a_draft_model_that_sglang_would_rewrite_is_refused(tmp_path: Path, arch
     assert ("makes a multi-token-prediction layer" in str(caught.value)) == refused
 
 
+@pytest.mark.parametrize(
+    ("architecture", "hidden_size", "refused"),
+    [
+        ("LlamaForCausalLMEagle", 4096, None),
+        ("LlamaForCausalLMEagle", 2048, "hidden states of width 2048, mimo_7b has 4096"),
+        ("LlamaForCausalLMEagle3", 4096, "LlamaForCausalLMEagle3 is not an EAGLE head"),
+        ("Qwen3ForCausalLM", 4096, "Qwen3ForCausalLM is not an EAGLE head"),
+    ],
+)
+def test_what_sglang_would_silently_draft_badly_with_is_refused(
+    tmp_path: Path, architecture: str, hidden_size: int, refused: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture], "hidden_size": hidden_size}))
+    with pytest.raises(UserErrors) as caught:  # of the GPUs that are missing, at least
+        preflight.check(load("model=mimo_7b", "speculative=eagle", f"speculative.draft_model={tmp_path}"))
+    assert refused in str(caught.value) if refused else "speculative.draft_model" not in str(caught.value)
+
+
 def test_one_multi_token_prediction_layer_drafts() -> None:
     with pytest.raises(UserErrors, match="SGLang drafts with one multi-token-prediction layer, mimo_7b has 2"):
         load("model=mimo_7b", "speculative=mtp", "model.num_mtp_layers=2")

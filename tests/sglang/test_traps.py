@@ -68,6 +68,10 @@ TRAPS: dict[str, list[str]] = {
     "files of killed servers stay in shared memory": [f"{FAULTS}::test_a_driver_that_is_killed_takes_its_servers_along"],
     "a draft model sees the text without its first token": [
         f"{DRAFTS}::test_another_model_drafts_with_its_own_weights_over_updates",
+        f"{DRAFTS}::test_a_model_equal_to_the_policy_is_always_right_where_the_first_token_does_not_matter",
+    ],
+    "whatever is called an EAGLE head is loaded as one": [
+        f"{ARGUMENTS}::test_what_sglang_would_silently_draft_badly_with_is_refused",
     ],
     "retract loses routes": [f"{ARGUMENTS}::test_what_sglang_does_not_do_here_is_refused_with_the_reason"],
     "logprobs come after the temperature": [f"{CONTRACT}::test_logprobs_and_routes_equal_transformers"],
@@ -139,9 +143,12 @@ PROMISES: dict[str, list[str]] = {
         f"{ROUTER}::test_a_driver_that_is_killed_takes_its_router_along",
     ],
     "drafts take part in weight sync": [
-        f"{DRAFTS}::test_an_eagle_head_drafts_over_updates_of_the_policy",
         f"{DRAFTS}::test_a_new_mtp_layer_drafts_after_the_update_that_brought_it",
         f"{DRAFTS}::test_the_drafts_tensors_are_sent_and_verified_like_the_policys",
+    ],
+    "what is accepted of drafts is what they have right": [
+        f"{DRAFTS}::test_an_mtp_layer_drafts_from_its_own_cache",
+        f"{DRAFTS}::test_an_eagle_head_drafts_and_keeps_its_weights_over_updates",
     ],
     "the program itself runs, in bf16 and packed INT4, and taking turns changes nothing": [
         "sglang/test_end_to_end_sglang.py::test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing",
