@@ -1,8 +1,8 @@
 """What a draft model must get accepted: the drafting of SGLang written down again with plain modules, one sequence at a time.
 
-SGLang drafts every kind alike, and keeps of a sequence x_0 ... x_n what an EAGLE head needs: its draft model reads the pairs (token
-p + 1, hidden state p). So a draft model that is a language model of its own (STANDALONE) never reads x_0, on any device, and
-proposes what it would say of a sequence that starts with x_1.
+SGLang drafts every kind alike, as an EAGLE head needs it: of a sequence x_0 ... x_n the draft model reads pairs (token p + 1,
+hidden state p). So a draft that is a language model of its own (STANDALONE) never reads x_0, on any device, and proposes what
+it would say of a sequence that starts with x_1.
 
 Shape legend: T tokens, H hidden.
 """

@@ -232,8 +232,8 @@ def test_another_model_drafts_with_its_own_weights_over_updates(tmp_path: Path) 
 
 
 def test_a_model_equal_to_the_policy_is_always_right_where_the_first_token_does_not_matter(tmp_path: Path) -> None:
-    """Blocks that add nothing: the next token depends on the last one only. SGLang counts all drafts of the last step of a sample,
-    which has no room for all of them, as accepted: the rate is 1, not just near it."""
+    """Blocks that add nothing: the next token depends on the last one only. The last step of a sample has no room for all of its
+    drafts, but SGLang counts them as accepted: the rate is 1, not just near it."""
     cfg = config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none")
     items = weakened(exported(cfg)[1], 0.0)
     write_draft(tmp_path, items)
