@@ -58,7 +58,8 @@ def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
     """int4_qat with R3 from the same weights, a warm-started policy: two tensor-parallel ranks against one process.
 
     The engine gets the same integers from both, so the first rollouts are equal. Then bf16 rounds differently in the two
-    forwards (seen: gradient norms by 1.5 %, entropies by 0.5 %), and by the third step a weight's integer, and a sample.
+    forwards (seen: gradient norms by 1.5 %, entropies by 0.5 %), and by the second or third step (it depends on the CPU's
+    kernels) a weight's integer, and a sample: from there on the updates are those of different samples.
     """
     small = ["steps=1", "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "warm_start.max_steps=200"]
     common = [
@@ -74,14 +75,14 @@ def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
         rows.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     assert rows[0][0]["rollout/zero_std"] < 1 and rows[0][0]["train/grad_norm"] > 0.05, "nothing to learn from"
     for theirs, ours in zip(*rows, strict=True):
-        if theirs["step"] == 0:
-            exact = [key for key in theirs if key.startswith("rollout/")]
-            assert {key: ours[key] for key in exact} == {key: theirs[key] for key in exact}
+        same_samples = all(ours[key] == theirs[key] for key in theirs if key.startswith("rollout/"))
+        assert same_samples or theirs["step"] > 0
         assert ours["rollout/raw_reward"] == pytest.approx(theirs["rollout/raw_reward"], abs=0.1)
-        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-3)
-        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.05)
-        assert ours["train/entropy_loss"] == pytest.approx(theirs["train/entropy_loss"], rel=0.03)
-        assert ours["sync/changed_integers"] == pytest.approx(theirs["sync/changed_integers"], rel=0.05)
+        if same_samples:
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-3)
+            assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.05)
+            assert ours["train/entropy_loss"] == pytest.approx(theirs["train/entropy_loss"], rel=0.03)
+            assert ours["sync/changed_integers"] == pytest.approx(theirs["sync/changed_integers"], rel=0.05)
         assert max(row["train/train_rollout_logprob_abs_diff"] for row in (ours, theirs)) < 0.01
         assert max(row["router_replay/disagreement"] for row in (ours, theirs)) < 0.02
 
