@@ -55,6 +55,7 @@ def build_config(kind: str, args: argparse.Namespace) -> Config:
         precision=schema.PrecisionConfig(
             name=kind, group_size=32, convention=Convention.exact, roles=None, train=grids[0], rollout=grids[1],
             qat_placement=placement, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False, fp8_param_gather=False,
+            cpu_matmul=schema.CpuMatmul.auto,
         ),
         trainer=schema.TorchTrainerConfig(
             _target_="runner.trainer.torch_trainer.TorchTrainer", name="torch", optimizer=optimizer,

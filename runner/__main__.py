@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from runner.cores import respect_quota
 from runner.errors import UserError, UserErrors
 
 VERBS = {
@@ -62,6 +63,7 @@ class Command:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 2 for a mistake of the user, without a traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    respect_quota()
     try:
         return dispatch(argv)
     except UserErrors as errors:

@@ -57,6 +57,14 @@ class QatPlacement(Enum):
     forward = "forward"  # fake quantization in every forward (what slime and Miles do); works without masters
 
 
+class CpuMatmul(Enum):
+    """How a CPU multiplies bf16 matrices; both round a sum of exact products once."""
+
+    auto = "auto"  # native where the CPU has bf16 instructions, else what a short measurement says
+    native = "native"  # torch's own
+    widened = "widened"  # operands to fp32, the result to bf16
+
+
 class Estimator(Enum):
     grpo = "grpo"
     gspo = "gspo"
@@ -142,6 +150,7 @@ class PrecisionConfig:
     fp8_backward: bool = MISSING  # precision=fp8: quantize gradients in the backward too
     fp8_matmul: str = MISSING  # precision=fp8: simulated (in bf16) or scaled_mm (trainer=torch on a Hopper GPU)
     fp8_param_gather: bool = MISSING  # Megatron: all-gather parameters in FP8
+    cpu_matmul: CpuMatmul = MISSING  # how a CPU multiplies bf16 matrices
 
 
 @dataclass

@@ -4,6 +4,12 @@ import signal
 
 from hypothesis import settings
 
+from runner.precision import cpu_matmul
+from runner.schema import CpuMatmul
+
+# What the trainers and engines under test are compared with takes the way that they take.
+cpu_matmul.install(CpuMatmul.auto)
+
 settings.register_profile("runner", derandomize=True, deadline=None)
 settings.load_profile("runner")
 

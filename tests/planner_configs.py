@@ -155,6 +155,7 @@ def precision(format: Format = Format.int4, group_size: int = 128, **fields: obj
         "fp8_backward": False,
         "fp8_matmul": "simulated",
         "fp8_param_gather": False,
+        "cpu_matmul": schema.CpuMatmul.auto,
     }
     return schema.PrecisionConfig(**{**values, **fields})
 

@@ -16,7 +16,7 @@ from runner.doctor import machine
 from runner.doctor.cli import main
 from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
-from runner.schema import Config, TrackingConfig
+from runner.schema import Config, CpuMatmul, TrackingConfig
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -125,6 +125,16 @@ def test_a_broken_kernel_is_a_failure_of_the_run_that_needs_it(tmp_path: Path, m
 
     monkeypatch.setattr("torch.ops.aten._weight_int4pack_mm_for_cpu", broken)
     assert next(machine.int4_matmul(laptop(tmp_path))).status is Status.fail
+
+
+def test_a_slow_way_of_multiplying_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = laptop(tmp_path)
+    assert next(machine.bf16_matmul(cfg)).status is Status.ok
+    monkeypatch.setattr("runner.precision.cpu_matmul.has_bf16_instructions", lambda: False)
+    monkeypatch.setattr("runner.precision.cpu_matmul.measure", lambda: 30.0)
+    cfg.precision.cpu_matmul = CpuMatmul.native
+    finding = next(machine.bf16_matmul(cfg))
+    assert finding.status is Status.warn and "precision.cpu_matmul=auto" in finding.fix
 
 
 def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

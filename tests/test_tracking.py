@@ -23,6 +23,7 @@ from runner.tracking.tracker import CompositeTracker, JsonlTracker, StatusTracke
 def tracking_config(**tracking: object) -> schema.Config:
     cfg = schema.Config()
     cfg.steps, cfg.seed, cfg.resume = 4, 1, None
+    cfg.precision.cpu_matmul = schema.CpuMatmul.auto
     cfg.tracking = schema.TrackingConfig("test", "disabled", "project", None, None, ["tag"])
     for key, value in tracking.items():
         setattr(cfg.tracking, key, value)
@@ -130,9 +131,10 @@ def test_secrets_never_reach_a_file(tmp_path: Path) -> None:
 
 def test_environment_says_what_a_result_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_SECRET", "value-of-a-secret")
-    folder.write_environment(tmp_path)
+    folder.write_environment(tmp_path, tracking_config())
     text = (tmp_path / "environment.json").read_text()
     found = json.loads(text)
+    assert found["cpu_bf16_matmul"]["way"] in ("native", "widened") and found["cpu_bf16_matmul"]["reason"]
     assert found["packages"]["torch"] and found["cpu_cores"] >= 1 and found["memory_gib"] > 0
     if shutil.which("git") and (Path(__file__).parent.parent / ".git").exists():
         assert len(found["git"]["commit"]) == 40

@@ -40,6 +40,7 @@ def config(model: dict[str, object] = MOE, **changes: object) -> Config:
             qat_placement=QatPlacement.in_place, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False,
             fp8_matmul="simulated",
             fp8_param_gather=False,
+            cpu_matmul=schema.CpuMatmul.auto,
         ),
         trainer=schema.TorchTrainerConfig(
             _target_="runner.trainer.torch_trainer.TorchTrainer", name="torch", optimizer=optimizer, max_tokens_per_gpu=96,

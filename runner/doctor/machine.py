@@ -17,8 +17,9 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from runner.cores import available_cores
 from runner.doctor.findings import Finding, Status
-from runner.schema import Config, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
+from runner.schema import Config, CpuMatmul, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
 
 GIB = 1024**3
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -44,6 +45,7 @@ def check_machine(cfg: Config) -> Iterator[Finding]:
         pinned_versions,
         devices,
         cpu_and_memory,
+        bf16_matmul,
         int4_matmul,
         outputs_folder,
         optional_parts,
@@ -124,7 +126,7 @@ def memory_limit() -> int:
 
 
 def cpu_and_memory(cfg: Config) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     status = Status.ok if cores >= 2 else Status.warn
     yield Finding("cores", status, str(cores), "" if cores >= 2 else "the default run is timed on 2 cores; expect twice as long")
     limit, free = memory_limit() / GIB, psutil.virtual_memory().available / GIB
@@ -137,6 +139,18 @@ def cpu_and_memory(cfg: Config) -> Iterator[Finding]:
         yield Finding("memory", Status.warn, f"{found} (cluster.host_memory_gib={cfg.cluster.host_memory_gib:g})", fix)
     else:
         yield Finding("memory", Status.ok, found)
+
+
+def bf16_matmul(cfg: Config) -> Iterator[Finding]:
+    """Which way this CPU multiplies bf16 matrices, and why; nothing where no part of the run computes on a CPU."""
+    from runner.precision import cpu_matmul
+
+    if cfg.parallelism.gpus:
+        return
+    way, reason = cpu_matmul.choose(cfg.precision.cpu_matmul)
+    slow = way is CpuMatmul.native and not cpu_matmul.has_bf16_instructions() and cpu_matmul.measure() >= cpu_matmul.SLOWER
+    fix = "precision.cpu_matmul=auto: widened products are faster here" if slow else ""
+    yield Finding("bf16 matmul", Status.warn if slow else Status.ok, f"{way.name}: {reason}", fix)
 
 
 def int4_matmul(cfg: Config) -> Iterator[Finding]:
@@ -158,9 +172,6 @@ def int4_matmul(cfg: Config) -> Iterator[Finding]:
         return
     if not right:
         yield Finding("int4 matmul", Status.fail, f"{capability}: wrong results", "torch as pinned (make setup)")
-    elif not capability.startswith("AVX512"):
-        fix = "correct, but slower than bf16 is likely: precision=bf16 for speed"
-        yield Finding("int4 matmul", Status.warn, f"{capability}; packed decoding is written for AVX-512", fix)
     else:
         native = [name for name in ("avx512_bf16", "amx_bf16") if name in cpu_flags()]
         yield Finding(

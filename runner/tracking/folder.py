@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
+from runner.cores import available_cores
 from runner.errors import UserError
 from runner.schema import Config
 
@@ -119,8 +120,11 @@ def _gpus() -> list[dict[str, Any]]:
     return [{"name": name, "memory_mib": memory, "driver": driver} for name, memory, driver in rows]
 
 
-def environment() -> dict[str, Any]:
+def environment(cfg: Config) -> dict[str, Any]:
     """What a result depends on besides the config. No host, user or environment-variable values."""
+    from runner.precision import cpu_matmul  # reports and sweeps read folders without torch
+
+    way, reason = cpu_matmul.choose(cfg.precision.cpu_matmul)
     versions = {}
     for package in PACKAGES:
         try:
@@ -131,7 +135,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": available_cores(),
+        "cpu_bf16_matmul": {"way": way.name, "reason": reason},
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _gpus(),
         "packages": versions,
@@ -139,8 +144,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_environment(run_dir: Path) -> None:
-    atomic_write(run_dir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+def write_environment(run_dir: Path, cfg: Config) -> None:
+    atomic_write(run_dir / "environment.json", json.dumps(environment(cfg), indent=2) + "\n")
 
 
 # ---- status.json

@@ -234,7 +234,7 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0) -> Composi
 
     run_dir.mkdir(parents=True, exist_ok=True)
     write_resolved(run_dir, cfg)
-    write_environment(run_dir)
+    write_environment(run_dir, cfg)
     # The report comes after the status that it shows; wandb last, so that its sync line is the last one printed.
     resumed = bool(cfg.resume)
     trackers: list[Tracker] = [

@@ -5,7 +5,6 @@ Shape legend: T tokens of a sample, R response tokens, N response tokens of a mi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -16,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runner.cores import available_cores
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.models import family_of, visual
 from runner.models.build import build_model, named_weights
+from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
@@ -57,7 +58,8 @@ class TorchTrainer:
         self._schedule_step = 0
         self.device = _device(self.config.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(self.config.threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(self.config.threads or available_cores())
+            cpu_matmul.install(cfg.precision.cpu_matmul)
         self.family = family_of(cfg.model)
         self.dtype = _dtype(cfg.precision.base_dtype)
         self.model = build_model(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from runner.precision import cpu_matmul
 from runner.rollout.local import cpu_kernels
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.experts import EngineExperts, EngineLinear, expert_products
@@ -114,13 +115,18 @@ class _Weights:
 
     def _dense(self) -> tuple[np.ndarray, int, int]:
         if self.stacked is not None:
-            table = [(self._name(weight.t()), 0, len(weight)) for weight in self.stacked]
-            return np.array(table, np.int64), 0, self._name(self.stacked.transpose(1, 2))
+            table = [self._row(weight) for weight in self.stacked]
+            return np.array(table, np.int64), 0, 0 if table[0][1] else self._name(self.stacked.transpose(1, 2))
         first, rows = self.pieces[0].weight.detach(), sum(piece.out_features for piece in self.pieces)
         whole = first.as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
         last = self.pieces[-1].weight
         assert last.data_ptr() == whole[rows - len(last) :].data_ptr(), "share_storage comes first"
-        return np.array([(self._name(whole.t()), 0, rows)], np.int64), 0, 0
+        return np.array([self._row(whole)], np.int64), 0, 0
+
+    def _row(self, weight: torch.Tensor) -> tuple[int, int, int]:
+        """A dense weight [out, in]; with the address of its bits where its products are widened."""
+        widened = weight.dtype is torch.bfloat16 and cpu_matmul.widened()
+        return self._name(weight.t()), weight.data_ptr() if widened else 0, len(weight)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 
 from runner.errors import UserError
 from runner.images import PromptImage
+from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.engine import Engine
@@ -37,6 +38,8 @@ class LocalPool:
         self.version = -1
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._device = _device(rollout.device)
+        if self._device.type == "cpu":
+            cpu_matmul.install(cfg.precision.cpu_matmul)
         dtype = getattr(torch, cfg.precision.base_dtype)
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self.model = EngineModel(cfg.model, self.plan, dtype, self._device)

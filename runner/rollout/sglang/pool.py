@@ -19,6 +19,7 @@ import torch
 from runner import folder
 from runner.errors import UserError
 from runner.images import PromptImage
+from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
@@ -79,6 +80,7 @@ class SglangPool:
         logs = self._logs()
         common = arguments.server_arguments(self._cfg)
         threads = threads_per_rank(count * arguments.ranks_per_engine(self._cfg))
+        variables = cpu_matmul.environment(self._cfg.precision.cpu_matmul) if common["device"] == "cpu" else {}
         servers = []
         for index in range(count):
             started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
@@ -87,7 +89,9 @@ class SglangPool:
             if common["device"] == "cuda":
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
-            servers.append(Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads))
+            servers.append(
+                Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads, variables=variables)
+            )
         return servers
 
     def _router(self, api_key: str) -> Router | None:

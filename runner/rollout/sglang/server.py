@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from runner.cores import available_cores
 from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import Child, free_ports
@@ -16,9 +17,20 @@ STUBS = Path(__file__).parent / "stubs"
 class Server(Child):
     module = "runner.rollout.sglang.entry"
 
-    def __init__(self, index: int, arguments: dict[str, Any], *, host: str, api_key: str, log: Path, threads: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        arguments: dict[str, Any],
+        *,
+        host: str,
+        api_key: str,
+        log: Path,
+        threads: int,
+        variables: dict[str, str],
+    ) -> None:
+        """`variables`: environment variables beside those that every server gets."""
         super().__init__(host=host, api_key=api_key, log=log)
-        self.index, self.arguments, self.threads = index, arguments, threads
+        self.index, self.arguments, self.threads, self.variables = index, arguments, threads, variables
         self.title = f"SGLang server {index}"
 
     def start(self) -> None:
@@ -43,12 +55,13 @@ class Server(Child):
             "TOKENIZERS_PARALLELISM": "false",
             "GLOO_SOCKET_IFNAME": name_of(self.host),  # where the processes of an engine listen for each other
             "NCCL_SOCKET_IFNAME": name_of(self.host),
+            **self.variables,
         }
         if self.arguments["device"] == "cpu":
             env |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "TORCHDYNAMO_DISABLE": "1",
-                "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(self.threads)),
+                "OMP_NUM_THREADS": _threads(env.get("OMP_NUM_THREADS"), self.threads),
                 "OMP_WAIT_POLICY": "PASSIVE",  # trainer and servers share the cores: waiting threads must not spin
                 "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(self.arguments["tp_size"]),
                 "PYTHONPATH": os.pathsep.join([str(STUBS), *filter(None, [env.get("PYTHONPATH")])]),
@@ -56,14 +69,20 @@ class Server(Child):
         return env
 
 
+def _threads(wanted: str | None, share: int) -> str:
+    """A server's share of this machine's cores, or fewer where the user wants fewer."""
+    first = (wanted or "").partition(",")[0]
+    return str(min(int(first), share) if first.isdecimal() and int(first) else share)
+
+
 def threads_per_rank(ranks: int) -> int:
     """CPU threads of each rank of a server when `ranks` of all servers share this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, available_cores() // ranks)
 
 
 def _cores_of_ranks(ranks: int) -> str:
     """Cores by rank in SGLang's notation; "all" for one rank. Without it, SGLang wants a NUMA node for every rank."""
     if ranks == 1:
         return "all"
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))  # SGLang's CPU engine exists on Linux only
     return "|".join(",".join(map(str, cores[rank::ranks] or cores)) for rank in range(ranks))

@@ -16,6 +16,7 @@ from typing import Any
 
 from runner.errors import UserError
 from runner.folder import logs_of_this_run
+from runner.precision import cpu_matmul
 from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
 from runner.trainer.protocol import TrainerLost
@@ -56,7 +57,7 @@ class LocalRanks:
         with theirs, self.log(rank).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
-                env=os.environ | arguments.environment(self.cfg),
+                env=os.environ | arguments.environment(self.cfg) | cpu_matmul.environment(self.cfg.precision.cpu_matmul),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

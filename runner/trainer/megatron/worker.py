@@ -20,6 +20,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
 from runner.schema import Config, Format, QatPlacement
@@ -471,6 +472,7 @@ def initialize(cfg: Config, rank: int, rendezvous: str, local_rank: int = 0) -> 
 
         torch.set_num_threads(max(arguments.trainer_config(cfg).threads, 1))
         cpu_shim.install()
+        cpu_matmul.install(cfg.precision.cpu_matmul)
     timeout = timedelta(seconds=arguments.trainer_config(cfg).rank_timeout_seconds)
     dist.init_process_group(device.backend, init_method=rendezvous, rank=rank, world_size=cfg.parallelism.ranks, timeout=timeout)
     parallel_state.initialize_model_parallel(

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.precision import cpu_matmul
+from runner.schema import CpuMatmul
+
 
 def register() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("runner's CPU twin of SGLang does not load where CUDA is present")
+    cpu_matmul.install(CpuMatmul.auto)  # what the driver took stands in the environment
     _host_memory()
     _speculative_attention()
     _latent_attention()

@@ -1,0 +1,159 @@
+"""bf16 matmuls on a CPU: native and widened, both forced, whatever this machine would choose."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from runner.precision import cpu_matmul
+from runner.schema import CpuMatmul
+
+WAYS = [CpuMatmul.native, CpuMatmul.widened]
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = CpuMatmul.widened if cpu_matmul.widened() else CpuMatmul.native
+    yield
+    cpu_matmul.install(before)
+
+
+def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+A, B, C = bf16(48, 40), bf16(40, 24, seed=1), bf16(48, 24, seed=2)
+AA, BB, CC = bf16(3, 16, 40), bf16(3, 40, 24, seed=1), bf16(3, 16, 24, seed=2)
+ENDS = torch.tensor([16, 16, 48], dtype=torch.int32)
+CALLS = {
+    "mm": (lambda f: f(A) @ f(B)),
+    "mm out": (lambda f: torch.mm(f(A), f(B), out=torch.empty(0, dtype=f(A).dtype))),
+    "strided": (lambda f: f(A).t()[:, ::2] @ f(A)[::2]),
+    "addmm": (lambda f: torch.addmm(f(C), f(A), f(B), beta=0.5, alpha=2)),
+    "addmm out": (lambda f: torch.addmm(f(C), f(A), f(B), out=torch.empty_like(f(C)))),
+    "addmm in place": (lambda f: f(C).clone().addmm_(f(A), f(B), alpha=3)),
+    "bmm": (lambda f: torch.bmm(f(AA), f(BB))),
+    "bmm out": (lambda f: torch.bmm(f(AA), f(BB), out=torch.empty_like(f(CC)))),
+    "baddbmm": (lambda f: torch.baddbmm(f(CC), f(AA), f(BB), alpha=0.5)),
+    "baddbmm in place": (lambda f: f(CC).clone().baddbmm_(f(AA), f(BB))),
+    "linear": (lambda f: F.linear(f(AA), f(B).t())),
+    "linear with bias": (lambda f: F.linear(f(AA), f(B).t(), f(C)[0])),
+    "grouped": (lambda f: F.grouped_mm(f(A), f(BB), offs=ENDS)),
+    "matmul of four dimensions": (lambda f: f(AA)[None] @ f(BB)[None]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_widened_rounds_the_fp32_result_once(call) -> None:  # type: ignore[no-untyped-def]
+    cpu_matmul.install(CpuMatmul.native)
+    expected = call(torch.Tensor.float).to(torch.bfloat16)
+    exact = call(torch.Tensor.float if call is CALLS["grouped"] else torch.Tensor.double).double()  # torch groups no doubles
+    native = call(lambda t: t)
+    assert cpu_matmul.install(CpuMatmul.widened)[0] is CpuMatmul.widened
+    found = call(lambda t: t)
+    assert found.dtype is torch.bfloat16 and torch.equal(found, expected)
+    # half a unit of bf16's 8 bits for the one rounding, and what fp32 additions lose
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(native.double(), exact, rtol=2**-7, atol=2e-2)
+    cpu_matmul.install(CpuMatmul.native)
+    assert torch.equal(call(lambda t: t), native)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64, torch.complex64])
+def test_other_dtypes_keep_torchs_own_kernels(way: CpuMatmul, dtype: torch.dtype) -> None:
+    a, b = (A.float() * 4).to(dtype), (B.float() * 4).to(dtype)
+    cpu_matmul.install(CpuMatmul.native)
+    expected = a @ b
+    cpu_matmul.install(way)
+    assert torch.equal(a @ b, expected)
+
+
+def test_operands_of_two_dtypes_are_refused_as_before() -> None:
+    cpu_matmul.install(CpuMatmul.widened)
+    with pytest.raises(RuntimeError, match="dtype"):
+        A @ B.float()
+    with pytest.raises(RuntimeError, match="shapes"):
+        A @ C
+
+
+def test_gradients_are_widened_too() -> None:
+    """Linear and grouped matmul: the backward's products are those of fp32, each rounded once."""
+    cpu_matmul.install(CpuMatmul.widened)
+    x, w, g = A.clone().requires_grad_(), B.t().contiguous().requires_grad_(), C
+    F.linear(x, w).backward(g)
+    assert x.grad is not None and w.grad is not None
+    assert torch.equal(x.grad, (g.float() @ w.detach().float()).to(torch.bfloat16))
+    assert torch.equal(w.grad, (g.float().t() @ x.detach().float()).to(torch.bfloat16))
+    rows, weights = A.clone().requires_grad_(), BB.clone().requires_grad_()
+    F.grouped_mm(rows, weights, offs=ENDS).backward(C)
+    assert weights.grad is not None and rows.grad is not None
+    assert torch.equal(weights.grad[2], (A[16:].float().t() @ C[16:].float()).to(torch.bfloat16))
+    assert torch.equal(rows.grad[:16], (C[:16].float() @ BB[0].float().t()).to(torch.bfloat16))
+
+
+def test_nan_infinity_and_empty_operands() -> None:
+    cpu_matmul.install(CpuMatmul.widened)
+    bad = A.clone()
+    bad[0, 0], bad[1, 1] = float("inf"), float("nan")
+    out = bad @ B
+    assert out[0].isinf().all() and out[1].isnan().all() and torch.equal(out[2:], (A @ B)[2:])
+    assert (A[:0] @ B).shape == (0, 24) and torch.equal(A[:, :0] @ B[:0], torch.zeros(48, 24, dtype=torch.bfloat16))
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    for way in WAYS:
+        cpu_matmul.install(way)
+        assert all(torch.equal(A @ B, A @ B) for _ in range(5))
+
+
+# ---- the choice
+
+
+def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (True, False):
+        monkeypatch.setattr(cpu_matmul, "has_bf16_instructions", lambda has=has: has)
+        for way in WAYS:
+            assert cpu_matmul.choose(way)[0] is way
+            assert cpu_matmul.environment(way) == {cpu_matmul.VARIABLE: way.name}
+
+
+@pytest.mark.parametrize(
+    ("instructions", "ratio", "expected"),
+    [
+        (True, 99.0, CpuMatmul.native),
+        (False, 30.0, CpuMatmul.widened),
+        (False, 1.2, CpuMatmul.native),
+        (False, 0.4, CpuMatmul.native),
+    ],
+)
+def test_auto_goes_by_instructions_then_by_measurement(
+    monkeypatch: pytest.MonkeyPatch, instructions: bool, ratio: float, expected: CpuMatmul
+) -> None:
+    monkeypatch.setattr(cpu_matmul, "_INHERITED", None)
+    monkeypatch.setattr(cpu_matmul, "has_bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(cpu_matmul, "measure", lambda: ratio)
+    way, reason = cpu_matmul.choose(CpuMatmul.auto)
+    assert way is expected and ("instructions" in reason) == instructions
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_child_takes_the_way_of_its_parent(way: CpuMatmul) -> None:
+    code = "from runner.precision import cpu_matmul as m; print(m.install(m.CpuMatmul.auto)[0].name)"
+    environment = os.environ | cpu_matmul.environment(way)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == way.name, result.stderr
+
+
+def test_the_measurement_compares_the_two_ways() -> None:
+    cpu_matmul.measure.cache_clear()
+    assert 0.01 < cpu_matmul.measure() < 1000
+    cpu_matmul.install(CpuMatmul.widened)
+    cpu_matmul.measure.cache_clear()
+    assert 0.01 < cpu_matmul.measure() < 1000  # native means torch's own, also while it is replaced
