@@ -11,7 +11,6 @@ converted from disk to disk. Prints GB/s of bf16 input, the ratio last; exits 1 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
 
 from runner.convert.engine import convert
+from runner.cores import available_cores
 from runner.models import family_of
 from runner.models.build import save_config
 from runner.models.common import PLAIN
@@ -111,7 +111,7 @@ def disk_to_disk(workers: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -157,3 +158,45 @@ def test_the_measurement_compares_the_two_ways() -> None:
     cpu_matmul.install(CpuMatmul.widened)
     cpu_matmul.measure.cache_clear()
     assert 0.01 < cpu_matmul.measure() < 1000  # native means torch's own, also while it is replaced
+
+
+# ---- the in-process engine, whose compiled layers call torch below its dispatcher
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 24), (48, 24), (33, 1100)])
+def test_compiled_products(way: CpuMatmul, rows: int, columns: int) -> None:
+    """Dense products of the engine: `rows` of a larger buffer, a weight of more outputs than are widened at one time."""
+    from runner.rollout.local import cpu_kernels
+    from runner.rollout.local.fused import _Weights, as_array
+
+    cpu_matmul.install(way)
+    x, weight = bf16(rows + 7, 40), bf16(columns, 40, seed=3)
+    linear = torch.nn.Linear(40, columns, bias=False, dtype=torch.bfloat16)
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    weights = _Weights([linear])  # owns the handles in its table
+    table, group, _ = weights.arguments()
+    out = torch.full((rows + 7, columns), 7.0, dtype=torch.bfloat16)
+    assert cpu_kernels.product(as_array(x), rows, table, group, as_array(out)) == 0
+    expected = torch.mm(x[:rows], weight.t())
+    torch.testing.assert_close(out[:rows], expected, rtol=2**-7, atol=2e-2 if way is CpuMatmul.native else 1e-5)
+    assert bool((out[rows:] == 7.0).all())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 0, 32)])
+def test_compiled_expert_products(way: CpuMatmul, sizes: tuple[int, ...]) -> None:
+    from runner.rollout.local import cpu_kernels
+    from runner.rollout.local.fused import _Weights, as_array
+
+    cpu_matmul.install(way)
+    stacked = bf16(3, 24, 40, seed=4)
+    weights = _Weights([object()], stacked)
+    table, group, whole = weights.arguments()
+    out, first = torch.zeros(48, 24, dtype=torch.bfloat16), np.cumsum([0, *sizes[:-1]])
+    failed = cpu_kernels.expert_products(as_array(A), first, np.array(sizes), table, whole, group, as_array(out))
+    assert failed == 0
+    for weight, start, size in zip(stacked, first, sizes, strict=True):
+        expected = torch.mm(A[start : start + size], weight.t())
+        found = out[start : start + size]
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2e-2 if way is CpuMatmul.native else 1e-5)
