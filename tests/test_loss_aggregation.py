@@ -10,7 +10,7 @@ import torch
 
 from runner.algorithms.aggregation import loss_weights
 from runner.samples import Batch
-from runner.schema import Estimator, LossAggregation, SamplingConfig
+from runner.schema import Estimator, LossAggregation, RolloutConfig, SamplingConfig
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.trainer_configs import batch, config
 
@@ -66,18 +66,13 @@ def _trainer(aggregation: LossAggregation, tokens: int, **changes: object) -> To
             "trainer.max_tokens_per_gpu": tokens,
             "precision.base_dtype": "float32",
             "algorithm.loss_aggregation": aggregation,
-            "rollout": _Rollout(SamplingConfig(temperature=1.0, max_response_tokens=16)),
+            "rollout": RolloutConfig(sampling=SamplingConfig(max_response_tokens=16)),
             **changes,
         }
     )
     trainer = TorchTrainer(cfg)
     trainer.optimizer.step = lambda lr, norm: None  # type: ignore[method-assign]
     return trainer
-
-
-class _Rollout:
-    def __init__(self, sampling: SamplingConfig) -> None:
-        self.sampling = sampling
 
 
 def _gradient(trainer: TorchTrainer, data: Batch) -> tuple[torch.Tensor, dict[str, float]]:

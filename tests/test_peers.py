@@ -301,7 +301,8 @@ def _trl(algorithm: AlgorithmConfig, x: Random, with_kl: bool) -> tuple[float, A
         beta=algorithm.kl_coef if with_kl else 0.0, loss_type="cispo" if cispo else TRL_LOSS[algorithm.loss_aggregation],
         epsilon_low=algorithm.clip_low, epsilon_high=1 + algorithm.clip_high if cispo else algorithm.clip_high,
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
-        model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1, max_completion_length=LONGEST, _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1, max_completion_length=LONGEST, _entropy_bonus_enabled=False,
         accelerator=SimpleNamespace(
             num_processes=1, sync_gradients=False, gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor
         ),
