@@ -42,10 +42,14 @@ def loss_weights(aggregation: LossAggregation, masks: Sequence[torch.Tensor], ma
     counts = [int(mask.sum()) for mask in masks]
     tokens, sequences = max(float(sum(counts)), 1.0), max(float(sum(count > 0 for count in counts)), 1.0)
     rows = [mask.to(torch.float32) for mask in masks]
-    if aggregation is LossAggregation.token_mean:
-        return LossWeights(rows, tokens, tokens)
-    if aggregation is LossAggregation.constant_length:
-        return LossWeights(rows, sequences * max_response_tokens, tokens)
-    if aggregation is LossAggregation.sequence_mean_of_token_means:
-        rows = [row / max(count, 1) for row, count in zip(rows, counts, strict=True)]
-    return LossWeights(rows, sequences, tokens)
+    match aggregation:
+        case LossAggregation.token_mean:
+            return LossWeights(rows, tokens, tokens)
+        case LossAggregation.sequence_mean:
+            return LossWeights(rows, sequences, tokens)
+        case LossAggregation.sequence_mean_of_token_means:
+            rows = [row / max(count, 1) for row, count in zip(rows, counts, strict=True)]
+            return LossWeights(rows, sequences, tokens)
+        case LossAggregation.constant_length:
+            return LossWeights(rows, sequences * max_response_tokens, tokens)
+    raise ValueError(f"loss_aggregation is {aggregation!r}; it must be one of {', '.join(LossAggregation.__members__)}")
