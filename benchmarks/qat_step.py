@@ -25,7 +25,17 @@ import torch
 from runner import schema
 from runner.precision import kernels
 from runner.samples import Batch, Sample, Status
-from runner.schema import Config, Convention, Correction, Estimator, Format, GridConfig, ModelConfig, QatPlacement
+from runner.schema import (
+    Config,
+    Convention,
+    Correction,
+    Estimator,
+    Format,
+    GridConfig,
+    LossAggregation,
+    ModelConfig,
+    QatPlacement,
+)
 from runner.trainer.torch_trainer import TorchTrainer
 
 KINDS = {
@@ -66,7 +76,8 @@ def build_config(kind: str, args: argparse.Namespace) -> Config:
         speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
         algorithm=schema.AlgorithmConfig(
             name="grpo", estimator=Estimator.grpo, samples_per_prompt=8, prompts_per_step=8, updates_per_rollout=1,
-            normalize_by_std=True, clip_low=0.2, clip_high=0.28, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
+            normalize_by_std=True, clip_low=0.2, clip_high=0.28, dual_clip=0.0,
+            loss_aggregation=LossAggregation.token_mean, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
             dynamic_sampling=False, max_resample_rounds=1, oversample_prompts=0, correction=Correction.none,
             correction_low=0.5, correction_high=2.0,
         ),

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from runner.algorithms.losses import MAX_LOG_RATIO
 from runner.samples import Batch, Sample
 from runner.trainer.protocol import Trainer
 
@@ -18,7 +19,7 @@ def metrics(batch: Batch, version: int) -> dict[str, float]:
 
     train/train_rollout_logprob_abs_diff   mean |d|
     train/train_rollout_kl_k1              mean -d            estimates KL(engine || trainer): tokens are the engine's
-    train/train_rollout_kl_k3              mean exp(d) - 1 - d
+    train/train_rollout_kl_k3              mean exp(d) - 1 - d, |d| taken as 20 nats at most: a finite number
     train/train_rollout_ppl_ratio          exp(mean -d): the trainer's perplexity over the engine's
     .../lag_<n>                            the abs diff of tokens that were sampled n optimizer steps before `old_version`
     train/weight_version_lag               mean of n
@@ -35,10 +36,11 @@ def metrics(batch: Batch, version: int) -> dict[str, float]:
     if not len(difference):
         return {}
     reference = version if batch.old_version is None else batch.old_version
+    bounded = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     result = {
         "train/train_rollout_logprob_abs_diff": float(difference.abs().mean()),
         "train/train_rollout_kl_k1": float(-difference.mean()),
-        "train/train_rollout_kl_k3": float((torch.expm1(difference) - difference).mean()),
+        "train/train_rollout_kl_k3": float((torch.expm1(bounded) - bounded).mean()),
         "train/train_rollout_ppl_ratio": math.exp(min(float(-difference.mean()), 80.0)),
     }
     return result | _by_lag(batch, difference, reference)

@@ -8,7 +8,7 @@ in any YAML file fails. This module imports neither torch nor ray: tab completio
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any, Optional
 
 from omegaconf import MISSING
@@ -72,8 +72,17 @@ class Estimator(Enum):
     reinforce_pp = "reinforce_pp"
 
 
-class Correction(Enum):
-    """Correction of the train-rollout mismatch by importance weights; see runner/algorithms."""
+class LossAggregation(Enum):
+    """What a token's loss weighs; see runner/algorithms/aggregation.py."""
+
+    token_mean = "token_mean"
+    sequence_mean = "sequence_mean"
+    sequence_mean_of_token_means = "sequence_mean_of_token_means"
+    constant_length = "constant_length"
+
+
+class Correction(StrEnum):
+    """Correction of the train-rollout mismatch by importance weights; see runner/algorithms. Strings: keys of the bounds."""
 
     none = "none"
     tis = "tis"  # truncated importance sampling
@@ -331,6 +340,12 @@ class Geo3kTaskConfig(JsonlTaskConfig):
 
 
 @dataclass
+class CorrectionBounds:
+    low: float = MISSING
+    high: float = MISSING
+
+
+@dataclass
 class AlgorithmConfig:
     name: str = MISSING
     estimator: Estimator = MISSING
@@ -340,6 +355,8 @@ class AlgorithmConfig:
     normalize_by_std: bool = MISSING  # GRPO divides advantages by the group's standard deviation
     clip_low: float = MISSING
     clip_high: float = MISSING
+    dual_clip: float = MISSING  # bounds the loss of a negative advantage at this ratio; 0: it does not
+    loss_aggregation: LossAggregation = MISSING
     kl_coef: float = MISSING  # 0: no reference model
     kl_estimator: str = MISSING  # k1, k2 or k3
     entropy_coef: float = MISSING
@@ -349,6 +366,7 @@ class AlgorithmConfig:
     correction: Correction = MISSING
     correction_low: float = MISSING
     correction_high: float = MISSING
+    correction_bounds: dict[str, CorrectionBounds] = field(default_factory=dict)  # where those two are not given
 
 
 @dataclass

@@ -322,6 +322,8 @@ def config(
             normalize_by_std=True,
             clip_low=0.2,
             clip_high=0.28,
+            dual_clip=0.0,
+            loss_aggregation=schema.LossAggregation.token_mean,
             kl_coef=0.0,
             kl_estimator="k3",
             entropy_coef=0.0,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from runner.algorithms import correction, losses
-from runner.algorithms.advantages import batch_normalized, compute_advantages, group_normalized
+from runner.algorithms.advantages import compute_advantages, group_normalized, token_whitened
+from runner.compose import load_config
 from runner.errors import UserError
 from runner.schema import Correction, Estimator
 from tests.trainer_configs import batch, config
@@ -29,11 +30,28 @@ def test_a_group_without_contrast_has_no_advantage(rewards: list[float]) -> None
     assert group_normalized(tensor(rewards), by_std=True).abs().max() == 0
 
 
-def test_reinforce_pp_whitens_over_the_batch() -> None:
-    rows = batch_normalized([tensor([1.0, 1.0]), tensor([0.0, 0.0])])
-    flat = torch.cat(rows)
-    assert flat.mean() == pytest.approx(0, abs=1e-6) and flat.std() == pytest.approx(1, abs=1e-5)
-    assert rows[0].min() > 0 > rows[1].max()  # equal rewards inside a group still count
+def test_reinforce_pp_whitens_over_the_tokens_of_the_batch() -> None:
+    """Wrong answers four times longer: over samples the advantages would be 1 and -1, over tokens they are 2 and -.5."""
+    rewards, counts = [tensor([1.0, 0.0]), tensor([0.0, 1.0])], [tensor([100, 400]), tensor([400, 100])]
+    first, second = token_whitened(rewards, counts, by_std=True)
+    assert first.tolist() == pytest.approx([2.0, -0.5], rel=2e-3) and second.tolist() == pytest.approx([-0.5, 2.0], rel=2e-3)
+    tokens = torch.cat([torch.full((int(n),), float(a)) for a, n in zip([*first, *second], torch.cat(counts), strict=True)])
+    assert tokens.mean() == pytest.approx(0, abs=1e-6) and tokens.std() == pytest.approx(1, abs=1e-5)
+    assert token_whitened(rewards, counts, by_std=False)[0].tolist() == pytest.approx([0.8, -0.2])
+
+
+@pytest.mark.parametrize(("rewards", "counts"), [([0.1, 0.1, 0.1], [3, 5, 7]), ([1.0, 0.0], [4, 0]), ([1.0, 0.0], [0, 0])])
+def test_reinforce_pp_without_contrast_has_no_advantage(rewards: list[float], counts: list[int]) -> None:
+    assert token_whitened([tensor(rewards)], [tensor(counts)], by_std=True)[0].abs().max() == 0
+
+
+def test_reinforce_pp_counts_the_tokens_inside_the_loss_masks() -> None:
+    cfg = config(**{"algorithm.estimator": Estimator.reinforce_pp})
+    samples = batch(cfg).samples
+    rows = compute_advantages(cfg.algorithm, [samples[:4], samples[4:]])
+    counted = torch.cat([row[sample.loss_mask] for row, sample in zip(rows, samples, strict=True)])
+    assert counted.mean() == pytest.approx(0, abs=1e-6) and counted.std() == pytest.approx(1, abs=1e-5)
+    assert abs(float(torch.cat(rows).mean())) > 1e-3  # the masked tokens would shift it
 
 
 def test_advantages_follow_samples_and_need_rewards() -> None:
@@ -57,6 +75,20 @@ def test_ppo_clip_by_hand() -> None:
     assert result.clipped.tolist() == [True, False, False, True]
     result.loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([0.0, -0.5, 1.5, 0.0])
+
+
+def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
+    ratios = tensor([5.0, 5.0, 2.0, 0.5])
+    logprobs = ratios.log().requires_grad_()
+    result = losses.ppo_clip_loss(logprobs, torch.zeros(4), tensor([-1.0, 1.0, -1.0, -1.0]), 0.2, 0.28, 3.0)
+    assert result.loss.tolist() == pytest.approx([3.0, -1.28, 2.0, 0.8])
+    assert result.clipped.tolist() == [True, True, False, True]
+    result.loss.sum().backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, 0.0, 2.0, 0.0])
+    cfg = config(**{"algorithm.dual_clip": 3.0})
+    mask, ids = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    configured = losses.policy_loss(cfg.algorithm, ratios.log(), torch.zeros(4), -torch.ones(4), mask, ids, 1)
+    assert configured.loss.tolist() == pytest.approx([3.0, 3.0, 2.0, 0.8])
 
 
 def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence() -> None:
@@ -141,8 +173,38 @@ def test_tis_icepop_and_mis_by_hand() -> None:
     ids, mask = tensor([0, 0, 1, 1]), tensor([True, True, True, True])
     mis = correction.mis(ratio.log(), mask, ids, 2, 2.0)
     assert mis.weights.tolist() == pytest.approx([0.25, 0.25, 0.0, 0.0])
+    two_sided = correction.mis(tensor([0.25, 1.0, 1.5, 1.0]).log(), mask, ids, 2, 2.0, 0.5)
+    assert two_sided.weights.tolist() == pytest.approx([0.0, 0.0, 1.5, 1.5])
+    assert two_sided.changed.tolist() == [True, True, False, False]
     masked = correction.mis(ratio.log(), tensor([True, True, True, False]), ids, 2, 2.0)
     assert masked.weights.tolist() == pytest.approx([0.25, 0.25, 1.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("tis", 0.0, 2.0), ("mis", 0.0, 2.0), ("icepop", 0.5, 5.0), ("none", 1.0, 1.0)]
+)
+@pytest.mark.parametrize("algorithm", ["grpo", "gspo", "cispo", "reinforce_pp"])
+def test_every_correction_has_its_published_bounds(algorithm: str, kind: str, low: float, high: float) -> None:
+    chosen = load_config([f"algorithm={algorithm}", f"algorithm.correction={kind}"]).algorithm
+    assert (chosen.correction, chosen.correction_low, chosen.correction_high) == (Correction(kind), low, high)
+
+
+def test_given_bounds_beat_those_of_the_correction() -> None:
+    chosen = load_config(["algorithm.correction=mis", "algorithm.correction_low=0.5"]).algorithm
+    assert (chosen.correction_low, chosen.correction_high) == (0.5, 2.0)
+
+
+def test_every_algorithm_has_its_published_aggregation_and_clip() -> None:
+    found = {}
+    for name in ("grpo", "gspo", "cispo", "reinforce_pp"):
+        chosen = load_config([f"algorithm={name}"]).algorithm
+        found[name] = (chosen.loss_aggregation.value, chosen.clip_low, chosen.clip_high, chosen.dual_clip)
+    assert found == {
+        "grpo": ("token_mean", 0.2, 0.28, 0.0),
+        "gspo": ("sequence_mean_of_token_means", 3e-4, 4e-4, 0.0),
+        "cispo": ("token_mean", 1.0, 4.0, 0.0),
+        "reinforce_pp": ("token_mean", 0.2, 0.28, 0.0),
+    }
 
 
 @pytest.mark.parametrize("kind", list(Correction))
@@ -155,5 +217,20 @@ def test_corrections_are_constants_and_one_without_mismatch(kind: Correction) ->
     assert not weights.weights.requires_grad
 
 
-def test_huge_ratios_stay_finite() -> None:
-    assert torch.isfinite(correction.tis(tensor([1e4, -1e4]), 2.0).weights).all()
+@pytest.mark.parametrize("size", [30.0, 90.0, 1e4])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_huge_ratios_of_counted_tokens_stay_finite(size: float, sign: float) -> None:
+    """Clamped where verl and SkyRL clamp: log-ratios at 20 nats (GSPO's at 10), k3 at 10."""
+    mask, ids, old = torch.ones(2, dtype=torch.bool), tensor([0, 1]), tensor([-0.5, -0.5])
+    for estimator in Estimator:
+        for advantage in (1.0, -1.0):
+            logprobs = (old + sign * size).requires_grad_()
+            cfg = config(**{"algorithm.estimator": estimator})
+            loss = losses.policy_loss(cfg.algorithm, logprobs, old, torch.full((2,), advantage), mask, ids, 2).loss
+            loss.sum().backward()
+            assert torch.isfinite(loss).all() and torch.isfinite(logprobs.grad).all(), (estimator, advantage)
+    assert torch.isfinite(correction.tis(tensor([sign * size]), 2.0).weights).all()
+    logprobs = tensor([0.0]).requires_grad_()
+    k3 = losses.kl_estimate("k3", logprobs, tensor([sign * size]))
+    k3.sum().backward()
+    assert k3.item() == 10.0 and logprobs.grad.item() == 0.0

@@ -36,6 +36,15 @@ def test_metrics_by_hand() -> None:
     assert found["train/weight_version_lag"] == pytest.approx((0 + 1 + 2 + 2) / 4)
 
 
+def test_a_wild_difference_is_a_finite_metric() -> None:
+    data = batch(config(), size=1)
+    data.old_version = 0
+    data.samples[0].loss_mask[:] = True
+    data.old_logprobs = [data.samples[0].rollout_logprobs + 500.0]
+    found = mismatch.metrics(data, version=0)
+    assert math.isfinite(found["train/train_rollout_kl_k3"]) and found["train/train_rollout_kl_k3"] > 1e6
+
+
 def test_metrics_need_old_logprobs() -> None:
     with pytest.raises(ValueError, match="old_logprobs"):
         mismatch.metrics(batch(config()), 0)

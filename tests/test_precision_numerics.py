@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from runner.errors import UserError
 from runner.models import Parameter
-from runner.precision import fp8, int4
+from runner.precision import fp4, fp8, int4
 from runner.precision.formats import (
     TensorFormat,
     decode,
@@ -249,7 +249,7 @@ def test_error_bound_per_group(tensor_format: TensorFormat, seed: int, exponent:
 @settings(max_examples=40, deadline=None)
 @given(rows=st.integers(1, 5), columns=st.integers(1, 70), seed=st.integers(0, 2**31))
 def test_pack_and_unpack_are_inverse(bits_: int, rows: int, columns: int, seed: int) -> None:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
     half = 2 ** (bits_ - 1)
     generator = torch.Generator().manual_seed(seed)
@@ -257,6 +257,21 @@ def test_pack_and_unpack_are_inverse(bits_: int, rows: int, columns: int, seed: 
     packed = int4.pack(q, bits_)
     assert torch.equal(int4.unpack(packed, columns, bits_), q)
     assert torch.equal(packed[1], pack_to_int32(q[1], bits_))
+    assert torch.equal(unpack_from_int32(packed[1], bits_, q[1].shape), q[1])
+    along_rows = pack_to_int32(q[1], bits_, packed_dim=0)  # zero points
+    assert torch.equal(int4.unpack(along_rows, rows, bits_, dim=-2), q[1])
+
+
+def test_fp4_codes_and_bytes_are_those_of_compressed_tensors() -> None:
+    """All 16 values in all pairs, and every byte back."""
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
+
+    values = fp4.decode_fp4(torch.arange(16, dtype=torch.uint8))
+    pairs = torch.cartesian_prod(values, values)
+    packed = fp4.pack(fp4.encode_fp4(pairs))
+    assert torch.equal(packed, pack_fp4_to_uint8(pairs)) and len(packed.unique()) == 256
+    every = torch.arange(256, dtype=torch.uint8).unsqueeze(1)
+    assert torch.equal(fp4.decode_fp4(fp4.unpack(every)), unpack_fp4_from_uint8(every, 256, 2, dtype=torch.float32))
 
 
 def test_integers_in_memory_are_what_was_packed() -> None:

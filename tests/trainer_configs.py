@@ -6,7 +6,17 @@ import torch
 
 from runner import schema
 from runner.samples import Batch, Sample, Status, WeightSpan
-from runner.schema import Config, Convention, Correction, Estimator, Format, GridConfig, ModelConfig, QatPlacement
+from runner.schema import (
+    Config,
+    Convention,
+    Correction,
+    Estimator,
+    Format,
+    GridConfig,
+    LossAggregation,
+    ModelConfig,
+    QatPlacement,
+)
 
 MOE: dict[str, object] = dict(  # noqa: C408
     name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=2, hidden_size=32,
@@ -50,7 +60,8 @@ def config(model: dict[str, object] = MOE, **changes: object) -> Config:
         speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
         algorithm=schema.AlgorithmConfig(
             name="grpo", estimator=Estimator.grpo, samples_per_prompt=4, prompts_per_step=2, updates_per_rollout=1,
-            normalize_by_std=True, clip_low=0.2, clip_high=0.28, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
+            normalize_by_std=True, clip_low=0.2, clip_high=0.28, dual_clip=0.0,
+            loss_aggregation=LossAggregation.token_mean, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
             dynamic_sampling=False, max_resample_rounds=1, oversample_prompts=0, correction=Correction.none,
             correction_low=0.5, correction_high=2.0,
         ),

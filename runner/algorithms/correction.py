@@ -5,11 +5,13 @@ of the same weights). The ratio w = pi_old / mu corrects the expectation; each m
 
     tis      w_t = min(pi_old(t) / mu(t), high): truncated importance sampling per token (Ionides 2008; Yao et al. 2025,
              "Your efficient RL framework secretly brings you off-policy RL training")
-    mis      a sequence counts fully weighted, or not at all: w = prod pi_old / mu over its tokens if w <= high, else 0
-             (masked importance sampling, Liu and Li et al. 2025, "When speed kills stability", sequence level)
+    mis      a sequence counts fully weighted, or not at all: w = prod pi_old / mu over its tokens if low <= w <= high, else 0
+             (masked importance sampling, Liu and Li et al. 2025, "When speed kills stability", sequence level; one-sided with
+             low = 0, two-sided as slime and verl reject with low above it)
     icepop   w_t = pi_old(t) / mu(t) if low <= w_t <= high, else 0 (IcePop: Ling team 2025, arXiv 2510.18855)
 
-Weights are constants: no gradient flows through them. Only IcePop has a lower bound.
+Weights are constants: no gradient flows through them. The bounds of each are in conf/shared/corrections.yaml. What is rejected
+still counts in the loss's normalizer, as in IcePop; the rejection sampling of slime and verl leaves it out there.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
+from runner.algorithms.losses import MAX_LOG_RATIO, inside
 from runner.schema import AlgorithmConfig, Correction
-
-MAX_LOG_WEIGHT = 60.0  # exp stays finite in fp32; every sensible bound lies far below
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ def correction_weights(
     sample_ids: torch.Tensor,
     num_samples: int,
 ) -> Weights:
-    """Importance weights of a flat row of tokens [N] fp32; `mask` [N] bool, `sample_ids` [N] int64 in [0, num_samples)."""
+    """Importance weights of a flat row of tokens [N] fp32; `mask` [N] bool, `sample_ids` [N] int64 in [0, num_samples).
+
+    What the mask leaves out has the ratio 1, whatever its logprobs are.
+    """
     low, high = algorithm.correction_low, algorithm.correction_high
-    log_ratio = (old_logprobs - rollout_logprobs).detach()
+    log_ratio = inside(mask, (old_logprobs - rollout_logprobs).detach())
     if algorithm.correction is Correction.none:
         return Weights(torch.ones_like(log_ratio), torch.zeros_like(mask))
     if algorithm.correction is Correction.tis:
         return tis(log_ratio, high)
     if algorithm.correction is Correction.icepop:
         return icepop(log_ratio, low, high)
-    return mis(log_ratio, mask, sample_ids, num_samples, high)
+    return mis(log_ratio, mask, sample_ids, num_samples, high, low)
 
 
 def tis(log_ratio: torch.Tensor, high: float) -> Weights:
@@ -59,19 +63,22 @@ def tis(log_ratio: torch.Tensor, high: float) -> Weights:
 
 def icepop(log_ratio: torch.Tensor, low: float, high: float) -> Weights:
     """exp(log_ratio) where it lies in [low, high], else 0, per token."""
-    ratio = _exp(log_ratio)
+    return _masked(_exp(log_ratio), low, high)
+
+
+def mis(
+    log_ratio: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor, num_samples: int, high: float, low: float = 0.0
+) -> Weights:
+    """exp of the summed log_ratio of a token's sequence where that lies in [low, high], else 0, for all of its tokens."""
+    total = torch.zeros(num_samples, device=log_ratio.device).index_add_(0, sample_ids, inside(mask, log_ratio))
+    sequences = _masked(_exp(total), low, high)
+    return Weights(sequences.weights[sample_ids], sequences.changed[sample_ids])
+
+
+def _masked(ratio: torch.Tensor, low: float, high: float) -> Weights:
     outside = (ratio < low) | (ratio > high)
     return Weights(ratio.masked_fill(outside, 0.0), outside)
 
 
-def mis(log_ratio: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor, num_samples: int, high: float) -> Weights:
-    """exp of the summed log_ratio of a token's sequence where that is at most `high`, else 0, for all of its tokens."""
-    masked = log_ratio.masked_fill(~mask, 0.0)
-    total = torch.zeros(num_samples, device=log_ratio.device).index_add_(0, sample_ids, masked)
-    ratio = _exp(total)
-    outside = ratio > high
-    return Weights(ratio.masked_fill(outside, 0.0)[sample_ids], outside[sample_ids])
-
-
 def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
-    return torch.exp(log_ratio.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT))
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))

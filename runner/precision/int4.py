@@ -14,6 +14,8 @@ largest integer (7 or 127) and low the smallest:
     q           = clamp(round_half_even(bf16(w / scale)), low, Q)
     dequantized = bf16(q * scale)
 
+`kimi` has slime's scales, bit for bit, and not all of its integers: slime divides by the scale before it is rounded to bf16, here
+(and in compressed-tensors, which reads such checkpoints) by the stored one. Of slime's integers 98.98% to 99.80% came out equal.
 The quotient is rounded to bf16 before it is rounded to an integer, as compressed-tensors does for bf16 weights.
 Under `exact` an integer has 3 significant bits and a scale 5, so a product has at most 8 and is exact in bf16:
 a kernel that rounds products and one that does not compute with the same weights.

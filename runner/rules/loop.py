@@ -96,6 +96,24 @@ def estimator(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def dual_clip(cfg: Config) -> Iterator[UserError]:
+    algorithm = cfg.algorithm
+    if algorithm.dual_clip <= 0:
+        return
+    if algorithm.estimator not in (Estimator.grpo, Estimator.reinforce_pp):
+        yield UserError(
+            f"{algorithm.estimator.name} has no second clip: it belongs to the token-level clip of grpo and reinforce_pp",
+            key="algorithm.dual_clip",
+            fix="algorithm.dual_clip=0",
+        )
+    elif algorithm.dual_clip <= 1:
+        yield UserError(
+            f"at {algorithm.dual_clip} the tokens of a negative advantage have no gradient: their ratio starts at 1",
+            key="algorithm.dual_clip",
+            fix="algorithm.dual_clip=3.0, or 0",
+        )
+
+
 def context_holds(cfg: Config) -> Iterator[UserError]:
     limit, prompt = cfg.model.max_context_tokens, cfg.task.max_prompt_tokens
     for name, tokens in (
@@ -270,4 +288,16 @@ def watch(cfg: Config) -> Iterator[UserError]:
         yield UserError("0 samples to decompose", key="mismatch.decompose_samples", fix="mismatch.decompose_interval_steps=0")
 
 
-RULES = (sampling, batch_divides, estimator, context_holds, model_numbers, router_replay, speculation, task, optimizer, watch)
+RULES = (
+    sampling,
+    batch_divides,
+    estimator,
+    dual_clip,
+    context_holds,
+    model_numbers,
+    router_replay,
+    speculation,
+    task,
+    optimizer,
+    watch,
+)

@@ -78,6 +78,7 @@ NOT_NEGATIVE = [
     "speculative.mtp_loss_coef",
     "algorithm.clip_low",
     "algorithm.clip_high",
+    "algorithm.dual_clip",
     "algorithm.kl_coef",
     "algorithm.entropy_coef",
     "algorithm.max_resample_rounds",

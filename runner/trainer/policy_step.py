@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from runner.algorithms import correction, losses
+from runner.algorithms import aggregation, correction, losses
+from runner.algorithms.aggregation import LossWeights
 from runner.errors import UserError
 from runner.samples import Batch
-from runner.schema import AlgorithmConfig
+from runner.schema import AlgorithmConfig, Config, LossAggregation
 from runner.trainer.microbatch import MicroBatch
 
 
@@ -37,10 +38,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What the loss of a micro-batch needs besides its own logprobs, all [N]; ref_logprobs None without a KL term."""
+    """What the loss of a micro-batch needs besides its own logprobs, all [N]; ref_logprobs None without a KL term.
+
+    `weights` are those of `LossWeights`: what a token's loss counts against those of the step's other tokens.
+    """
 
     advantages: torch.Tensor
     mask: torch.Tensor
+    weights: torch.Tensor
     rollout_logprobs: torch.Tensor
     sample_ids: torch.Tensor
     num_samples: int
@@ -48,8 +53,8 @@ class TokenRows:
     ref_logprobs: torch.Tensor | None
 
     @classmethod
-    def of(cls, batch: Batch, micro: MicroBatch) -> TokenRows:
-        """The rows of the samples that a micro-batch of `batch` holds."""
+    def of(cls, batch: Batch, micro: MicroBatch, weights: LossWeights) -> TokenRows:
+        """The rows of the samples that a micro-batch of `batch` holds; `weights` are the whole batch's."""
 
         def gather(rows: list[torch.Tensor] | None) -> torch.Tensor | None:
             return None if rows is None else micro.gather(rows)
@@ -57,6 +62,7 @@ class TokenRows:
         return cls(
             advantages=micro.gather(batch.advantages),
             mask=micro.gather([sample.loss_mask for sample in batch.samples]),
+            weights=micro.gather(weights.rows),
             rollout_logprobs=micro.gather([sample.rollout_logprobs for sample in batch.samples]),
             sample_ids=micro.sample_ids,
             num_samples=len(micro.indices),
@@ -65,42 +71,48 @@ class TokenRows:
         )
 
 
-def counted_tokens(batch: Batch) -> float:
-    """Tokens inside the loss masks, at least 1: the normalizer of an optimizer step."""
-    return max(float(sum(int(sample.loss_mask.sum()) for sample in batch.samples)), 1.0)
+def loss_weights(cfg: Config, batch: Batch) -> LossWeights:
+    """What every token of an optimizer step weighs in its loss; `batch` holds all of the step's samples, on every rank."""
+    kind = cfg.algorithm.loss_aggregation
+    longest = cfg.rollout.sampling.max_response_tokens if kind is LossAggregation.constant_length else 0
+    return aggregation.loss_weights(kind, [sample.loss_mask for sample in batch.samples], longest)
 
 
 def micro_batch_loss(
-    algorithm: AlgorithmConfig, logprobs: torch.Tensor, entropy: torch.Tensor, rows: TokenRows, normalizer: float, sums: Sums
+    algorithm: AlgorithmConfig, logprobs: torch.Tensor, entropy: torch.Tensor, rows: TokenRows, weights: LossWeights, sums: Sums
 ) -> torch.Tensor:
-    """Scalar loss: sum over counted tokens of [w * policy loss + kl_coef * KL - entropy_coef * H] / normalizer.
+    """Scalar loss: sum over counted tokens of weight * [w * policy loss + kl_coef * KL - entropy_coef * H] / normalizer.
 
-    `normalizer` is the number of counted tokens of the whole optimizer step, so micro-batch losses add up to the step's.
+    Weights and normalizer are those of the whole optimizer step, so micro-batch losses add up to the step's.
     old_logprobs None: this is the first update from these samples, and the old policy is the current one; its logprobs
     are then those of this very forward, detached. Same weights, same routes, same kernels: the ratio is exactly 1.
+
+    `sums` gets token means, except for train/loss and train/pg_loss: those are weighted as the loss is.
     """
-    old = logprobs.detach() if rows.old_logprobs is None else rows.old_logprobs
     mask = rows.mask
+    logprobs, entropy = losses.inside(mask, logprobs), losses.inside(mask, entropy)
+    old = logprobs.detach() if rows.old_logprobs is None else losses.inside(mask, rows.old_logprobs)
     policy = losses.policy_loss(algorithm, logprobs, old, rows.advantages, mask, rows.sample_ids, rows.num_samples)
-    weights = correction.correction_weights(algorithm, old, rows.rollout_logprobs, mask, rows.sample_ids, rows.num_samples)
-    token_loss = policy.loss * weights.weights
+    correct = correction.correction_weights(algorithm, old, rows.rollout_logprobs, mask, rows.sample_ids, rows.num_samples)
+    token_loss = policy.loss * correct.weights
+    shown = weights.tokens / weights.normalizer  # `sums` are divided by the tokens; 1 for a mean over tokens
     sums.add(
         mask,
-        pg_loss=token_loss,
+        pg_loss=token_loss * rows.weights * shown,
         pg_clipfrac=policy.clipped,
         ppo_kl=old - logprobs,
         entropy_loss=entropy,
-        tis=weights.weights,
-        tis_clipfrac=weights.changed,
+        tis=correct.weights,
+        tis_clipfrac=correct.changed,
     )
     if rows.ref_logprobs is not None:
-        kl = losses.kl_estimate(algorithm.kl_estimator, logprobs, rows.ref_logprobs)
+        kl = losses.kl_estimate(algorithm.kl_estimator, logprobs, losses.inside(mask, rows.ref_logprobs))
         sums.values["kl_loss"] = sums.values.get("kl_loss", torch.zeros((), device=kl.device)) + kl.detach()[mask].sum()
         token_loss = token_loss + algorithm.kl_coef * kl
     if algorithm.entropy_coef:
         token_loss = token_loss - algorithm.entropy_coef * entropy
-    total = torch.where(mask, token_loss, 0.0).sum() / normalizer
-    sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=total.device)) + total.detach() * normalizer
+    total = (token_loss * rows.weights).sum() / weights.normalizer
+    sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=total.device)) + total.detach() * weights.tokens
     return total
 
 

@@ -285,7 +285,7 @@ class TorchTrainer:
     def _accumulate(self, batch: Batch, replay: bool, sums: policy_step.Sums) -> dict[int, torch.Tensor]:
         """Forward and backward of every micro-batch; returns the detached logprobs of each sample."""
         samples = batch.samples
-        normalizer = policy_step.counted_tokens(batch)
+        weights = policy_step.loss_weights(self.cfg, batch)
         images = [sample.image for sample in samples]
         collected: dict[int, torch.Tensor] = {}
         sequences, masks = mtp.sequences_of(batch)
@@ -296,8 +296,8 @@ class TorchTrainer:
                 scores = self._scores(hidden, micro, batch.temperature)
                 if current is not None:
                     current.first_pass = False  # the backward may recompute
-                rows = policy_step.TokenRows.of(batch, micro)
-                loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
+                rows = policy_step.TokenRows.of(batch, micro, weights)
+                loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
                 loss.backward()
             self.mtp.learn(partial(_rows, hidden, sequences, micro), micro.indices)
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from runner.schema import Config, Correction, Estimator, QatPlacement
+from runner.models.vocabulary import PAD_ID
+from runner.schema import Config, Correction, Estimator, LossAggregation, QatPlacement, RolloutConfig, SamplingConfig
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.megatron_trainer.configs import LAYOUTS, MODELS, megatron_config
 from tests.megatron_trainer.scenario import Result, assert_close, batch, megatron, run
+from tests.trainer_configs import batch as random_batch
 from tests.trainer_configs import config
 
 pytestmark = pytest.mark.megatron
@@ -94,6 +98,68 @@ def test_losses_over_whole_sequences_and_several_updates() -> None:
     assert max(row["train/tis_clipfrac"] for row in results[0].metrics) > 0 and results[0].metrics[1]["train/kl_loss"] > 0
     torch_cfg = config(MODELS["moe"], **changes)
     assert_close(results[0], run(TorchTrainer(torch_cfg), torch_cfg), logprob=3e-6, relative=2e-3, weight=0.05)
+
+
+# Adam with a huge epsilon is gradient descent of rate lr / eps: what the policy is after a step shows every part of the gradient
+DESCENT = {
+    "trainer.optimizer.eps": 1e3,
+    "trainer.optimizer.lr": 10.0,
+    "trainer.optimizer.clip_grad_norm": 1e6,
+    "trainer.optimizer.weight_decay": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "aggregation", "estimator"),
+    [
+        ("cp2", LossAggregation.sequence_mean_of_token_means, Estimator.gspo),
+        ("cp2", LossAggregation.sequence_mean, Estimator.grpo),
+        ("dp2", LossAggregation.sequence_mean_of_token_means, Estimator.grpo),
+        ("dp2", LossAggregation.constant_length, Estimator.cispo),
+        ("tp2_sp", LossAggregation.constant_length, Estimator.grpo),
+        ("pp2", LossAggregation.sequence_mean_of_token_means, Estimator.reinforce_pp),
+    ],
+)
+def test_a_divided_step_has_the_gradient_of_the_whole_one(
+    layout: str, aggregation: LossAggregation, estimator: Estimator
+) -> None:
+    """Several packed micro-batches per rank, tokens, samples and layers divided over ranks, against the torch trainer with all
+    samples in one batch; with another aggregation the policy after the step is another one."""
+    changes: dict[str, object] = {
+        "algorithm.estimator": estimator,
+        "algorithm.loss_aggregation": aggregation,
+        "algorithm.kl_coef": 0.05,
+        "algorithm.entropy_coef": 0.01,
+        "rollout": RolloutConfig(sampling=SamplingConfig(max_response_tokens=16)),
+        **FP32,
+        **DESCENT,
+    }
+    divided = megatron_config("dense", layout, **changes, **{"trainer.max_tokens_per_gpu": 24})
+    with megatron(divided) as trainer:
+        metrics, moved = _after_a_step(trainer, divided)
+    expected_metrics, expected = _whole_step(aggregation, changes)
+    assert (moved - expected).abs().max() < 1e-4 * expected.abs().max()
+    for name in ("train/loss", "train/pg_loss", "train/grad_norm"):
+        assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
+    _, other = _whole_step(LossAggregation.token_mean, changes)
+    assert (other - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def _whole_step(aggregation: LossAggregation, changes: dict[str, object]) -> tuple[dict[str, float], torch.Tensor]:
+    changes = {**changes, "algorithm.loss_aggregation": aggregation, "trainer.max_tokens_per_gpu": 10_000}
+    cfg = config(MODELS["dense"], **changes)
+    return _after_a_step(TorchTrainer(cfg), cfg)
+
+
+def _after_a_step(trainer: Any, cfg: Config) -> tuple[dict[str, float], torch.Tensor]:
+    """(a step's metrics, how far it moved the policy's logprobs); the old policy and the reference are near the policy."""
+    data, other = random_batch(cfg), random_batch(cfg, seed=1)
+    for sample in (*data.samples, *other.samples):
+        sample.tokens[sample.tokens == PAD_ID] = PAD_ID + 1  # its zero embedding would move out of proportion
+    data.old_logprobs = [row + 0.02 * (-1) ** index for index, row in enumerate(trainer.logprobs(data))]
+    data.ref_logprobs = [row + 0.3 for row in data.old_logprobs]
+    before = torch.cat(trainer.logprobs(other))
+    return trainer.step(data), torch.cat(trainer.logprobs(other)) - before
 
 
 def test_fewer_samples_than_data_parallel_ranks() -> None:

@@ -233,17 +233,17 @@ class Worker:
 
     def _accumulate(self, batch: Batch, sums: policy_step.Sums) -> Rows:
         samples = batch.samples
-        normalizer = policy_step.counted_tokens(batch)
+        weights = policy_step.loss_weights(self.cfg, batch)
         collected: Rows = {}
 
         def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
             micro = packed.micro
             if not micro.indices:
                 return scores.logprobs.sum()  # padding only: no tokens, but a graph for every collective of the backward
-            rows = policy_step.TokenRows.of(batch, micro)
+            rows = policy_step.TokenRows.of(batch, micro, weights)
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
                 collected[index] = row.cpu()
-            return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, normalizer, sums)
+            return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
 
         sequences, masks = sequences_of(batch)
         self.mtp.begin(sequences, masks)
@@ -458,7 +458,7 @@ class Worker:
 
 
 def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Losses are already divided by the step's token count, so gradients are summed and not scaled again."""
+    """Losses are already divided by the step's normalizer, so gradients are summed and not scaled again."""
     finalize_model_grads(chunks, None, **kwargs)
 
 
