@@ -227,7 +227,7 @@ def test_gsm8k_reads_the_marked_answer_only(tmp_path: Path, text: str, reward: f
         ("34", "34", 0.0),
         (r"\boxed{34", "34", 0.0),
         ("Answer:", "34", 0.0),
-        ("**Answer**: 34", "34", 0.0),
+        ("**Answer**: 34", "34", 1.0),
     ],
 )
 def test_dapo_grading(tmp_path: Path, text: str, answer: str, reward: float) -> None:
