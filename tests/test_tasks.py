@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
 from runner.samples import Sample
 from runner.schema import ArithmeticTaskConfig, JsonlTaskConfig
-from runner.tasks import grading
+from runner.tasks import grading, rewards
 from runner.tasks.arithmetic import ArithmeticTask
 from runner.tasks.dapo_math import DapoMathTask
 from runner.tasks.gsm8k import Gsm8kTask
@@ -321,6 +322,11 @@ def test_a_hub_id_without_the_package_says_so(monkeypatch: pytest.MonkeyPatch) -
 # ---- running reward functions
 
 
+class Unprintable(BaseException):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
 class Misbehaving:
     """Does what the response says."""
 
@@ -331,6 +337,16 @@ class Misbehaving:
             raise RuntimeError("broken")
         if text == "nan":
             return float("nan")
+        if text == "exit":
+            sys.exit(1)
+        if text == "interrupt":
+            raise KeyboardInterrupt
+        if text == "close":
+            raise GeneratorExit
+        if text == "unprintable":
+            raise Unprintable
+        if text == "nothing":
+            return None  # type: ignore[return-value]
         if text == "hang":
             while True:
                 with contextlib.suppress(Exception):  # a function that swallows errors is interrupted all the same
@@ -356,6 +372,24 @@ def test_failing_rewards_cost_their_own_samples_only() -> None:
     assert message is not None and "3 of 6" in message and "RuntimeError: broken" in message
     assert score(Misbehaving(), items("ok"), 0.1).message() is None
     assert score(Misbehaving(), [], 0.1).rewards == []
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "exit", "interrupt", "close", "unprintable", "nothing"])
+def test_whatever_a_reward_raises_the_samples_after_it_are_scored_and_it_is_told(how: str) -> None:
+    report = score(Misbehaving(), items("ok", how, "ok", how, "ok"), timeout_seconds=5)
+    assert report.rewards == [1.0, None, 1.0, None, 1.0]
+    assert [prompt_id for prompt_id, _ in report.failures] == ["p1", "p3"] and all(reason for _, reason in report.failures)
+
+
+def test_a_scoring_thread_that_dies_is_told_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(worker: rewards._Worker, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
+        if text == "die":
+            raise rewards._Interrupted
+        return 1.0, None
+
+    monkeypatch.setattr(rewards._Worker, "_call", call)
+    report = score(Misbehaving(), items("ok", "die", "ok", "die"), timeout_seconds=5)
+    assert report.rewards == [1.0, None, 1.0, None] and [prompt_id for prompt_id, _ in report.failures] == ["p1", "p3"]
 
 
 def test_hanging_rewards_end_soon_and_leave_no_busy_thread() -> None:
