@@ -96,7 +96,8 @@ def _told(error: BaseException) -> str:
 def score(task: Task, items: Sequence[Item], timeout_seconds: float) -> RewardReport:
     """The reward of every (prompt, response text, sample), each call limited to `timeout_seconds`.
 
-    A call that raises (SystemExit and KeyboardInterrupt too), hangs or returns something that is not a finite number gives None and an entry in `failures`.
+    A call that raises (SystemExit and KeyboardInterrupt too), hangs or returns something that is not a finite number gives
+    None and an entry in `failures`.
     """
     report = RewardReport(rewards=[None] * len(items))
     first, timeouts = 0, 0
