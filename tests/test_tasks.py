@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.convert.calibration import read_tokens
 from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
+from runner.models.vocabulary import FIRST_BYTE_ID
 from runner.samples import Sample
 from runner.schema import ArithmeticTaskConfig, JsonlTaskConfig
 from runner.tasks import grading, rewards
@@ -297,6 +299,99 @@ def test_bad_data_is_named(tmp_path: Path, lines: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as caught:
         Gsm8kTask(jsonl_config(path, max_prompt_tokens=64), TOKENIZER)
     assert caught.value.key == "task.train_path" and caught.value.fix
+
+
+def gsm_line(question: str, answer: str = "#### 1") -> str:
+    return json.dumps({"question": question, "answer": answer}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (gsm_line("a\ud800b"), r"t\.jsonl:2: .*lone surrogate \\ud800"),
+        (gsm_line("a", "\udc80 #### 1 \udc80"), r"t\.jsonl:2: "),
+        ("[" * 100_000 + "\n", r"t\.jsonl:2: nested too deeply"),
+        ('{"question": "a", "answer": ' + "[" * 100_000 + "\n", r"t\.jsonl:2: nested too deeply"),
+        ('{"question": ' + "9" * 10_000 + "}\n", r"t\.jsonl:2: not JSON"),
+        (gsm_line("y" * 70_000_000), r"t\.jsonl:2: more than 64 MiB in one line"),
+        (gsm_line("y" * 5_000_000), r"t\.jsonl:2: .*5000000 characters, far more than task.max_prompt_tokens=64"),
+        (gsm_line("a\U000f0000"), r"t\.jsonl:2: .*U\+F0000"),
+    ],
+)
+def test_hostile_lines_are_named_at_once(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(gsm_line("fine") + line)
+    with pytest.raises(UserError, match=problem) as caught:
+        Gsm8kTask(jsonl_config(path, max_prompt_tokens=64), TOKENIZER)
+    assert caught.value.key == "task.train_path" and caught.value.fix
+
+
+def test_an_answer_that_is_half_a_character_is_named(tmp_path: Path) -> None:
+    row = {"prompt": "a", "label": "\ud800"}
+    with pytest.raises(UserError, match=r"t\.jsonl:1: half a character"):
+        DapoMathTask(jsonl_config(write(tmp_path / "t.jsonl", [row]), name="dapo_math"), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[5].content }}", "no element 5"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ nothing() }}", "'nothing' is undefined"),
+        ("{% for %}", "."),
+    ],
+)
+def test_a_chat_template_that_raises_names_the_line(tmp_path: Path, template: str, reason: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"t\.jsonl:1: the chat template of the tokenizer refuses it: .*{reason}") as caught:
+        Gsm8kTask(jsonl_config(write(tmp_path / "t.jsonl", gsm_rows(2))), tokenizer)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"PAR1\x15", "a Parquet file"), (b"\x1f\x8b\x08", "a gzip archive"), (b"PK\x03\x04", "a zip archive")]
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "train.parquet"])
+def test_other_kinds_of_files_are_named(tmp_path: Path, start: bytes, kind: str, name: str) -> None:
+    (tmp_path / name).write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=f"{name}' is {kind}") as caught:
+        Gsm8kTask(jsonl_config(tmp_path / name), TOKENIZER)
+    assert caught.value.fix
+    if kind == "a Parquet file" and name.endswith("parquet"):  # a downloaded data set's folder
+        with pytest.raises(UserError, match="is a Parquet file"):
+            Gsm8kTask(jsonl_config(tmp_path), TOKENIZER)
+
+
+def test_an_array_of_rows_is_told_to_be_lines(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(gsm_rows(2), indent=1))
+    with pytest.raises(UserError, match=r"t\.jsonl:1: not JSON") as caught:
+        Gsm8kTask(jsonl_config(path), TOKENIZER)
+    assert "array" in caught.value.fix
+
+
+def test_special_tokens_in_data_are_text_and_in_templates_control_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<reserved_6>{{ m['content'] }}<reserved_7>{% endfor %}"
+    question = "why <eos> and <e<pad>os>, <image>?"
+    path = write(tmp_path / "t.jsonl", [{"question": question, "answer": "#### 1"}, {"question": "plain", "answer": "#### 2"}])
+    task = Gsm8kTask(jsonl_config(path, prompt_template="<reserved_8>{question}"), tokenizer)
+    odd, plain = sorted(task.train_prompts(0, 2), key=lambda prompt: prompt.answer)
+    assert odd.text == f"<reserved_6><reserved_8>{question}<reserved_7>"
+    assert list(odd.tokens) == [6, 8, *(FIRST_BYTE_ID + byte for byte in question.encode()), 7]
+    assert list(plain.tokens) == tokenizer("<reserved_6><reserved_8>plain<reserved_7>").input_ids
+
+
+def test_calibration_data_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"text": "a<eos>b"}])
+    tokens = [FIRST_BYTE_ID + byte for byte in b"a<eos>b"]
+    assert read_tokens(path, TOKENIZER, 1, 64) == [tokens] and read_tokens(path, TOKENIZER, 1, 3) == [tokens[:3]]
+    for bad in ({"text": "a\ud800"}, {"messages": [{"role": "user"}, 5]}):
+        path = write(tmp_path / "bad.jsonl", [{"text": "fine"}, bad])
+        with pytest.raises(UserError, match=r"bad\.jsonl:2: "):
+            read_tokens(path, TOKENIZER, 2, 64)
 
 
 def test_missing_data_is_a_user_error(tmp_path: Path) -> None:

@@ -69,12 +69,17 @@ class Geo3kTask(JsonlTask):
         """The placeholder of a text is as many tokens as its image."""
         marked = [text.replace(PLACEHOLDER, self.processor.mark) for text in texts]
         rows = []
-        for problem, ids in zip(problems, self.tokenizer(marked, add_special_tokens=False).input_ids, strict=True):
+        for problem, ids in zip(problems, super()._tokenize(problems, marked, key), strict=True):
             try:
-                rows.append(self.processor.place(ids, self._pixels(problem.place))[0])
+                rows.append(self.processor.place(list(ids), self._pixels(problem.place))[0])
             except ValueError as error:  # the question or the template names special tokens itself
                 raise UserError(f"{problem.place}: {error}", key=key, fix="mend or remove this line") from None
         return rows
+
+    def _hidden(self, message: dict[str, str]) -> dict[str, str]:
+        """All but the one placeholder, which stands for the image."""
+        parts = message["content"].split(PLACEHOLDER)
+        return super()._hidden(message) | {"content": PLACEHOLDER.join(self.encoder.hide(parts))}
 
     def _decode(self, place: str) -> np.ndarray:
         image = open_rgb(self._encoded[place])
