@@ -24,6 +24,7 @@ from runner.folder import RunFolder, open_folder
 from runner.images import image_processor
 from runner.loop import Components, train
 from runner.models.build import load_tokenizer
+from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
 from runner.rollout.sglang.arguments import takes_turns
@@ -68,6 +69,8 @@ class StopSignal:
 def main(cfg: Config, overrides: list[str]) -> int:
     """Run one experiment; returns the exit code: 0 completed, 1 failed or stopped by a rule, 130 interrupted."""
     preflight.check(cfg)
+    tokenizer = load_tokenizer(cfg.model)
+    ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
     folder = open_folder(cfg, overrides)
     with StopSignal().installed() as stop:
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
@@ -75,7 +78,7 @@ def main(cfg: Config, overrides: list[str]) -> int:
         outcome, message = "failed", ""
         started = time.perf_counter()
         try:
-            outcome = _supervise(cfg, folder, tracker, stop)
+            outcome = _supervise(cfg, folder, tokenizer, ends, tracker, stop)
             message = _how_it_ended(outcome, folder.path)
         except Interrupted:
             outcome, message = "interrupted", "interrupted before the first step; nothing to resume"
@@ -91,12 +94,14 @@ def main(cfg: Config, overrides: list[str]) -> int:
     return {"completed": 0, "interrupted": 130}.get(outcome, 1)
 
 
-def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSignal) -> str:
+def _supervise(
+    cfg: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, tracker: Tracker, stop: StopSignal
+) -> str:
     """The run, begun again from its last checkpoint when the trainer is lost, at most `trainer.max_restarts` times.
 
     The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
     """
-    tokenizer = load_tokenizer(cfg.model)
+    _say_where_samples_end(ends, tokenizer, tracker)
     task = _build_task(cfg, tokenizer)
     trainer = _build_trainer(cfg)
     if takes_turns(cfg):
@@ -108,15 +113,15 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     untouched = pool.state()
 
     def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        return str(tokenizer.decode(ends.without_last(ids), skip_special_tokens=True))
 
-    collector = Collector(cfg, task, pool, decode, (tokenizer.eos_token_id,), stop, warn=partial(tracker.event, "warning"))
+    collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"))
     begin, restarts = folder.resumed_from, 0
     try:
         while True:
             try:
                 pool.load_state(untouched)
-                return _run(cfg, folder.path, begin, trainer, collector, tokenizer, tracker, stop)
+                return _run(cfg, folder.path, begin, trainer, collector, tokenizer, ends, tracker, stop)
             except TrainerLost as error:
                 restarts += 1
                 begin = _restart_point(cfg, folder.path, error, restarts, tracker)
@@ -129,6 +134,18 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     finally:
         pool.close()
         trainer.close()
+
+
+def _say_where_samples_end(ends: EndTokens, tokenizer: PreTrainedTokenizerBase, tracker: Tracker) -> None:
+    tracker.event(
+        "end_tokens", ends.summary(tokenizer), {"ids": list(ends.ids), "sources": {k: list(v) for k, v in ends.sources}}
+    )
+    if ends.unused:
+        tracker.event("warning", f"end ids that the model has no embeddings for are left out: {list(ends.unused)}", {})
+    if token := unlisted_turn_end(tokenizer, ends):
+        index = tokenizer.convert_tokens_to_ids(token)
+        message = f"the chat template closes a turn with {token}, which does not end a sample; {KEY}=[{index}] adds it"
+        tracker.event("warning", message, {})
 
 
 def _build_task(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -164,6 +181,7 @@ def _run(
     trainer: Trainer,
     collector: Collector,
     tokenizer: PreTrainedTokenizerBase,
+    ends: EndTokens,
     tracker: Tracker,
     stop: StopSignal,
 ) -> str:
@@ -181,7 +199,7 @@ def _run(
         first_step = state["step"]
     elif cfg.warm_start.enabled:
         untouched = pool.state()
-        warm_start(cfg, trainer, collector, sync, tokenizer, tracker, stop)
+        warm_start(cfg, trainer, collector, sync, tokenizer, ends.last, tracker, stop)
         pool.load_state(untouched)  # a cached warm start measures nothing
 
     sync()

@@ -238,10 +238,15 @@ class SamplingConfig:
 
 
 @dataclass
+class RolloutSamplingConfig(SamplingConfig):
+    stop_token_ids: list[int] = field(default_factory=list)  # end a sample beside those that the checkpoint names
+
+
+@dataclass
 class RolloutConfig:
     _target_: str = MISSING
     name: str = MISSING
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
     max_concurrency: int = MISSING  # sequences decoded at one time, per engine
     request_timeout_seconds: float = MISSING
 

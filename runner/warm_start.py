@@ -53,6 +53,7 @@ def warm_start(
     collector: Collector,
     sync: WeightSync,
     tokenizer: PreTrainedTokenizerBase,
+    end_token_id: int,
     tracker: Tracker,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -64,7 +65,7 @@ def warm_start(
         trainer.version = 0
         tracker.event("warm_start", f"warm start loaded from {folder}", json.loads((folder / "done.json").read_text()))
         return
-    summary = _train(cfg, trainer, collector, sync, tokenizer, tracker, should_stop)
+    summary = _train(cfg, trainer, collector, sync, tokenizer, end_token_id, tracker, should_stop)
     trainer.reset_optimizer()
     trainer.version = 0
     tracker.event("warm_start", "warm start: {reward:.2f} sampled success after {steps} steps".format(**summary), summary)
@@ -88,11 +89,12 @@ def _train(
     collector: Collector,
     sync: WeightSync,
     tokenizer: PreTrainedTokenizerBase,
+    end_token_id: int,
     tracker: Tracker,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
     section = cfg.warm_start
-    corpus = _tokenize(collector.task, tokenizer, section.max_steps * section.batch_size, cfg.task.seed)
+    corpus = _tokenize(collector.task, tokenizer, end_token_id, section.max_steps * section.batch_size, cfg.task.seed)
     order = np.random.default_rng(cfg.seed).permutation(len(corpus))
     reward, steps = 0.0, 0
     with tracker.progress("warm start", section.max_steps) as progress:
@@ -125,7 +127,7 @@ def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> 
 
 
 def _tokenize(
-    task: Task, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+    task: Task, tokenizer: PreTrainedTokenizerBase, end_token_id: int, count: int, seed: int
 ) -> list[tuple[torch.Tensor, int, PromptImage | None]]:
     """(tokens of prompt and solution, prompt length, image) of `count` worked solutions."""
     if not isinstance(task, HasWorkedSolutions):
@@ -139,6 +141,5 @@ def _tokenize(
     prompts = [text if isinstance(prompt, str) else list(prompt.tokens) for text, (prompt, _) in zip(texts, pairs, strict=True)]
     images = [None if isinstance(prompt, str) else prompt.image for prompt, _ in pairs]
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id]
     rows = zip(prompts, answers, images, strict=True)
-    return [(torch.tensor(p + a + end), len(p), image) for p, a, image in rows]
+    return [(torch.tensor(p + a + [end_token_id]), len(p), image) for p, a, image in rows]

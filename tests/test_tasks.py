@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.convert.calibration import read_tokens
 from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
+from runner.models.vocabulary import FIRST_BYTE_ID
 from runner.samples import Sample
 from runner.schema import ArithmeticTaskConfig, JsonlTaskConfig
-from runner.tasks import grading
+from runner.tasks import grading, rewards
 from runner.tasks.arithmetic import ArithmeticTask
 from runner.tasks.dapo_math import DapoMathTask
 from runner.tasks.gsm8k import Gsm8kTask
@@ -227,7 +230,7 @@ def test_gsm8k_reads_the_marked_answer_only(tmp_path: Path, text: str, reward: f
         ("34", "34", 0.0),
         (r"\boxed{34", "34", 0.0),
         ("Answer:", "34", 0.0),
-        ("**Answer**: 34", "34", 0.0),
+        ("**Answer**: 34", "34", 1.0),
     ],
 )
 def test_dapo_grading(tmp_path: Path, text: str, answer: str, reward: float) -> None:
@@ -298,6 +301,99 @@ def test_bad_data_is_named(tmp_path: Path, lines: str, problem: str) -> None:
     assert caught.value.key == "task.train_path" and caught.value.fix
 
 
+def gsm_line(question: str, answer: str = "#### 1") -> str:
+    return json.dumps({"question": question, "answer": answer}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (gsm_line("a\ud800b"), r"t\.jsonl:2: .*lone surrogate \\ud800"),
+        (gsm_line("a", "\udc80 #### 1 \udc80"), r"t\.jsonl:2: "),
+        ("[" * 100_000 + "\n", r"t\.jsonl:2: nested too deeply"),
+        ('{"question": "a", "answer": ' + "[" * 100_000 + "\n", r"t\.jsonl:2: nested too deeply"),
+        ('{"question": ' + "9" * 10_000 + "}\n", r"t\.jsonl:2: not JSON"),
+        (gsm_line("y" * 70_000_000), r"t\.jsonl:2: more than 64 MiB in one line"),
+        (gsm_line("y" * 5_000_000), r"t\.jsonl:2: .*5000000 characters, far more than task.max_prompt_tokens=64"),
+        (gsm_line("a\U000f0000"), r"t\.jsonl:2: .*U\+F0000"),
+    ],
+)
+def test_hostile_lines_are_named_at_once(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(gsm_line("fine") + line)
+    with pytest.raises(UserError, match=problem) as caught:
+        Gsm8kTask(jsonl_config(path, max_prompt_tokens=64), TOKENIZER)
+    assert caught.value.key == "task.train_path" and caught.value.fix
+
+
+def test_an_answer_that_is_half_a_character_is_named(tmp_path: Path) -> None:
+    row = {"prompt": "a", "label": "\ud800"}
+    with pytest.raises(UserError, match=r"t\.jsonl:1: half a character"):
+        DapoMathTask(jsonl_config(write(tmp_path / "t.jsonl", [row]), name="dapo_math"), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[5].content }}", "no element 5"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ nothing() }}", "'nothing' is undefined"),
+        ("{% for %}", "."),
+    ],
+)
+def test_a_chat_template_that_raises_names_the_line(tmp_path: Path, template: str, reason: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=rf"t\.jsonl:1: the chat template of the tokenizer refuses it: .*{reason}") as caught:
+        Gsm8kTask(jsonl_config(write(tmp_path / "t.jsonl", gsm_rows(2))), tokenizer)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"), [(b"PAR1\x15", "a Parquet file"), (b"\x1f\x8b\x08", "a gzip archive"), (b"PK\x03\x04", "a zip archive")]
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "train.parquet"])
+def test_other_kinds_of_files_are_named(tmp_path: Path, start: bytes, kind: str, name: str) -> None:
+    (tmp_path / name).write_bytes(start + bytes(100))
+    with pytest.raises(UserError, match=f"{name}' is {kind}") as caught:
+        Gsm8kTask(jsonl_config(tmp_path / name), TOKENIZER)
+    assert caught.value.fix
+    if kind == "a Parquet file" and name.endswith("parquet"):  # a downloaded data set's folder
+        with pytest.raises(UserError, match="is a Parquet file"):
+            Gsm8kTask(jsonl_config(tmp_path), TOKENIZER)
+
+
+def test_an_array_of_rows_is_told_to_be_lines(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(gsm_rows(2), indent=1))
+    with pytest.raises(UserError, match=r"t\.jsonl:1: not JSON") as caught:
+        Gsm8kTask(jsonl_config(path), TOKENIZER)
+    assert "array" in caught.value.fix
+
+
+def test_special_tokens_in_data_are_text_and_in_templates_control_tokens(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<reserved_6>{{ m['content'] }}<reserved_7>{% endfor %}"
+    question = "why <eos> and <e<pad>os>, <image>?"
+    path = write(tmp_path / "t.jsonl", [{"question": question, "answer": "#### 1"}, {"question": "plain", "answer": "#### 2"}])
+    task = Gsm8kTask(jsonl_config(path, prompt_template="<reserved_8>{question}"), tokenizer)
+    odd, plain = sorted(task.train_prompts(0, 2), key=lambda prompt: prompt.answer)
+    assert odd.text == f"<reserved_6><reserved_8>{question}<reserved_7>"
+    assert list(odd.tokens) == [6, 8, *(FIRST_BYTE_ID + byte for byte in question.encode()), 7]
+    assert list(plain.tokens) == tokenizer("<reserved_6><reserved_8>plain<reserved_7>").input_ids
+
+
+def test_calibration_data_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"text": "a<eos>b"}])
+    tokens = [FIRST_BYTE_ID + byte for byte in b"a<eos>b"]
+    assert read_tokens(path, TOKENIZER, 1, 64) == [tokens] and read_tokens(path, TOKENIZER, 1, 3) == [tokens[:3]]
+    for bad in ({"text": "a\ud800"}, {"messages": [{"role": "user"}, 5]}):
+        path = write(tmp_path / "bad.jsonl", [{"text": "fine"}, bad])
+        with pytest.raises(UserError, match=r"bad\.jsonl:2: "):
+            read_tokens(path, TOKENIZER, 2, 64)
+
+
 def test_missing_data_is_a_user_error(tmp_path: Path) -> None:
     for source in (tmp_path / "none.jsonl", tmp_path, None):
         with pytest.raises(UserError):
@@ -321,6 +417,11 @@ def test_a_hub_id_without_the_package_says_so(monkeypatch: pytest.MonkeyPatch) -
 # ---- running reward functions
 
 
+class Unprintable(BaseException):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
 class Misbehaving:
     """Does what the response says."""
 
@@ -331,6 +432,16 @@ class Misbehaving:
             raise RuntimeError("broken")
         if text == "nan":
             return float("nan")
+        if text == "exit":
+            sys.exit(1)
+        if text == "interrupt":
+            raise KeyboardInterrupt
+        if text == "close":
+            raise GeneratorExit
+        if text == "unprintable":
+            raise Unprintable
+        if text == "nothing":
+            return None  # type: ignore[return-value]
         if text == "hang":
             while True:
                 with contextlib.suppress(Exception):  # a function that swallows errors is interrupted all the same
@@ -356,6 +467,24 @@ def test_failing_rewards_cost_their_own_samples_only() -> None:
     assert message is not None and "3 of 6" in message and "RuntimeError: broken" in message
     assert score(Misbehaving(), items("ok"), 0.1).message() is None
     assert score(Misbehaving(), [], 0.1).rewards == []
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "exit", "interrupt", "close", "unprintable", "nothing"])
+def test_whatever_a_reward_raises_the_samples_after_it_are_scored_and_it_is_told(how: str) -> None:
+    report = score(Misbehaving(), items("ok", how, "ok", how, "ok"), timeout_seconds=5)
+    assert report.rewards == [1.0, None, 1.0, None, 1.0]
+    assert [prompt_id for prompt_id, _ in report.failures] == ["p1", "p3"] and all(reason for _, reason in report.failures)
+
+
+def test_a_scoring_thread_that_dies_is_told_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(worker: rewards._Worker, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
+        if text == "die":
+            raise rewards._Interrupted
+        return 1.0, None
+
+    monkeypatch.setattr(rewards._Worker, "_call", call)
+    report = score(Misbehaving(), items("ok", "die", "ok", "die"), timeout_seconds=5)
+    assert report.rewards == [1.0, None, 1.0, None] and [prompt_id for prompt_id, _ in report.failures] == ["p1", "p3"]
 
 
 def test_hanging_rewards_end_soon_and_leave_no_busy_thread() -> None:

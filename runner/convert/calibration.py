@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from runner.errors import UserError
+from runner.tasks.encoding import MAX_CHARACTERS_PER_TOKEN, TextEncoder
 from runner.tasks.jsonl import read_jsonl
 
 KEY = "convert.calibration"
@@ -33,8 +34,16 @@ def read_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, num_samples: int
     UserError for a line without text (named), and for a file with fewer samples than asked for.
     """
     found: list[list[int]] = []
+    encoder = TextEncoder(tokenizer)
     for place, row in read_jsonl(path, KEY):
-        tokens = tokenizer(text_of(row, place, tokenizer), add_special_tokens=False).input_ids[:max_tokens]
+        try:
+            text = text_of(encoder.hide(row), place, tokenizer)
+            tokens = encoder.encode([text[: max_tokens * MAX_CHARACTERS_PER_TOKEN]])[0][:max_tokens]
+        except UserError:
+            raise
+        except Exception as error:  # templates and tokenizers raise many kinds
+            first = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"{place}: {first}", key=KEY, fix="mend or remove this line") from error
         if not tokens:
             raise UserError(f"{place}: an empty text", key=KEY, fix="remove this line")
         found.append(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from runner.convert.reading import local_folder, read_weight
 from runner.convert.source import open_source
 from runner.errors import UserError
 from runner.models import family_of, mimo_torch
+from runner.models.ends import GENERATION_CONFIG, checkpoint_file
 from runner.models.family import Family
 from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
@@ -193,8 +195,8 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
 
 
 def save_config(model: ModelConfig, folder: Path) -> None:
-    """Write config.json, without a quantization_config, the tokenizer's files and a vision model's preprocessor_config.json:
-    an engine can start from it without weights."""
+    """Write config.json, without a quantization_config, the tokenizer's files, the checkpoint's generation_config.json (which
+    says where a turn ends) and a vision model's preprocessor_config.json: an engine can start from it without weights."""
     mimo_torch.register()
     if model.hf_checkpoint is None:
         AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
@@ -203,6 +205,8 @@ def save_config(model: ModelConfig, folder: Path) -> None:
         if hasattr(config, "quantization_config"):  # the checkpoint's; what is written beside this file says its own
             del config.quantization_config
         config.save_pretrained(folder)
+        if (generation := checkpoint_file(model, GENERATION_CONFIG)) is not None:
+            shutil.copyfile(generation, folder / GENERATION_CONFIG)
     load_tokenizer(model).save_pretrained(folder)
     if model.vision:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.tasks.grading import answer_line, last_boxed, same_answer
+from transformers import PreTrainedTokenizerBase
+
+from runner.schema import JsonlTaskConfig
+from runner.tasks import symbolic
+from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import JsonlTask, Problem
 
 
@@ -12,6 +16,11 @@ class DapoMathTask(JsonlTask):
     name = "dapo_math"
     eval_file = "eval.jsonl"
     eval_split = "train"  # the evaluation sets in this format have one split
+
+    def __init__(self, cfg: JsonlTaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """As JsonlTask; the process that compares answers begins to start here."""
+        super().__init__(cfg, tokenizer)
+        symbolic.shared.start()
 
     def parse(self, row: dict[str, Any], place: str) -> Problem:
         """`prompt` may also be a plain string, and the answer may lie in `label`, as in preprocessed copies."""
@@ -28,9 +37,6 @@ class DapoMathTask(JsonlTask):
         return Problem(tuple({"role": m["role"], "content": m["content"]} for m in messages), str(answer).strip(), place)
 
     def grade(self, answer: str, text: str) -> bool:
-        r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference."""
-        line, boxed = answer_line(text), last_boxed(text)
-        if line is not None and text.lower().rfind("answer") > text.rfind("\\boxed{"):
-            inner = last_boxed(line)
-            return same_answer(line if inner is None else inner, answer)
-        return boxed is not None and same_answer(boxed, answer)
+        r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference; see grading.py."""
+        given = final_answer(text)
+        return given is not None and same_answer(given, answer)

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from runner.errors import UserError
 from runner.images import ImageProcessor
 from runner.schema import Geo3kTaskConfig
-from runner.tasks.grading import answer_line, last_boxed, same_answer
+from runner.tasks import symbolic
+from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import JsonlTask, Problem
 from runner.tasks.pictures import image_bytes, open_rgb, resized
 from runner.tasks.protocol import Prompt
@@ -37,6 +38,7 @@ class Geo3kTask(JsonlTask):
         self._encoded: dict[str, bytes] = {}  # by the problem's place
         self._pixels = lru_cache(maxsize=CACHED_IMAGES)(self._decode)
         super().__init__(cfg, tokenizer)
+        symbolic.shared.start()
 
     def parse(self, row: dict[str, Any], place: str) -> Problem:
         question, answer = row["problem"], row["answer"]
@@ -53,10 +55,8 @@ class Geo3kTask(JsonlTask):
         return Problem(({"role": "user", "content": question},), str(answer).strip(), place)
 
     def grade(self, answer: str, text: str) -> bool:
-        r"""The last \boxed{...}, else the line after 'Answer:', must equal the reference; without either, wrong."""
-        given = last_boxed(text)
-        if given is None:
-            given = answer_line(text)
+        r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference; see grading.py."""
+        given = final_answer(text)
         return given is not None and same_answer(given, answer)
 
     def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
@@ -69,12 +69,17 @@ class Geo3kTask(JsonlTask):
         """The placeholder of a text is as many tokens as its image."""
         marked = [text.replace(PLACEHOLDER, self.processor.mark) for text in texts]
         rows = []
-        for problem, ids in zip(problems, self.tokenizer(marked, add_special_tokens=False).input_ids, strict=True):
+        for problem, ids in zip(problems, super()._tokenize(problems, marked, key), strict=True):
             try:
-                rows.append(self.processor.place(ids, self._pixels(problem.place))[0])
+                rows.append(self.processor.place(list(ids), self._pixels(problem.place))[0])
             except ValueError as error:  # the question or the template names special tokens itself
                 raise UserError(f"{problem.place}: {error}", key=key, fix="mend or remove this line") from None
         return rows
+
+    def _hidden(self, message: dict[str, str]) -> dict[str, str]:
+        """All but the one placeholder, which stands for the image."""
+        parts = message["content"].split(PLACEHOLDER)
+        return super()._hidden(message) | {"content": PLACEHOLDER.join(self.encoder.hide(parts))}
 
     def _decode(self, place: str) -> np.ndarray:
         image = open_rgb(self._encoded[place])

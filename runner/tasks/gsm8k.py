@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.tasks.grading import after_hashes, last_boxed, number
+from runner.tasks.grading import after_hashes, final_number
 from runner.tasks.jsonl import JsonlTask, Problem
+from runner.tasks.numbers import quantity
 
 
 class Gsm8kTask(JsonlTask):
@@ -17,14 +18,11 @@ class Gsm8kTask(JsonlTask):
         if not isinstance(question, str) or not isinstance(solution, str):
             raise TypeError("`question` and `answer` must be strings")
         answer = after_hashes(solution)
-        if answer is None or number(answer) is None:
+        if answer is None or quantity(answer, words=True) is None:
             raise ValueError("`answer` does not end in '#### <number>'")
         return Problem(({"role": "user", "content": question},), answer, place)
 
     def grade(self, answer: str, text: str) -> bool:
-        r"""The number after the last '####', else in the last \boxed{}, must equal the reference; without either, wrong."""
-        given = after_hashes(text)
-        if given is None:
-            given = last_boxed(text)
-        value = None if given is None else number(given)
-        return value is not None and value == number(answer)
+        r"""The number of the last '####' or \boxed{} must equal the reference; without either, wrong."""
+        given, wanted = final_number(text), quantity(answer, words=True)
+        return given is not None and wanted is not None and given.equals(wanted)

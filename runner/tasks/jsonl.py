@@ -5,17 +5,31 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from runner.errors import UserError
 from runner.samples import Sample
 from runner.schema import JsonlTaskConfig
+from runner.tasks.encoding import TextEncoder, check_characters, check_length
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
+
+MAX_LINE_BYTES = 64 << 20  # an image of the largest size that is taken, as base64, and its text
+OTHER_KINDS = {  # by their first bytes
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x1f\x8b": "a gzip archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"PK\x03\x04": "a zip archive",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class JsonlTask:
         """
         self.cfg = cfg
         self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer)
         if "{question}" not in cfg.prompt_template:
             raise UserError(
                 "the template has no {question}", key="task.prompt_template", fix='for example task.prompt_template="{question}"'
@@ -111,7 +126,8 @@ class JsonlTask:
         for place, row in _rows(source, key, file_name, split, self.hub_config):
             try:
                 problems.append(self.parse(row, place))
-            except (KeyError, TypeError, ValueError) as error:
+                check_characters(problems[-1].answer)
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
                 reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{place}: {reason}", key=key, fix=f"every line must be a {self.name} problem") from error
             if limit and len(problems) == limit:
@@ -121,7 +137,7 @@ class JsonlTask:
         return self._prompts(problems, key, split)
 
     def _prompts(self, problems: list[Problem], key: str, split: str) -> list[Prompt]:
-        texts = [self._text(problem.messages) for problem in problems]
+        texts = [self._text(problem, key) for problem in problems]
         token_lists = self._tokenize(problems, texts, key)
         limit = self.cfg.max_prompt_tokens
         too_long = [i for i, tokens in enumerate(token_lists) if len(tokens) > limit]
@@ -134,47 +150,106 @@ class JsonlTask:
                 fix=f"task.max_prompt_tokens={longest} fits the longest",
             )
         return [
-            Prompt(f"{self.name}/{split}.{i}", text, tuple(tokens), problem.answer, {"index": i, "place": problem.place})
+            Prompt(
+                f"{self.name}/{split}.{i}",
+                self.encoder.show(text),
+                tuple(tokens),
+                problem.answer,
+                {"index": i, "place": problem.place},
+            )
             for i, (problem, text, tokens) in enumerate(zip(problems, texts, token_lists, strict=True))
         ]
 
     def _tokenize(self, problems: list[Problem], texts: list[str], key: str) -> Sequence[Sequence[int]]:
         """Token ids of every problem's prompt; `key` says where the problems come from, for errors."""
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False).input_ids
-        return ids
+        try:
+            return self.encoder.encode(texts)
+        except Exception:  # tokenizers raise many kinds; the one line that they refuse is found below
+            for problem, text in zip(problems, texts, strict=True):
+                with self._naming(problem, key, "the tokenizer refuses it"):
+                    self.encoder.encode([text])
+            raise
 
-    def _text(self, messages: tuple[dict[str, str], ...]) -> str:
-        """The conversation, its last message put into the template, in the tokenizer's chat format where it has one."""
-        *before, last = messages
-        filled = last | {"content": self.cfg.prompt_template.replace("{question}", last["content"])}
-        conversation = [*before, filled]
+    def _text(self, problem: Problem, key: str) -> str:
+        """The conversation, its last message put into the template, in the tokenizer's chat format where it has one.
+
+        Special tokens that the data names are hidden (see encoding.py). UserError naming the line that cannot be a prompt.
+        """
+        with self._naming(problem, key, "it cannot be a prompt"):
+            check_length(problem.messages, self.cfg.max_prompt_tokens)
+            *before, last = (self._hidden(message) for message in problem.messages)
+            content = self.cfg.prompt_template.replace("{question}", last["content"])
+        conversation = [*before, last | {"content": content}]
         if self.tokenizer.chat_template is None:
             return "\n".join(message["content"] for message in conversation)
-        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        with self._naming(problem, key, "the chat template of the tokenizer refuses it"):
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        raise AssertionError
+
+    def _hidden(self, message: dict[str, str]) -> dict[str, str]:
+        hidden: dict[str, str] = self.encoder.hide(message)
+        return hidden
+
+    @contextmanager
+    def _naming(self, problem: Problem, key: str, what: str) -> Iterator[None]:
+        """Whatever is raised inside becomes a UserError with the problem's line: templates and tokenizers raise many kinds."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"{problem.place}: {what}: {first}", key=key, fix="mend or remove this line") from error
 
 
 def _rows(source: str, key: str, file_name: str, split: str, hub_config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(source).expanduser()
     if path.is_dir():
-        path = path / file_name
+        folder, path = path, path / file_name
+        parquet = next((found for found in sorted(folder.rglob("*.parquet"))), None) if not path.exists() else None
+        if parquet is not None:
+            path = parquet  # says what it is
     if path.exists() or path.suffix in {".jsonl", ".json"} or source.startswith((".", "/", "~")):
         yield from read_jsonl(path, key)
     else:
         yield from _hub_rows(source, key, split, hub_config)
 
 
+def _check_kind(path: Path, file: IO[bytes], key: str) -> None:
+    """UserError for a file that says that it is something else; the file is at its beginning afterwards."""
+    if not file.seekable():
+        return
+    first = file.read(8)
+    file.seek(0)
+    for start, name in OTHER_KINDS.items():
+        if first.startswith(start):
+            fix = "write its rows as a JSONL file" if name in ("a Parquet file", "an Arrow file") else "unpack it"
+            raise UserError(f"'{path}' is {name}; data is read from JSONL files, one JSON object per line", key=key, fix=fix)
+
+
+def _mend(line: bytes) -> str:
+    return "one JSON object per line, without an array around them" if line.lstrip()[:1] == b"[" else "mend or remove this line"
+
+
 def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) of every line that is not blank; UserError naming file and line."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            _check_kind(path, file, key)
+            for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), 1):
                 if not line.strip():
                     continue
                 place = f"{path}:{number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{place}: more than {MAX_LINE_BYTES >> 20} MiB in one line", key=key, fix="one JSON object per line"
+                    )
                 try:
                     row = json.loads(line)
+                except RecursionError as error:
+                    raise UserError(f"{place}: nested too deeply", key=key, fix="mend or remove this line") from error
                 except ValueError as error:  # broken JSON or broken UTF-8
-                    raise UserError(f"{place}: not JSON ({error})", key=key, fix="mend or remove this line") from error
+                    raise UserError(f"{place}: not JSON ({error})", key=key, fix=_mend(line)) from error
                 if not isinstance(row, dict):
                     raise UserError(
                         f"{place}: a {type(row).__name__}, not a JSON object", key=key, fix="mend or remove this line"

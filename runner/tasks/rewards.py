@@ -68,8 +68,10 @@ class _Worker:
     def _call(self, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
         try:
             reward = float(self.task.reward(prompt, text, sample))
-        except Exception as error:
-            return None, f"{type(error).__name__}: {error}"
+        except _Interrupted:
+            raise
+        except BaseException as error:  # SystemExit of a library's exit() ends this sample only, not the thread and the rest
+            return None, _told(error)
         return (reward, None) if math.isfinite(reward) else (None, f"it returned {reward}")
 
     def abandon_if_late(self, timeout_seconds: float) -> bool:
@@ -84,10 +86,18 @@ class _Worker:
         return True
 
 
+def _told(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its __str__ raises
+        return type(error).__name__
+
+
 def score(task: Task, items: Sequence[Item], timeout_seconds: float) -> RewardReport:
     """The reward of every (prompt, response text, sample), each call limited to `timeout_seconds`.
 
-    A call that raises, hangs or returns something that is not a finite number gives None and an entry in `failures`.
+    A call that raises (SystemExit and KeyboardInterrupt too), hangs or returns something that is not a finite number gives
+    None and an entry in `failures`.
     """
     report = RewardReport(rewards=[None] * len(items))
     first, timeouts = 0, 0
@@ -97,7 +107,11 @@ def score(task: Task, items: Sequence[Item], timeout_seconds: float) -> RewardRe
             if worker.abandon_if_late(timeout_seconds):
                 break
         if not worker.abandoned:
-            break
+            if worker.index >= len(items):
+                break
+            report.failures.append((items[worker.index][0].prompt_id, "the thread that scored it ended"))
+            first = worker.index + 1
+            continue
         report.failures.append((items[worker.index][0].prompt_id, f"no answer within {timeout_seconds:g} s"))
         first, timeouts = worker.index + 1, timeouts + 1
         if timeouts == MAX_TIMEOUTS:

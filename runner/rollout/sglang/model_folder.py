@@ -13,7 +13,8 @@ from runner.schema import ModelConfig
 def write_model_folder(model: ModelConfig, plan: PrecisionPlan, folder: Path) -> None:
     """UserError (from the model group) when a checkpoint's config cannot be read.
 
-    End-of-sequence ids are left out: a request's own stop_token_ids say where a sample ends, as in every engine of runner.
+    End-of-sequence ids are left out here, because a request brings its own: `stop_token_ids` are the union of those that
+    tokenizer, generation_config.json and config.json name (runner/models/ends.py), and the server ends a sample at no other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_config(model, folder)
