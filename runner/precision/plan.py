@@ -219,12 +219,36 @@ class PrecisionPlan:
         return [f"{reason}: {shorten(found)}" for reason, found in groups.items()]
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors' older name
+
+
 def nested_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`quantization_config` of a config.json, wherever it is nested; None for a bf16 checkpoint."""
-    for holder in (config, config.get("text_config") or {}):
-        if "quantization_config" in holder:
-            return holder["quantization_config"]
-    return None
+    """`quantization_config` of a config.json, wherever it is nested; None for a bf16 checkpoint. UserError for one that is no
+    object, and where two differ."""
+    holders = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    found: list[Any] = []
+    for holder in holders:
+        for key in QUANTIZATION_KEYS:
+            if holder.get(key) is not None and holder[key] not in found:
+                found.append(holder[key])
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError("config.json has two quantization_configs that differ", fix="leave the one that describes the weights")
+    if not isinstance(found[0], dict):
+        raise UserError("quantization_config of config.json is no object", fix="give the config.json that belongs to these weights")
+    return found[0]
+
+
+def without_quantization_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose `nested_quantization_config` is None."""
+
+    def bare(holder: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in holder.items() if key not in QUANTIZATION_KEYS}
+
+    return {
+        key: bare(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in bare(config).items()
+    }
 
 
 def shorten(names: list[str]) -> str:
