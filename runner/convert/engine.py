@@ -143,7 +143,7 @@ def check_apart(source: Path, target: Path) -> None:
         if folder.is_relative_to(inside):
             raise UserError(f"the target {target} lies inside the source", key="convert.target", fix="give another target")
         if inside.is_relative_to(folder):
-            raise UserError(f"the source lies inside {folder}, which is to be written", key="convert.target", fix="another target")
+            raise UserError(f"the source lies inside {folder}, which is to be written", key="convert.target", fix="move it")
 
 
 def identity(source: Source, jobs: Jobs) -> dict[str, Any]:

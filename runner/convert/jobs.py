@@ -21,6 +21,7 @@ from runner.precision.plan import PrecisionPlan, nested_quantization_config, sho
 from runner.precision.tensor_format import FP8_BLOCK, MXFP4_GROUP, NVFP4_GROUP, TensorFormat
 from runner.schema import Format, ModelConfig, Role
 
+
 class Action(Enum):
     copy = "copy"
     encode = "encode"

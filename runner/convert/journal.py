@@ -32,11 +32,11 @@ class Partial:
         self._journal: int | None = None
 
     def __enter__(self) -> Partial:
-        if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
-            raise UserError(f"{self.target} exists already", key="convert.target", fix="give another target, or remove it")
         if self.target.is_symlink() or self.folder.is_symlink():
             link = self.target if self.target.is_symlink() else self.folder
             raise UserError(f"{link} is a link", key="convert.target", fix="give another target, or remove it")
+        if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
+            raise UserError(f"{self.target} exists already", key="convert.target", fix="give another target, or remove it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._refuse_links()

@@ -9,20 +9,13 @@ import torch
 from runner.convert.source import Source, open_shard, open_source
 from runner.convert.stored import check, inputs_of, is_plain
 from runner.errors import UserError
-from runner.models import family_of
-from runner.models.config_file import CONFIG, architectures_of, family_fields
+from runner.models.config_file import check_model
 from runner.precision import formats
 from runner.precision.plan import PrecisionPlan, nested_quantization_config
 from runner.samples import ExportedTensor
 from runner.schema import ModelConfig
 
 KEY = "model.hf_checkpoint"
-# ModelConfig fields that a model group and the checkpoint that it starts from must have alike
-SIZES = (
-    *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
-    *("attention_bias", "num_experts", "experts_top_k", "expert_ffn_size", "num_shared_experts", "num_dense_layers"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_mtp_layers"),
-)
 
 
 def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
@@ -33,27 +26,7 @@ def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
     """
     assert model.hf_checkpoint is not None
     source = open_source(local_folder(model.hf_checkpoint), KEY)
-    family = family_of(model)
-    architectures = architectures_of(source.config, source.folder / CONFIG)
-    if not set(architectures) & set(family.architectures):
-        raise UserError(
-            f"'{model.hf_checkpoint}' holds {', '.join(architectures) or 'no named architecture'}; "
-            f"family {family.name} reads {', '.join(family.architectures)}",
-            key=KEY,
-            fix="choose the model group or the family that matches the checkpoint",
-        )
-    _, fields = family_fields(source.config, source.folder)
-    differing = [
-        f"{size} is {getattr(model, size)} in the config, {fields[size]} in the checkpoint"
-        for size in SIZES
-        if getattr(model, size) != fields[size]
-    ]
-    if differing:
-        raise UserError(
-            f"{model.name}: {'; '.join(differing)}",
-            key="model",
-            fix="make the architecture numbers of the model group those of the checkpoint's config.json",
-        )
+    check_model(model, source.config, source.folder)
     plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     check(source, plan, KEY)
     return source, plan

@@ -1,4 +1,4 @@
-"""What lies on the disk of a checkpoint folder, held against what its config.json says: from headers alone, before any weight is read.
+"""What lies on the disk of a checkpoint folder, held against what its config.json says: from headers alone.
 
 Values of a quantized weight mean nothing without their scales, and scales of another shape mean other values. So a folder is
 read only where every stored dtype and shape is one that the plan of its own quantization_config explains, and where no part of
@@ -66,7 +66,7 @@ def is_activation_part(name: str) -> bool:
 
 
 def check(source: Source, plan: PrecisionPlan, key: str) -> None:
-    """UserError, or UserErrors with each kind of problem, unless `problems` finds none; `key` is the option that named the folder."""
+    """UserError, or UserErrors with each kind of problem, unless `problems` finds none. `key`: what named the folder."""
     found = problems(source, plan, key)
     if len(found) == 1:
         raise found[0]

@@ -91,7 +91,8 @@ def _from_checkpoint(
         if "trust_remote_code" in str(error):
             fix = "set model.trust_remote_code=true if you trust the code in this checkpoint"
         raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=KEY, fix=fix) from error
-    for kind, found in (("lacks", report["missing_keys"]), ("has weights that the model does not use:", report["unexpected_keys"])):
+    for kind, keys in (("lacks", "missing_keys"), ("has weights that the model does not use:", "unexpected_keys")):
+        found = report[keys]
         if found:
             raise UserError(
                 f"'{model.hf_checkpoint}' {kind} {len(found)} weights, first {min(found)}",

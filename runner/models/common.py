@@ -202,7 +202,8 @@ class ConfigReader:
 
     def _whole(self, value: Any, key: str, low: int, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; it must be a whole number, {low} to {high}")
+            allowed = f"a whole number, {low} to {high}"
+            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; it must be {allowed}")
         return value
 
     def number(self, *keys: str) -> float:

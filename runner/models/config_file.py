@@ -1,4 +1,4 @@
-"""config.json of a folder that somebody else made: read within limits, and refused in words when it is not understood. Torch-free."""
+"""config.json of a folder that somebody else made: read within limits, or refused in words. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.models import FAMILIES
+from runner.models import FAMILIES, family_of
 from runner.models.family import Family
+from runner.schema import ModelConfig
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20  # published ones have 1 KB to 200 KB; those that list every unquantized module, a few MB
@@ -65,6 +66,42 @@ def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[st
             fix="download it again",
         )
     return family, fields
+
+
+# ModelConfig fields that a model group and the checkpoint that it starts from must have alike
+SIZES = (
+    *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
+    *("attention_bias", "num_experts", "experts_top_k", "expert_ffn_size", "num_shared_experts", "num_dense_layers"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_mtp_layers"),
+)
+
+
+def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> None:
+    """UserError unless a folder's config.json is of the model's family and has its sizes."""
+    key, family = "model.hf_checkpoint", family_of(model)
+    architectures = architectures_of(config, folder / CONFIG)
+    if not set(architectures) & set(family.architectures):
+        raise UserError(
+            f"'{model.hf_checkpoint}' holds {shown(', '.join(architectures)) or 'no named architecture'}; "
+            f"family {family.name} reads {', '.join(family.architectures)}",
+            key=key,
+            fix="choose the model group or the family that matches the checkpoint",
+        )
+    try:
+        _, fields = family_fields(config, folder)
+    except UserError as error:
+        raise UserError(error.problem, key=key, fix=error.fix) from None
+    differing = [
+        f"{size} is {getattr(model, size)} in the config, {fields[size]} in the checkpoint"
+        for size in SIZES
+        if getattr(model, size) != fields[size]
+    ]
+    if differing:
+        raise UserError(
+            f"{model.name}: {'; '.join(differing)}",
+            key="model",
+            fix="make the architecture numbers of the model group those of the checkpoint's config.json",
+        )
 
 
 def shown(value: object) -> str:

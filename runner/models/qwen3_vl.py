@@ -14,7 +14,6 @@ from runner.models.family import Parameter
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
 from runner.schema import ModelConfig, Role
 
-
 # what transformers takes for the decoder where config.json has nothing
 DEFAULTS: dict[str, Any] = {
     "head_dim": 128,

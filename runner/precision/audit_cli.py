@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from runner.errors import UserError
-from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
-from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints
+from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import ModelConfig
 
@@ -45,9 +45,15 @@ def main(argv: list[str]) -> int:
 
 def two_folders(a: Path, b: Path) -> tuple[str, list[str]]:
     """Sets and grids first, a line for each kind of difference; then, where both agree, every tensor bit for bit."""
+    from runner.convert.source import model_of, open_source
+    from runner.convert.stored import problems
+
     names = (str(a), str(b))
-    plans = [PrecisionPlan.from_quantization_config(_model(folder), quantization_config_of(folder)) for folder in (a, b)]
+    sources = [open_source(folder) for folder in (a, b)]
+    plans = [PrecisionPlan.from_quantization_config(model_of(s), nested_quantization_config(s.config)) for s in sources]
     found = audit((names[0], plans[0]), (names[1], plans[1]))
+    for name, source, plan in zip(names, sources, plans, strict=True):
+        found += [f"{name}: {problem.problem}" for problem in problems(source, plan, "")]
     title = f"{a}: {plans[0].summary()}\n{b}: {plans[1].summary()}"
     if found:  # bits of different grids say nothing more
         return title, found
