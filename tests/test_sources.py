@@ -1,4 +1,4 @@
-"""Checkpoint folders that somebody else made: read right, or refused with the true reason; nothing outside is written or copied."""
+"""Checkpoint folders that somebody else made: read right, or refused with the reason; nothing outside is written or copied."""
 
 from __future__ import annotations
 

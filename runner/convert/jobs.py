@@ -196,7 +196,7 @@ def _notes(source: Source, plan: PrecisionPlan, jobs: Jobs) -> list[str]:
 def _dtype_notes(jobs: Jobs) -> list[str]:
     """Unquantized weights keep their dtype; where that is not bf16, the written folder mixes it with what was made here."""
     kept: dict[torch.dtype, list[str]] = {}
-    made = set()
+    made: set[torch.dtype] = set()
     for job in jobs:
         if job.action is not Action.copy:
             made.update(part.dtype for part in job.outputs)

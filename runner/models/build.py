@@ -17,7 +17,7 @@ from runner.errors import UserError
 from runner.models import family_of, mimo_torch
 from runner.models.family import Family
 from runner.models.qwen3_vl import processor_config
-from runner.models.tokenizer import byte_tokenizer, load_tokenizer
+from runner.models.tokenizer import LOADING_ERRORS, byte_tokenizer, load_tokenizer
 from runner.precision.plan import QUANTIZATION_KEYS, PrecisionPlan, nested_quantization_config
 from runner.schema import ModelConfig
 
@@ -85,7 +85,7 @@ def _from_checkpoint(
             output_loading_info=True,
             **kernels,
         )
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "give a local folder or a hub id that this machine can reach"
         if "trust_remote_code" in str(error):

@@ -50,7 +50,7 @@ class Qwen3Moe(common.SparseFamily):
         reader.must_be("norm_topk_prob", True, absent=False)
         dense = reader.optional("mlp_only_layers", [])
         if not isinstance(dense, list) or dense != list(range(len(dense))):
-            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense}; only the first layers may be dense")
+            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense!r:.80}; only the first layers may be dense")
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         experts = reader.whole("num_experts", "num_local_experts", high=common.MAX_EXPERTS)
         return common.plain_fields(reader, self.name, qk_norm=True, head_dim=head_dim) | {

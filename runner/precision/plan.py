@@ -429,7 +429,7 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
     if strategy in ("group", "tensor_group") and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
         raise UserError(f"quantization_config: group_size is {group!r:.80}; it must be a positive whole number")
     if value("actorder") not in (None, "static", "weight"):
-        raise UserError(f"quantization_config: activation order {value('actorder')!r} cannot be read")
+        raise UserError(f"quantization_config: activation order {value('actorder')!r:.80} cannot be read")
     kind = value("type") or "int"
     if kind == "int" and bits in (4, 8) and strategy in ("group", "channel") and container == "pack-quantized":
         kwargs = value("observer_kwargs") or {}
@@ -445,13 +445,13 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
     if kind == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
         block = value("block_structure")
         if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
-            raise UserError(f"quantization_config: block_structure is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
+            raise UserError(f"quantization_config: block_structure is {block!r:.80}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
         return TensorFormat.fp8(strategy)
     if kind == "float" and bits == 4 and (strategy, group) in _FP4:
         return _FP4[strategy, group]
     raise UserError(
-        f"quantization_config: {kind}{bits} weights, strategy {strategy}, group_size {group}, container {container} "
-        "cannot be read",
+        f"quantization_config: {kind!s:.20}{bits!s:.20} weights, strategy {strategy!s:.20}, group_size {group!s:.20}, "
+        f"container {container!s:.40} cannot be read",
         fix="convert the original bf16 checkpoint instead",
     )
 

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from runner.convert import export
 from runner.errors import UserError
-from runner.trainer.megatron import MegatronTrainer, untrusted
+from runner.trainer.megatron import MegatronTrainer, driver, untrusted
 from runner.trainer.megatron.driver import initial_folder
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, megatron
@@ -112,17 +112,35 @@ def planted(request: pytest.FixtureRequest, saved: Path, tmp_path: Path) -> Iter
     assert not trace.exists(), "code of the checkpoint ran"
 
 
-def test_resume_export_and_initial_checkpoint_refuse_it(planted: Path, trainer: MegatronTrainer) -> None:
-    for opened in (
-        lambda: trainer.load(planted),
-        lambda: trainer.ranks.call("load", planted),  # what a rank says, if the driver had let it through
-        lambda: trainer.ranks.call("start_from", planted),
-        lambda: initial_folder(str(planted.parent)),
-        lambda: list(export._weights(trainer.cfg, planted)),
-    ):
-        with pytest.raises(UserError, match="is not a table that this program writes") as refused:
-            opened()
-        assert "made to run code" in str(refused.value.fix)
+def refused(opened: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match="is not a table that this program writes") as caught:
+        opened()
+    assert "made to run code" in str(caught.value.fix)
+
+
+def test_resume_and_initial_checkpoint_refuse_it(planted: Path, trainer: MegatronTrainer) -> None:
+    refused(lambda: trainer.load(planted))
+    refused(lambda: initial_folder(str(planted)))
+    cfg = megatron_config("dense", "single", **{"trainer.initial_checkpoint": str(planted.parent)})
+    refused(lambda: MegatronTrainer(cfg))
+
+
+@pytest.mark.parametrize("plant", [table_as_payload, tensor_as_object])
+@pytest.mark.parametrize("way", ["load", "start_from", "export"])
+def test_ranks_refuse_it_by_themselves(
+    plant: Callable[[Path, Path], None], way: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the driver has looked at before."""
+    shutil.copytree(saved, tmp_path / "trainer")
+    plant(tmp_path / "trainer" / "model", tmp_path / "trace")
+    monkeypatch.setattr(driver, "_check", lambda folder: None)
+    cfg = megatron_config("dense", "single")
+    if way == "export":
+        refused(lambda: list(export._weights(cfg, tmp_path / "trainer")))
+    else:
+        with megatron(cfg) as trainer:
+            refused(lambda: trainer.ranks.call(way, tmp_path / "trainer"))
+    assert not (tmp_path / "trace").exists()
 
 
 def test_the_payloads_do_run_where_nothing_guards(saved: Path, tmp_path: Path) -> None:
