@@ -159,6 +159,25 @@ def test_weights_that_the_model_does_not_use_are_no_start(source: Path, dense: M
     assert any("does not have were copied: model.layers.7" in note for note in run(source, tmp_path / "target").notes)
 
 
+def test_a_tied_head_with_values_of_its_own(tmp_path: Path) -> None:
+    """transformers 5 then unties the two, engines do not."""
+    config = model("qwen3", tied_embeddings=True)
+    weights = write_source(tmp_path / "source", config)
+    head = weights["model.embed_tokens.weight"].clone()
+    edit_tensors(tmp_path / "source", lambda tensors: tensors.update({"lm_head.weight": head}))
+    start(tmp_path / "source", config)
+    edit_tensors(tmp_path / "source", lambda tensors: tensors.update({"lm_head.weight": head + 1}))
+    with pytest.raises(UserError, match="holds another lm_head"):
+        start(tmp_path / "source", config)
+
+
+def test_a_broken_folder_against_a_config(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(source, tmp_path / "q")
+    edit_tensors(tmp_path / "q", lambda tensors: tensors.update({f"{DOWN}.weight_shape": torch.tensor(5)}))
+    assert main(["audit", str(tmp_path / "q"), "precision=int4_qat"]) == 1
+    assert "weight_shape of shape ()" in capsys.readouterr().out
+
+
 def test_e5m2_is_not_e4m3(source: Path, dense: ModelConfig, tmp_path: Path) -> None:
     run(source, tmp_path / "fp8", TensorFormat.fp8())
 

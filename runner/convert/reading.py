@@ -13,7 +13,7 @@ from runner.models.config_file import check_model
 from runner.precision import formats
 from runner.precision.plan import PrecisionPlan, nested_quantization_config
 from runner.samples import ExportedTensor
-from runner.schema import ModelConfig
+from runner.schema import ModelConfig, Role
 
 KEY = "model.hf_checkpoint"
 
@@ -29,7 +29,24 @@ def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
     check_model(model, source.config, source.folder)
     plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     check(source, plan, KEY)
+    _check_tied_head(model, source, plan)
     return source, plan
+
+
+def _check_tied_head(model: ModelConfig, source: Source, plan: PrecisionPlan) -> None:
+    """UserError for a tied lm_head that lies there with other values: libraries differ in which of the two they take."""
+    head = source.tensors.get("lm_head.weight")
+    if head is None or not model.tied_embeddings:
+        return
+    embedding = next(name for name, parameter in plan.parameters.items() if parameter.role is Role.embedding)
+    with open_shard(source.folder / head.shard) as handle:
+        same = torch.equal(handle.get_tensor(head.name), read_weight(source, plan, embedding))
+    if not same:
+        raise UserError(
+            f"'{source.folder}' ties lm_head to the embedding, but holds another lm_head.weight",
+            key=KEY,
+            fix="set tie_word_embeddings in its config.json to what the weights are",
+        )
 
 
 def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:

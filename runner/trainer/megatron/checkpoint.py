@@ -176,7 +176,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read the trainer's checkpoint {folder}: {error}", fix="resume from another checkpoint"
         ) from error
-    if counters.get("trainer") != "megatron":
+    if not isinstance(counters, dict) or counters.get("trainer") != "megatron":
         raise UserError(f"{folder} was saved by trainer=torch", key="trainer", fix="resume with trainer=torch")
     return counters
 
