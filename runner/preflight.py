@@ -6,12 +6,12 @@ The config may be right and the machine wrong: `plan` and `--cfg job` then still
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError, UserErrors
+from runner.models.config_file import CONFIG, architectures_of, check_model, read_json
 from runner.rollout.sglang.arguments import takes_turns
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
@@ -26,7 +26,7 @@ REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCaus
 
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
-    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_engines(cfg)]
+    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg), *_engines(cfg)]
     if missing:
         raise UserErrors(missing, advice=_instead(cfg))
 
@@ -149,8 +149,9 @@ def _draft(cfg: Config) -> list[UserError]:
     if method not in ("draft", "eagle") or not folder:
         return []
     try:
-        config = json.loads((Path(folder).expanduser() / "config.json").read_text())
-    except (OSError, ValueError):
+        config = read_json(Path(folder).expanduser() / CONFIG)
+        architectures_of(config, folder)
+    except UserError:
         return []  # a hub id, or what `_files` and SGLang report
     return _whole_model(config) if method == "draft" else _eagle_head(cfg, config)
 
@@ -197,6 +198,18 @@ def _files(cfg: Config) -> list[UserError]:
         if path and _is_local(path) and not Path(path).expanduser().exists():
             errors.append(UserError(f"{path} does not exist", key=key, fix=f"{key}=<an existing path>"))
     return errors
+
+
+def _checkpoint(cfg: Config) -> list[UserError]:
+    """What the config.json of a local checkpoint says about itself, before any library takes its numbers for true."""
+    folder = Path(cfg.model.hf_checkpoint or "").expanduser()
+    if not cfg.model.hf_checkpoint or not folder.is_dir():
+        return []  # a hub id, or what `_files` reports
+    try:
+        check_model(cfg.model, read_json(folder / CONFIG), folder)
+    except UserError as error:
+        return [UserError(error.problem, key=error.key or "model.hf_checkpoint", fix=error.fix)]
+    return []
 
 
 def _is_local(path: str) -> bool:

@@ -27,7 +27,7 @@ from runner.convert.shard import ShardWriter
 from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source
 from runner.errors import UserError
 from runner.precision import formats, int4, kernels
-from runner.precision.plan import PrecisionPlan
+from runner.precision.plan import PrecisionPlan, without_quantization_config
 from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format, ModelConfig, Role
@@ -135,8 +135,15 @@ def plan_jobs(
 
 
 def check_apart(source: Path, target: Path) -> None:
-    if target.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"the target {target} lies inside the source", key="convert.target", fix="give another target")
+    """UserError unless the target, and the unfinished target beside it, have nothing to do with the source."""
+    if target.name in ("", ".."):
+        raise UserError(f"{target} is no folder to be made", key="convert.target", fix="target=<a folder to be made>")
+    inside = source.resolve()
+    for folder in (target.resolve(), target.with_name(f"{target.name}.partial").resolve()):
+        if folder.is_relative_to(inside):
+            raise UserError(f"the target {target} lies inside the source", key="convert.target", fix="give another target")
+        if inside.is_relative_to(folder):
+            raise UserError(f"the source lies inside {folder}, which is to be written", key="convert.target", fix="move it")
 
 
 def identity(source: Source, jobs: Jobs) -> dict[str, Any]:
@@ -294,6 +301,7 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 def _copy_others(source: Path, folder: Path, others: list[Path]) -> None:
     for path in others:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).unlink(missing_ok=True)
         shutil.copy2(source / path, folder / path)
 
 
@@ -308,7 +316,7 @@ def _write_index(source: Source, jobs: Jobs, folder: Path) -> None:
 
 def _write_config(source: Source, quantization_config: dict[str, Any] | None, folder: Path) -> None:
     """The source's config.json with the target's quantization_config; the last file, because it makes a checkpoint."""
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = without_quantization_config(source.config)
     if quantization_config is not None:
         config["quantization_config"] = quantization_config
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

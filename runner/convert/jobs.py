@@ -5,33 +5,21 @@ Everything here is decided from headers, before a byte of the target is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 
 from runner.convert.shard import Part
-from runner.convert.source import Source, StoredTensor
+from runner.convert.source import INDEX, Source, StoredTensor
+from runner.convert.stored import check, inputs_of, is_activation_part, is_plain
 from runner.errors import UserError
 from runner.models import Parameter
 from runner.precision.formats import module_of
-from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.plan import PrecisionPlan, nested_quantization_config, shorten
 from runner.precision.tensor_format import FP8_BLOCK, MXFP4_GROUP, NVFP4_GROUP, TensorFormat
 from runner.schema import Format, ModelConfig, Role
-
-UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WEIGHT_PARTS = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_global_scale",
-)
-# static scales of activations and of a KV cache: they describe a quantized engine and mean nothing beside bf16 weights
-ACTIVATION_PARTS = ("input_scale", "input_global_scale", "k_scale", "v_scale")
 
 
 class Action(Enum):
@@ -111,54 +99,46 @@ def parts_of(name: str, shape: tuple[int, ...], tensor_format: TensorFormat) -> 
 
 def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
     """bf16 (or fp16, fp32) to the plan's formats. Raises UserError for a source that is quantized or has other tensors."""
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method", "an unnamed method")
+    if (quantization := nested_quantization_config(source.config)) is not None:
         raise UserError(
-            f"{source.folder} is already quantized ({method})",
+            f"{source.folder} is already quantized ({quantization.get('quant_method', 'an unnamed method')})",
             key="convert.source",
             fix="convert it to bf16 first (convert.format=bf16), or start from the bf16 checkpoint",
         )
-    _check_table(source, plan.parameters)
-    jobs = Jobs({shard: [] for shard in source.shards}, _extra_notes(source, plan.parameters) + reader_notes(plan))
+    check(source, plan.reread(None), "convert.source")
+    jobs = Jobs({shard: [] for shard in source.shards}, reader_notes(plan))
     for name, stored in source.tensors.items():
         parameter = plan.parameters.get(name)
         if parameter is None or not plan.tensors[name].quantized:
             jobs.shards[stored.shard].append(_copy(stored, parameter))
             continue
-        if stored.dtype not in UNQUANTIZED_DTYPES:
-            raise UserError(
-                f"{name} is stored as {stored.dtype} although config.json names no quantization",
-                key="convert.source",
-                fix="start from a bf16 checkpoint",
-            )
         tensor_format = plan.tensors[name]
         outputs = parts_of(name, stored.shape, tensor_format)
         inputs = (stored, *(source.tensors[other] for other in plan.fused_with(name) if other != name))
         job = Job(name, Action.encode, tensor_format, inputs, outputs, parameter.role.name)
         jobs.shards[stored.shard].append(job)
+    jobs.notes += _notes(source, plan, jobs)
     return jobs
 
 
 def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
     """INT4, INT8, FP8 or FP4 back to bf16, by what the source's quantization_config says and what lies on the disk."""
-    if "quantization_config" not in source.config:
+    quantization = nested_quantization_config(source.config)
+    plan = PrecisionPlan.from_quantization_config(model, quantization)
+    check(source, plan, "convert.source")
+    if quantization is None:
         raise UserError(
             f"{source.folder} has no quantization_config: it is not quantized, there is nothing to bring back to bf16",
             key="convert.source",
             fix="choose the format to convert to, for example precision=int4_qat",
         )
-    plan = PrecisionPlan.from_quantization_config(model, source.config["quantization_config"])
-    jobs = Jobs({shard: [] for shard in source.shards}, _stray_notes(source))
+    jobs = Jobs({shard: [] for shard in source.shards})
     used: set[str] = set()
     stored_plain: list[str] = []
-    missing: list[str] = []
     for name, parameter in plan.parameters.items():
         inputs = inputs_of(source, name, plan.tensors[name])
-        if not inputs:
-            missing.append(name)
-            continue
         used.update(tensor.name for tensor in inputs)
-        if len(inputs) == 1 and inputs[0].dtype in UNQUANTIZED_DTYPES:
+        if is_plain(inputs, name):
             if plan.tensors[name].quantized:
                 stored_plain.append(name)
             jobs.shards[inputs[0].shard].append(_copy(inputs[0], parameter))
@@ -166,21 +146,18 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
         outputs = (Part(name, torch.bfloat16, parameter.shape),)
         job = Job(name, Action.decode, plan.tensors[name], inputs, outputs, parameter.role.name)
         jobs.shards[inputs[0].shard].append(job)
-    if missing:
-        raise UserError(f"{len(missing)} weights of {model.family} are not in {source.folder}: {shorten(missing)}")
     if stored_plain:
         jobs.notes.append(f"{len(stored_plain)} weights that quantization_config covers lie in bf16: {shorten(stored_plain)}")
-    dropped = [name for name in source.tensors if name not in used and name.rpartition(".")[2] in ACTIVATION_PARTS]
+    dropped = [name for name in source.tensors if name not in used and is_activation_part(name)]
     if dropped:
         jobs.notes.append(f"{len(dropped)} activation scales left out: {shorten(dropped)}")
     for name in source.tensors.keys() - used - set(dropped):
-        if source.tensors[name].dtype not in UNQUANTIZED_DTYPES:
-            raise UserError(f"{name} belongs to no weight of {model.family}, and is stored as {source.tensors[name].dtype}")
         jobs.shards[source.tensors[name].shard].append(_copy(source.tensors[name], None))
     if not any(job.action is Action.decode for job in jobs):
         raise UserError(f"{source.folder} names a quantization_config, but no weight in it is quantized")
     for name in jobs.shards:
         jobs.shards[name].sort(key=lambda job: job.name)
+    jobs.notes += _notes(source, plan, jobs)
     return jobs
 
 
@@ -188,33 +165,6 @@ def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
     part = Part(stored.name, stored.dtype, stored.shape)
     role = parameter.role.name if parameter else "not in the family's table"
     return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), (part,), role)
-
-
-def inputs_of(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
-    """The stored tensors that make up one weight."""
-    if not tensor_format.quantized:
-        return (source.tensors[name],) if name in source.tensors else ()
-    module = module_of(name)
-    found = (f"{module}.{part}" for part in WEIGHT_PARTS)
-    return tuple(source.tensors[part] for part in found if part in source.tensors)
-
-
-def _check_table(source: Source, parameters: Mapping[str, Parameter]) -> None:
-    """Every parameter of the family must be there, in the shape that config.json implies."""
-    missing = [name for name in parameters if name not in source.tensors]
-    if missing:
-        raise UserError(
-            f"{len(missing)} weights that config.json implies are not in {source.folder}: {shorten(missing)}",
-            key="convert.source",
-            fix="config.json and the shards must belong together; download both again",
-        )
-    for name, parameter in parameters.items():
-        if source.tensors[name].shape != parameter.shape:
-            raise UserError(
-                f"{name} has shape {source.tensors[name].shape}, config.json implies {parameter.shape}",
-                key="convert.source",
-                fix="config.json and the shards must belong together; download both again",
-            )
 
 
 def reader_notes(plan: PrecisionPlan) -> list[str]:
@@ -228,12 +178,38 @@ def reader_notes(plan: PrecisionPlan) -> list[str]:
     ]
 
 
-def _extra_notes(source: Source, parameters: Mapping[str, Parameter]) -> list[str]:
-    extra = [name for name in source.tensors if name not in parameters]
-    notes = [f"{len(extra)} tensors that the family's table does not have were copied: {shorten(extra)}"] if extra else []
-    return notes + _stray_notes(source)
+def _notes(source: Source, plan: PrecisionPlan, jobs: Jobs) -> list[str]:
+    """What was copied although no family knows it, what was left out, and weights in another dtype than the rest."""
+    notes = []
+    extra = [job.name for job in jobs if job.action is Action.copy and job.name not in plan.parameters]
+    if extra:
+        notes.append(f"{len(extra)} tensors that the family's table does not have were copied: {shorten(sorted(extra))}")
+    if stray := source.stray_shards():
+        notes.append(f"{len(stray)} safetensors files that the index does not name were left out: {shorten(stray)}")
+    if others := source.other_weights():
+        notes.append(f"{len(others)} files with weights in another form were left out: {shorten(others)}")
+    if not source.named:
+        notes.append(f"the source has no {INDEX}; the target gets one")
+    return notes + _dtype_notes(jobs)
 
 
-def _stray_notes(source: Source) -> list[str]:
-    stray = source.stray_shards()
-    return [f"{len(stray)} safetensors files that the index does not name were left out: {shorten(stray)}"] if stray else []
+def _dtype_notes(jobs: Jobs) -> list[str]:
+    """Unquantized weights keep their dtype; where that is not bf16, the written folder mixes it with what was made here."""
+    kept: dict[torch.dtype, list[str]] = {}
+    made: set[torch.dtype] = set()
+    for job in jobs:
+        if job.action is not Action.copy:
+            made.update(part.dtype for part in job.outputs)
+        elif job.name.endswith(".weight") and job.outputs[0].dtype is not torch.bfloat16:
+            kept.setdefault(job.outputs[0].dtype, []).append(job.name)
+    beside = ", ".join(sorted(_plain(dtype) for dtype in made if dtype.is_floating_point and dtype.itemsize > 1))
+    return [
+        f"{len(names)} weights stay in {_plain(dtype)}, as the source has them"
+        + (f", beside {beside} of what was converted" if beside and beside != _plain(dtype) else "")
+        + f": {shorten(names)}"
+        for dtype, names in kept.items()
+    ]
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

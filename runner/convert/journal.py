@@ -32,11 +32,15 @@ class Partial:
         self._journal: int | None = None
 
     def __enter__(self) -> Partial:
+        if self.target.is_symlink() or self.folder.is_symlink():
+            link = self.target if self.target.is_symlink() else self.folder
+            raise UserError(f"{link} is a link", key="convert.target", fix="give another target, or remove it")
         if self.target.exists() and not (self.target.is_dir() and not any(self.target.iterdir())):
             raise UserError(f"{self.target} exists already", key="convert.target", fix="give another target, or remove it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._journal = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._refuse_links()
+            self._journal = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UserError(f"cannot write {self.folder}: {error.strerror}", key="convert.target") from None
         try:
@@ -52,6 +56,12 @@ class Partial:
         if self._journal is not None:
             os.close(self._journal)
             self._journal = None
+
+    def _refuse_links(self) -> None:
+        """What this program writes into the folder has none; through one, a file somewhere else would be overwritten."""
+        links = [path for path in self.folder.rglob("*") if path.is_symlink()]
+        if links:
+            raise UserError(f"{links[0]} is a link", key="convert.target", fix=f"remove {self.folder} to start over")
 
     def _lock(self) -> None:
         assert self._journal is not None

@@ -1,4 +1,4 @@
-"""Single weights of a checkpoint folder, dequantized: what trainers start from."""
+"""Checkpoint folders as trainers start from them: checked from headers, then read weight by weight, dequantized."""
 
 from __future__ import annotations
 
@@ -6,32 +6,65 @@ from pathlib import Path
 
 import torch
 
-from runner.convert.jobs import inputs_of
-from runner.convert.source import Source, open_shard
+from runner.convert.source import Source, open_shard, open_source
+from runner.convert.stored import check, inputs_of, is_plain
 from runner.errors import UserError
+from runner.models.config_file import check_model
 from runner.precision import formats
-from runner.precision.plan import PrecisionPlan
+from runner.precision.plan import PrecisionPlan, nested_quantization_config
 from runner.samples import ExportedTensor
+from runner.schema import ModelConfig, Role
+
+KEY = "model.hf_checkpoint"
+
+
+def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
+    """(the folder of `model.hf_checkpoint`, the plan that its quantization_config gives). Nothing but headers has been read.
+
+    UserError when it cannot be read, holds another architecture or other sizes than `model`, or tensors that its config.json
+    does not explain.
+    """
+    assert model.hf_checkpoint is not None
+    source = open_source(local_folder(model.hf_checkpoint), KEY)
+    check_model(model, source.config, source.folder)
+    plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
+    check(source, plan, KEY)
+    _check_tied_head(model, source, plan)
+    return source, plan
+
+
+def _check_tied_head(model: ModelConfig, source: Source, plan: PrecisionPlan) -> None:
+    """UserError for a tied lm_head that lies there with other values: libraries differ in which of the two they take."""
+    head = source.tensors.get("lm_head.weight")
+    if head is None or not model.tied_embeddings:
+        return
+    embedding = next(name for name, parameter in plan.parameters.items() if parameter.role is Role.embedding)
+    with open_shard(source.folder / head.shard) as handle:
+        same = torch.equal(handle.get_tensor(head.name), read_weight(source, plan, embedding))
+    if not same:
+        raise UserError(
+            f"'{source.folder}' ties lm_head to the embedding, but holds another lm_head.weight",
+            key=KEY,
+            fix="set tie_word_embeddings in its config.json to what the weights are",
+        )
 
 
 def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:
-    """One on-disk weight, or a bias or buffer, on the CPU; `plan` is the source's own. What is stored in bf16 keeps its dtype,
-    also where the plan calls it quantized. UserError when it is not there."""
+    """One on-disk weight, or a bias or buffer, on the CPU; `plan` is the source's own, and `stored.check` found no problem. What
+    is stored in bf16 keeps its dtype, also where the plan calls it quantized. UserError when it cannot be decoded."""
     tensor_format = plan.format_of(name)
     stored = inputs_of(source, name, tensor_format)
-    if not stored:
-        raise UserError(
-            f"'{source.folder}' lacks {name}",
-            key="model.hf_checkpoint",
-            fix="use a complete checkpoint; weights are never filled in at random",
-        )
     parts = {}
     for tensor in stored:
         with open_shard(source.folder / tensor.shard) as handle:
             parts[tensor.name] = handle.get_tensor(tensor.name)
-    if not tensor_format.quantized or (len(parts) == 1 and name in parts and parts[name].dtype.itemsize > 1):
+    if is_plain(stored, name):
         return parts[name]
-    return formats.decode(ExportedTensor(name, tensor_format.format.name, parts), tensor_format)
+    decoded = formats.decode(ExportedTensor(name, tensor_format.format.name, parts), tensor_format)
+    if tuple(decoded.shape) != plan.parameters[name].shape or not torch.isfinite(decoded).all():
+        found = f"holds {tuple(decoded.shape)} weights" if decoded.isfinite().all() else "holds values that are not finite"
+        raise UserError(f"{name} in '{source.folder}' {found}", key=KEY, fix="the checkpoint is damaged; download it again")
+    return decoded
 
 
 def local_folder(checkpoint: str) -> Path:

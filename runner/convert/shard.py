@@ -55,7 +55,8 @@ class ShardWriter:
         self._start = 8 + len(text)
         self.num_bytes = self._start + position
         self._pending = set(self._places)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        path.unlink(missing_ok=True)  # never into a file that something else may share, or through a link
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
         os.ftruncate(self._file, self.num_bytes)
         self._write(len(text).to_bytes(8, "little") + text, 0)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,22 @@ from safetensors import SafetensorError, safe_open
 
 from runner.errors import UserError
 from runner.models import FAMILIES, Parameter
+from runner.models.config_file import CONFIG, family_fields, read_json, shown
 from runner.schema import ModelConfig
 from runner.weights.files import DTYPES
 
 INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
+NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 SKIPPED_FOLDERS = (".git", ".cache")  # a version store and a downloader's state, not parts of a model
+MAX_INDEX_BYTES = 1 << 30
+MAX_NAME_BYTES = 200
+# the same weights in another form: beside a converted checkpoint they would be unquantized weights that some loaders prefer
+OTHER_WEIGHTS = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".safetensors", ".h5", ".msgpack", ".npz", ".gguf", ".ggml"),
+    *(".onnx", ".onnx_data", ".tflite", ".nemo", ".distcp", ".bin.index.json", ".safetensors.index.json", ".h5.index.json"),
+)
+OTHER_WEIGHTS_FOLDERS = ("original", "onnx")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class Source:
     """A readable checkpoint folder.
 
     shards   file names, in order; tensors  on-disk name -> where it lies; indexed  False for a single model.safetensors
+    named    whether loaders find the weights by themselves; False for numbered files without an index
     """
 
     folder: Path
@@ -49,75 +59,134 @@ class Source:
     shards: tuple[str, ...]
     tensors: dict[str, StoredTensor] = field(repr=False)
     indexed: bool
+    named: bool = True
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     def other_files(self) -> list[Path]:
-        """Everything else in the folder (tokenizer, chat template, remote code), relative to it; subfolders too."""
+        """What else belongs to the model (tokenizer, chat template, remote code), relative to the folder; subfolders too.
+
+        UserError for links that leave the folder: their content is not part of what was given.
+        """
         mine = {*self.shards, *self.stray_shards(), INDEX, CONFIG}
-        found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
-        relative = (path.relative_to(self.folder) for path in found)
-        return [path for path in relative if str(path) not in mine and path.parts[0] not in SKIPPED_FOLDERS]
+        found = [path for path in self._everything() if str(path) not in mine and not _other_weights(path)]
+        outside = [str(path) for path in found if not self._belongs(path)]
+        if outside:
+            raise UserError(
+                f"{self.folder} holds links that lead out of it or to folders: {', '.join(outside[:3])}",
+                key="convert.source",
+                fix="put copies in their place, or remove them",
+            )
+        return [path for path in found if (self.folder / path).is_file()]
 
     def stray_shards(self) -> list[str]:
         """Weights that the index does not name: engines that read every *.safetensors would take them for the target's."""
         return sorted({path.name for path in self.folder.glob("*.safetensors")} - set(self.shards))
 
+    def other_weights(self) -> list[str]:
+        """Files that hold the model's weights in another form (pytorch_model.bin, original/)."""
+        mine = {*self.shards, *self.stray_shards(), INDEX}
+        return [str(path) for path in self._everything() if str(path) not in mine and _other_weights(path)]
 
-def open_source(folder: Path) -> Source:
+    def _everything(self) -> list[Path]:
+        """Files and links, relative to the folder; what lies behind links to folders is not looked at."""
+        found = (path for path in sorted(self.folder.rglob("*")) if path.is_symlink() or path.is_file())
+        relative = (path.relative_to(self.folder) for path in found)
+        return [path for path in relative if path.parts[0] not in SKIPPED_FOLDERS]
+
+    def _belongs(self, path: Path) -> bool:
+        """Whether a file is no link, or a link to a file of this folder or of the same download in a hub's cache."""
+        if not (self.folder / path).is_symlink():
+            return True
+        folder, target = self.folder.resolve(), (self.folder / path).resolve()
+        inside = target.is_relative_to(folder)
+        if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/<file> -> blobs/<hash>
+            inside = inside or target.is_relative_to(folder.parent.parent / "blobs")
+        return inside and target.is_file()
+
+
+def _other_weights(path: Path) -> bool:
+    return path.name.endswith(OTHER_WEIGHTS) or path.parts[0] in OTHER_WEIGHTS_FOLDERS
+
+
+def open_source(folder: Path, key: str = "convert.source") -> Source:
     """Read config.json, the index and every shard's header; raises UserError for the first thing that is wrong.
 
-    A truncated shard is found here: safetensors refuses a file whose length its header does not explain.
+    A truncated shard is found here: safetensors refuses a file whose length its header does not explain. `key` is the option
+    that named the folder.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}", key="convert.source", fix="source=<a folder with config.json>")
-    config = _read_json(folder / CONFIG)
+        raise UserError(f"there is no folder {folder}", key=key, fix=f"{key}=<a folder with config.json>")
+    config = read_json(folder / CONFIG)
     indexed = (folder / INDEX).is_file()
     weight_map: dict[str, str] | None = None
+    named = True
     if indexed:
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / INDEX} has no weight_map", fix="download the checkpoint's index again")
+        weight_map = _weight_map(folder)
         shards = tuple(sorted(set(weight_map.values())))
-    else:
+    elif (folder / SINGLE).is_file():
         shards = (SINGLE,)
-        if not (folder / SINGLE).is_file():
-            raise UserError(
-                f"{folder} holds neither {SINGLE} nor {INDEX}",
-                key="convert.source",
-                fix="the converter reads safetensors only; download or save the checkpoint in that form",
-            )
+    else:
+        shards, indexed, named = _numbered(folder, key), True, False
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(shards)} shards named by {folder / INDEX} are missing: {', '.join(missing[:3])}",
-            key="convert.source",
+            f"{len(missing)} of {len(shards)} shards named by {folder / INDEX if named else 'the others'} are missing: "
+            f"{', '.join(missing[:3])}",
+            key=key,
             fix="finish the download",
         )
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in _header(folder, shard):
-            if weight_map is None or weight_map.get(tensor.name, shard) == shard:
-                tensors[tensor.name] = tensor
+            if weight_map is not None and weight_map.get(tensor.name, shard) != shard:
+                continue
+            if tensor.name in tensors:
+                raise UserError(f"{tensor.name} lies in {tensors[tensor.name].shard} and in {shard}", fix="download them again")
+            tensors[tensor.name] = tensor
     if weight_map is not None:
         for name, shard in weight_map.items():
             if name not in tensors:
                 raise UserError(f"{INDEX} says that {shard} holds {name}, but it does not", fix="download that shard again")
-    return Source(folder, config, shards, tensors, indexed)
+    return Source(folder, config, shards, tensors, indexed, named)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing", fix="give a folder in Hugging Face layout") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}", fix="download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object", fix="download it again")
-    return value
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index; UserError unless every entry names a safetensors file of the folder itself."""
+    found = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{folder / INDEX} has no weight_map", fix="download the checkpoint's index again")
+    wrong = [file for file in found.values() if not _is_shard_name(file)]
+    if wrong:
+        raise UserError(
+            f"{folder / INDEX} names {shown(wrong[0])}; weights must be .safetensors files in the folder itself",
+            fix="download the checkpoint's index again, or lay its files side by side",
+        )
+    return found
+
+
+def _is_shard_name(name: object) -> bool:
+    """Whether it is one path component: with anything more, a file elsewhere would be read, and written in a conversion."""
+    if not isinstance(name, str) or not name.endswith(".safetensors") or name.startswith("."):
+        return False
+    return "/" not in name and "\\" not in name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def _numbered(folder: Path, key: str) -> tuple[str, ...]:
+    """model-00001-of-0000N.safetensors without an index: all N names."""
+    found = sorted(path.name for path in folder.glob("*.safetensors") if NUMBERED.fullmatch(path.name))
+    counts = {int(match[2]) for name in found if (match := NUMBERED.fullmatch(name))}
+    if len(counts) == 1 and (count := counts.pop()) in range(1, 10_000):
+        return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    others = sorted(path.name for path in folder.iterdir() if path.name.endswith(OTHER_WEIGHTS))
+    beside = f"; it has {', '.join(others[:3])}" if others else ""
+    raise UserError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}{beside}",
+        key=key,
+        fix="only safetensors are read; download or save the checkpoint in that form",
+    )
 
 
 def open_shard(path: Path) -> Any:
@@ -142,16 +211,7 @@ def model_of(source: Source, *, trust_remote_code: bool = False) -> ModelConfig:
 
     The converter itself never runs code of a checkpoint; `trust_remote_code` only travels into the model config.
     """
-    architectures = source.config.get("architectures") or []
-    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
-    if family is None:
-        known = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
-        found = ", ".join(architectures) or "none"
-        raise UserError(f"unknown architecture in {source.folder / CONFIG}: {found}", fix=f"known: {known}")
-    try:
-        read = family.from_hf_config(source.config, source.folder.name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    _, read = family_fields(source.config, source.folder)
     own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "trust_remote_code": trust_remote_code, "toy_twin": "none"}
     return ModelConfig(**(own | read))
 

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from runner.convert.reading import local_folder, read_weight
-from runner.convert.source import open_source
+from runner.convert.reading import KEY, open_checkpoint, read_weight
+from runner.convert.source import Source
 from runner.errors import UserError
 from runner.models import family_of, mimo_torch
 from runner.models.ends import GENERATION_CONFIG, checkpoint_file
 from runner.models.family import Family
 from runner.models.qwen3_vl import processor_config
-from runner.models.tokenizer import byte_tokenizer, load_tokenizer
-from runner.precision.plan import PrecisionPlan, nested_quantization_config
+from runner.models.tokenizer import LOADING_ERRORS, byte_tokenizer, load_tokenizer
+from runner.precision.plan import QUANTIZATION_KEYS, PrecisionPlan, nested_quantization_config
 from runner.schema import ModelConfig
 
 __all__ = [
@@ -73,54 +73,52 @@ def _from_checkpoint(
     model: ModelConfig, family: Family, auto_class: Any, dtype: torch.dtype, kernels: dict[str, str]
 ) -> PreTrainedModel:
     assert model.hf_checkpoint is not None
-    key = "model.hf_checkpoint"
+    source, plan = open_checkpoint(model)
     try:
         config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        architectures = config.architectures or []
-        if not set(architectures) & set(family.architectures):
-            raise UserError(
-                f"'{model.hf_checkpoint}' holds {', '.join(architectures) or 'no named architecture'}; "
-                f"family {family.name} reads {', '.join(family.architectures)}",
-                key=key,
-                fix="choose the model group or the family that matches the checkpoint",
-            )
-        if getattr(config, "quantization_config", None):
-            return _from_quantized(model, family, auto_class, config, dtype, kernels)
+        if nested_quantization_config(source.config) is not None or not source.named:
+            return _weight_by_weight(model, family, auto_class, config, dtype, kernels, source, plan)
         built, report = auto_class.from_pretrained(
             model.hf_checkpoint,
             config=config,
             dtype=dtype,
             trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **kernels,
         )
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         fix = "give a local folder or a hub id that this machine can reach"
         if "trust_remote_code" in str(error):
             fix = "set model.trust_remote_code=true if you trust the code in this checkpoint"
-        raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=key, fix=fix) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"'{model.hf_checkpoint}' lacks {len(missing)} weights, first {missing[0]}",
-            key=key,
-            fix="use a complete checkpoint; weights are never filled in at random",
-        )
+        raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=KEY, fix=fix) from error
+    for kind, keys in (("lacks", "missing_keys"), ("has weights that the model does not use:", "unexpected_keys")):
+        found = report[keys]
+        if found:
+            raise UserError(
+                f"'{model.hf_checkpoint}' {kind} {len(found)} weights, first {min(found)}",
+                key=KEY,
+                fix="use a complete checkpoint of this architecture; weights are never filled in at random, nor left out",
+            )
     return built
 
 
-def _from_quantized(
-    model: ModelConfig, family: Family, auto_class: Any, config: Any, dtype: torch.dtype, kernels: dict[str, str]
+def _weight_by_weight(
+    model: ModelConfig,
+    family: Family,
+    auto_class: Any,
+    config: Any,
+    dtype: torch.dtype,
+    kernels: dict[str, str],
+    source: Source,
+    plan: PrecisionPlan,
 ) -> PreTrainedModel:
     """The bf16 model of a quantized checkpoint, dequantized here, whose decoding is tested bit for bit.
 
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
-    assert model.hf_checkpoint is not None
-    source = open_source(local_folder(model.hf_checkpoint))
-    plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
-    del config.quantization_config
+    _without_quantization(config)
     with no_init_weights():
         built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
     _check_table(model, family, built)
@@ -128,6 +126,13 @@ def _from_quantized(
         for name, view in disk_tensors(family, model, named_weights(model, built)):
             view.copy_(read_weight(source, plan, name))
     return built
+
+
+def _without_quantization(config: Any) -> None:
+    for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for key in QUANTIZATION_KEYS:
+            if holder is not None and hasattr(holder, key):
+                delattr(holder, key)
 
 
 def _check_table(model: ModelConfig, family: Family, built: PreTrainedModel) -> None:
@@ -202,8 +207,7 @@ def save_config(model: ModelConfig, folder: Path) -> None:
         AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
     else:
         config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        if hasattr(config, "quantization_config"):  # the checkpoint's; what is written beside this file says its own
-            del config.quantization_config
+        _without_quantization(config)  # the checkpoint's; what is written beside this file says its own
         config.save_pretrained(folder)
         if (generation := checkpoint_file(model, GENERATION_CONFIG)) is not None:
             shutil.copyfile(generation, folder / GENERATION_CONFIG)

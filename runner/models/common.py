@@ -29,6 +29,20 @@ PLAIN: dict[str, Any] = {
 }
 
 
+MAX_WIDTH = 1 << 24  # of any size in a config.json: far beyond every model, and no table of parameters is too long for it
+MAX_LAYERS = 1_000
+MAX_EXPERTS = 10_000
+MAX_CONTEXT = 1 << 40
+MAX_NUMBER = 1e30
+# what transformers takes where config.json has nothing; families have others beside these
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
 class DenseFamily:
     """A family without experts: nothing is fused in memory."""
 
@@ -152,34 +166,97 @@ def base_config(model: ModelConfig) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Reads fields of a config.json and names the one that is missing or not understood."""
+    """Reads fields of a config.json that somebody else made; ValueError names the one that is missing or not understood.
 
-    def __init__(self, config: dict[str, Any], name: str) -> None:
+    `defaults`: what transformers takes for a field that is absent or null. Only fields that no weight's shape depends on have
+    one: a size that is missing is refused by its name, before weights of another size are called missing.
+    """
+
+    def __init__(self, config: dict[str, Any], name: str, defaults: dict[str, Any] | None = None) -> None:
         self.config = config
         self.name = name
+        self.defaults = DEFAULTS | (defaults or {})
 
     def get(self, *keys: str) -> Any:
-        """The first of `keys` that is there; ValueError when none is."""
+        """The first of `keys` that is there and not null, or the default; ValueError when there is neither."""
         for key in keys:
-            if key in self.config:
+            if self.config.get(key) is not None:
                 return self.config[key]
-        raise ValueError(f"config.json of {self.name} has no `{keys[0]}`")
+        for key in keys:
+            if key in self.defaults:
+                return self.defaults[key]
+        found = "null as" if any(key in self.config for key in keys) else "no"
+        raise ValueError(f"config.json of {self.name} has {found} `{keys[0]}`")
 
     def optional(self, key: str, absent: Any) -> Any:
         """A field that published configs leave out when it has this value; null counts as absent."""
         value = self.config.get(key)
         return absent if value is None else value
 
+    def whole(self, *keys: str, low: int = 1, high: int = MAX_WIDTH) -> int:
+        """A whole number from `low` to `high`."""
+        return self._whole(self.get(*keys), keys[0], low, high)
+
+    def optional_whole(self, key: str, absent: int, *, low: int = 0, high: int = MAX_WIDTH) -> int:
+        return self._whole(self.optional(key, absent), key, low, high)
+
+    def _whole(self, value: Any, key: str, low: int, high: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            allowed = f"a whole number, {low} to {high}"
+            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; it must be {allowed}")
+        return value
+
+    def number(self, *keys: str) -> float:
+        """A positive, finite number."""
+        return self._number(self.get(*keys), keys[0])
+
+    def _number(self, value: Any, key: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
+            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; it must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, absent: bool) -> bool:
+        value = self.optional(key, absent)
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; it must be true or false")
+        return value
+
+    def part(self, key: str) -> ConfigReader:
+        """A reader of the object under `key`."""
+        value = self.config.get(key)
+        if not isinstance(value, dict):
+            found = "no" if value is None else "no object as"
+            raise ValueError(f"config.json of {self.name} has {found} `{key}`")
+        return ConfigReader(value, self.name, self.defaults)
+
     def must_be(self, key: str, expected: Any, *, absent: Any) -> None:
         """ValueError unless the field has the one value that this family's table describes."""
         value = self.optional(key, absent)
         if value != expected:
-            raise ValueError(f"config.json of {self.name}: `{key}` is {value!r}; this family understands {expected!r} only")
+            raise ValueError(f"config.json of {self.name}: `{key}` is {_short(value)}; this family understands {expected!r} only")
 
     def rope_theta(self) -> float:
-        """From `rope_parameters` (transformers 5) or the top level (earlier)."""
-        parameters = self.config.get("rope_parameters")
-        return float(parameters["rope_theta"] if parameters else self.get("rope_theta"))
+        """As transformers 5: `rope_scaling` or else `rope_parameters`, then the top level, then the default."""
+        for key in ("rope_scaling", "rope_parameters"):
+            parameters = self.config.get(key)
+            if not parameters:
+                continue
+            if not isinstance(parameters, dict):
+                raise ValueError(f"config.json of {self.name}: `{key}` is {_short(parameters)}; it must be an object")
+            if "rope_theta" in parameters:
+                return self._number(parameters["rope_theta"], f"{key}.rope_theta")
+            break
+        return self.number("rope_theta")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def even_heads(reader: ConfigReader) -> int:
+    """The width of a head where config.json does not say: the model's width, shared out evenly."""
+    return reader.whole("hidden_size") // reader.whole("num_attention_heads")
 
 
 def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int) -> dict[str, Any]:
@@ -187,21 +264,23 @@ def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: 
 
     Rope scaling stays in the checkpoint's own config.json: trainers and engines read it there.
     """
+    heads = reader.whole("num_attention_heads")
+    same = "num_key_value_heads" in reader.config and reader.config["num_key_value_heads"] is None
     return {
         "name": reader.name,
         "family": family,
-        "num_layers": reader.get("num_hidden_layers"),
-        "hidden_size": reader.get("hidden_size"),
-        "ffn_size": reader.get("intermediate_size"),
-        "num_heads": reader.get("num_attention_heads"),
-        "num_kv_heads": reader.get("num_key_value_heads"),
+        "num_layers": reader.whole("num_hidden_layers", high=MAX_LAYERS),
+        "hidden_size": reader.whole("hidden_size"),
+        "ffn_size": reader.whole("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": heads if same else reader.whole("num_key_value_heads"),
         "head_dim": head_dim,
-        "vocab_size": reader.get("vocab_size"),
-        "max_context_tokens": reader.get("max_position_embeddings"),
+        "vocab_size": reader.whole("vocab_size"),
+        "max_context_tokens": reader.whole("max_position_embeddings", high=MAX_CONTEXT),
         "rope_theta": reader.rope_theta(),
-        "norm_eps": reader.get("rms_norm_eps"),
-        "tied_embeddings": reader.optional("tie_word_embeddings", False),
-        "attention_bias": reader.optional("attention_bias", False),
+        "norm_eps": reader.number("rms_norm_eps"),
+        "tied_embeddings": reader.flag("tie_word_embeddings", False),
+        "attention_bias": reader.flag("attention_bias", False),
         "qk_norm": qk_norm,
-        "initializer_range": reader.get("initializer_range"),
+        "initializer_range": reader.number("initializer_range"),
     } | PLAIN

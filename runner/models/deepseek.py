@@ -10,6 +10,15 @@ from runner.models import common
 from runner.models.family import Parameter
 from runner.schema import ModelConfig, Role
 
+# what transformers takes where config.json has nothing
+DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 4096,
+    "num_key_value_heads": 128,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+}
+
 
 class DeepSeek(common.SparseFamily):
     name = "deepseek"
@@ -57,7 +66,7 @@ class DeepSeek(common.SparseFamily):
         }
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        reader = common.ConfigReader(config, name)
+        reader = common.ConfigReader(config, name, DEFAULTS)
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("n_group", 1, absent=1)
         reader.must_be("topk_group", 1, absent=1)
@@ -66,21 +75,22 @@ class DeepSeek(common.SparseFamily):
         reader.must_be("scoring_func", "sigmoid", absent="sigmoid")
         reader.must_be("topk_method", "noaux_tc", absent="noaux_tc")
         reader.must_be("num_nextn_predict_layers", 0, absent=0)
-        query_key_dim = reader.get("qk_nope_head_dim") + reader.get("qk_rope_head_dim")
+        query_key_dim = reader.whole("qk_nope_head_dim") + reader.whole("qk_rope_head_dim")
+        experts = reader.whole("n_routed_experts", high=common.MAX_EXPERTS)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=query_key_dim) | {
-            "num_experts": reader.get("n_routed_experts"),
-            "experts_top_k": reader.get("num_experts_per_tok"),
-            "expert_ffn_size": reader.get("moe_intermediate_size"),
-            "num_shared_experts": reader.optional("n_shared_experts", 0),
-            "num_dense_layers": reader.get("first_k_dense_replace"),
+            "num_experts": experts,
+            "experts_top_k": reader.whole("num_experts_per_tok", high=experts),
+            "expert_ffn_size": reader.whole("moe_intermediate_size"),
+            "num_shared_experts": reader.optional_whole("n_shared_experts", 0),
+            "num_dense_layers": reader.whole("first_k_dense_replace", low=0),
             "router_score": "sigmoid",
             "router_bias": True,
-            "routed_scaling_factor": reader.get("routed_scaling_factor"),
-            "q_lora_rank": reader.optional("q_lora_rank", 0),
-            "kv_lora_rank": reader.get("kv_lora_rank"),
-            "qk_nope_head_dim": reader.get("qk_nope_head_dim"),
-            "qk_rope_head_dim": reader.get("qk_rope_head_dim"),
-            "v_head_dim": reader.get("v_head_dim"),
+            "routed_scaling_factor": reader.number("routed_scaling_factor"),
+            "q_lora_rank": reader.optional_whole("q_lora_rank", 0),
+            "kv_lora_rank": reader.whole("kv_lora_rank"),
+            "qk_nope_head_dim": reader.whole("qk_nope_head_dim"),
+            "qk_rope_head_dim": reader.whole("qk_rope_head_dim"),
+            "v_head_dim": reader.whole("v_head_dim"),
         }
 
 

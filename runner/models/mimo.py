@@ -33,14 +33,14 @@ class MiMo(common.DenseFamily):
         }
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        reader = common.ConfigReader(config, name)
+        reader = common.ConfigReader(config, name, {"num_key_value_heads": 32})
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("use_sliding_window", False, absent=False)
         reader.must_be("attention_bias", True, absent=True)
-        head_dim = reader.optional("head_dim", reader.get("hidden_size") // reader.get("num_attention_heads"))
+        head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {
             "attention_bias": True,
-            "num_mtp_layers": reader.optional("num_nextn_predict_layers", 0),
+            "num_mtp_layers": reader.optional_whole("num_nextn_predict_layers", 0, high=common.MAX_LAYERS),
         }
 
 

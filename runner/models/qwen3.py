@@ -32,7 +32,7 @@ class Qwen3(common.DenseFamily):
         }
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        reader = common.ConfigReader(config, name)
+        reader = common.ConfigReader(config, name, {"head_dim": 128, "num_key_value_heads": 32})
         reader.must_be("use_sliding_window", False, absent=False)
         reader.must_be("hidden_act", "silu", absent="silu")
-        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim"))
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))

@@ -43,17 +43,19 @@ class Qwen3Moe(common.SparseFamily):
         }
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        reader = common.ConfigReader(config, name)
+        reader = common.ConfigReader(config, name, {"num_key_value_heads": 4, "num_experts_per_tok": 8})
         reader.must_be("use_sliding_window", False, absent=False)
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("decoder_sparse_step", 1, absent=1)
         reader.must_be("norm_topk_prob", True, absent=False)
         dense = reader.optional("mlp_only_layers", [])
-        if dense != list(range(len(dense))):
-            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense}; only the first layers may be dense")
-        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim")) | {
-            "num_experts": reader.get("num_experts", "num_local_experts"),
-            "experts_top_k": reader.get("num_experts_per_tok"),
-            "expert_ffn_size": reader.get("moe_intermediate_size"),
+        if not isinstance(dense, list) or dense != list(range(len(dense))):
+            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense!r:.80}; only the first layers may be dense")
+        head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
+        experts = reader.whole("num_experts", "num_local_experts", high=common.MAX_EXPERTS)
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=head_dim) | {
+            "num_experts": experts,
+            "experts_top_k": reader.whole("num_experts_per_tok", high=experts),
+            "expert_ffn_size": reader.whole("moe_intermediate_size"),
             "num_dense_layers": len(dense),
         }

@@ -14,6 +14,14 @@ from runner.models.family import Parameter
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
 from runner.schema import ModelConfig, Role
 
+# what transformers takes for the decoder where config.json has nothing
+DEFAULTS: dict[str, Any] = {
+    "head_dim": 128,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 128000,
+    "rope_theta": 500000.0,
+}
+
 
 @dataclass(frozen=True)
 class VisualTower:
@@ -103,14 +111,11 @@ class Qwen3VL(common.DenseFamily):
         }
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
-        text, vision = config.get("text_config"), config.get("vision_config")
-        if text is None or vision is None:
-            raise ValueError(f"config.json of {name} has no `text_config` and `vision_config`")
-        reader = common.ConfigReader(text, name)
-        fields = common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.get("head_dim"))
-        fields |= {"vision": True, "tied_embeddings": config.get("tie_word_embeddings", False)}
+        whole = common.ConfigReader(config, name, DEFAULTS)
+        reader, visual = whole.part("text_config"), whole.part("vision_config")
+        fields = common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
+        fields |= {"vision": True, "tied_embeddings": whole.flag("tie_word_embeddings", False)}
         expected = VisualTower(fields["hidden_size"], fields["ffn_size"], fields["num_heads"])
-        visual = common.ConfigReader(vision, name)
         for key, value in {
             "hidden_size": expected.hidden_size,
             "intermediate_size": expected.ffn_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -10,6 +11,8 @@ from runner.errors import UserError
 from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE
 from runner.schema import ModelConfig
 
+# what transformers makes of a file with values that it does not expect
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -61,7 +64,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(
             f"cannot load the tokenizer of '{model.hf_checkpoint}': {_first_line(error)}",
             key="model.hf_checkpoint",

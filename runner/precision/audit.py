@@ -5,15 +5,15 @@ Every function returns a list of differences in words, [] when the sides agree; 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from runner.errors import UserError
+from runner.models.config_file import CONFIG, read_json
 from runner.precision import fp8, int4
 from runner.precision.fp4 import unpack as unpack_fp4
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, nested_quantization_config, shorten
@@ -64,17 +64,9 @@ def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """On-disk tensor name -> its safetensors file; raises UserError for folders and shards that cannot be read."""
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"{folder} holds no safetensors files")
-    files: dict[str, Path] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as reader:
-                files |= dict.fromkeys(reader.keys(), shard)
-        except SafetensorError as error:
-            raise UserError(f"{shard} cannot be read: {error}", fix="download or convert it again") from None
-    return files
+    from runner.convert.source import open_source  # which imports this package
+
+    return {name: folder / stored.shard for name, stored in open_source(folder).tensors.items()}
 
 
 def weight_of(tensor_name: str) -> str:
@@ -117,10 +109,7 @@ def read_checkpoint(folder: Path) -> Iterator[ExportedTensor]:
 
 def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     """`quantization_config` of a folder's config.json, wherever it nests it; None for a bf16 checkpoint."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no config.json")
-    return nested_quantization_config(json.loads(path.read_text()))
+    return nested_quantization_config(read_json(folder / CONFIG))
 
 
 def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint") -> list[str]:

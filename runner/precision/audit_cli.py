@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from runner.errors import UserError
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
-from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import ModelConfig
 
@@ -46,8 +46,13 @@ def main(argv: list[str]) -> int:
 def two_folders(a: Path, b: Path) -> tuple[str, list[str]]:
     """Sets and grids first, a line for each kind of difference; then, where both agree, every tensor bit for bit."""
     names = (str(a), str(b))
-    plans = [PrecisionPlan.from_quantization_config(_model(folder), quantization_config_of(folder)) for folder in (a, b)]
+    models = [_model(folder) for folder in (a, b)]
+    plans = [
+        PrecisionPlan.from_quantization_config(model, quantization_config_of(folder))
+        for model, folder in zip(models, (a, b), strict=True)
+    ]
     found = audit((names[0], plans[0]), (names[1], plans[1]))
+    found += [problem for folder, model in zip((a, b), models, strict=True) for problem in _broken(folder, model)]
     title = f"{a}: {plans[0].summary()}\n{b}: {plans[1].summary()}"
     if found:  # bits of different grids say nothing more
         return title, found
@@ -66,7 +71,21 @@ def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
     tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
     title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
-    return title, audit_checkpoint(plan, folder, str(folder))
+    broken = _broken(folder, model)
+    return title, broken or audit_checkpoint(plan, folder, str(folder))
+
+
+def _broken(folder: Path, model: ModelConfig) -> list[str]:
+    """Where a folder's tensors differ from its own config.json: then they cannot be compared with anything else."""
+    from runner.convert.source import open_source
+    from runner.convert.stored import problems
+
+    source = open_source(folder)
+    try:
+        own = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
+    except UserError:  # which the audit says as a difference
+        return []
+    return [f"{folder}: {problem.problem}" for problem in problems(source, own, "")]
 
 
 def _model(folder: Path) -> ModelConfig:

@@ -185,7 +185,8 @@ def decode(exported: ExportedTensor, tensor_format: TensorFormat) -> torch.Tenso
 
 
 def _decode(exported: ExportedTensor, tf: TensorFormat) -> torch.Tensor:
-    q, scales = integers(exported, tf), scales_of(exported)
+    q = integers(exported, tf)
+    scales = _as_written_here(scales_of(exported), tf)
     match tf.format:
         case Format.int4 | Format.int8:
             zero_point = None
@@ -200,6 +201,20 @@ def _decode(exported: ExportedTensor, tf: TensorFormat) -> torch.Tensor:
         case _:
             assert scales.global_scale is not None
             return fp4.dequantize_nvfp4(q, scales.scale, scales.global_scale)
+
+
+def _as_written_here(scales: Scales, tf: TensorFormat) -> Scales:
+    """Other programs' scales of a matrix [out, in] in the dtype and shape of `encode`: e8m0 as such, one per row as [out]."""
+    scale = scales.scale
+    if scale.dtype is torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+        if tf.format is not Format.mxfp4:
+            scale = fp4.e8m0_to_float(scale)
+    if tf.strategy == "channel" and scale.dim() == 1:
+        scale = scale.unsqueeze(-1)
+    if tf.strategy == "tensor" and scale.numel() == 1:
+        scale = scale.reshape(1)
+    return Scales(scale, scales.global_scale)
 
 
 def quantize_dequantize(

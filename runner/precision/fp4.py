@@ -66,7 +66,7 @@ def mxfp4_scales(weight: torch.Tensor) -> torch.Tensor:
 
 
 def e8m0_to_float(scale: torch.Tensor) -> torch.Tensor:
-    """2^(e8m0 - 127) in fp32, exact: the exponent is written into the bits (0 gives the subnormal 2^-127)."""
+    """2^(e8m0 - 127) in fp32, exact: the exponent is written into the bits (0 gives the subnormal 2^-127, 255 infinity)."""
     bits = scale.to(torch.int32) << 23
     return torch.where(bits == 0, torch.full_like(bits, 1 << 22), bits).view(torch.float32)
 

@@ -106,6 +106,8 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
 
     `zero_point` int8, shaped as the scales: bf16((q - zero_point) * scale), for asymmetric foreign checkpoints.
     """
+    if q.shape[-1] % scale.shape[-1]:
+        raise WeightError(f"{scale.shape[-1]} scales do not divide a row of {q.shape[-1]} weights")
     grouped = q.unflatten(-1, (scale.shape[-1], q.shape[-1] // scale.shape[-1])).to(torch.bfloat16)
     if zero_point is not None:
         grouped = grouped - zero_point.to(torch.bfloat16).unsqueeze(-1)

@@ -5,11 +5,13 @@ Decided by ROLE from the model family's table, never by a name pattern. Torch-fr
 
 from __future__ import annotations
 
-import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
+
+import regex
 
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
@@ -31,6 +33,8 @@ _CT_FORMATS = {
 _CT_SCALE_DTYPES = {Format.mxfp4: "torch.uint8", Format.nvfp4: "torch.float8_e4m3fn"}
 _FP4 = {("group", MXFP4_GROUP): TensorFormat.mxfp4(), ("tensor_group", NVFP4_GROUP): TensorFormat.nvfp4()}
 _SHOWN = 3  # names listed per difference
+MATCH_SECONDS = 20.0  # of one list of patterns on all modules; Kimi-K2's 70,000 take 0.1
+_PATTERN_FIX = "write the module names out, or use plain patterns like re:.*lm_head"
 
 
 def quantized_roles(model: ModelConfig, precision: PrecisionConfig) -> frozenset[Role]:
@@ -219,12 +223,36 @@ class PrecisionPlan:
         return [f"{reason}: {shorten(found)}" for reason, found in groups.items()]
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second: compressed-tensors' older name
+
+
 def nested_quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`quantization_config` of a config.json, wherever it is nested; None for a bf16 checkpoint."""
-    for holder in (config, config.get("text_config") or {}):
-        if "quantization_config" in holder:
-            return holder["quantization_config"]
-    return None
+    """`quantization_config` of a config.json, wherever it is nested; None for a bf16 checkpoint. UserError for one that is no
+    object, and where two differ."""
+    holders = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
+    found: list[Any] = []
+    for holder in holders:
+        for key in QUANTIZATION_KEYS:
+            if holder.get(key) is not None and holder[key] not in found:
+                found.append(holder[key])
+    if not found:
+        return None
+    if len(found) > 1:
+        raise UserError("config.json has two quantization_configs that differ", fix="leave the one that describes the weights")
+    if not isinstance(found[0], dict):
+        raise UserError("quantization_config of config.json is no object", fix="download config.json again")
+    return found[0]
+
+
+def without_quantization_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose `nested_quantization_config` is None."""
+
+    def bare(holder: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in holder.items() if key not in QUANTIZATION_KEYS}
+
+    return {
+        key: bare(value) if key.endswith("_config") and isinstance(value, dict) else value for key, value in bare(config).items()
+    }
 
 
 def shorten(names: list[str]) -> str:
@@ -289,12 +317,18 @@ def _reader(config: Mapping[str, Any] | None) -> Callable[[str], TensorFormat]:
     if config is None:
         return lambda module: TensorFormat.bf16()
     method = config.get("quant_method")
-    if method == "compressed-tensors":
-        return _compressed_tensors_reader(config)
-    if method == "fp8":
-        return _fp8_reader(config)
+    try:
+        if method == "compressed-tensors":
+            return _compressed_tensors_reader(config)
+        if method == "fp8":
+            return _fp8_reader(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # somebody else's JSON: any key may be of any type
+        raise UserError(
+            f"quantization_config cannot be understood ({type(error).__name__}: {str(error)[:100]})",
+            fix="download config.json again, or convert the original bf16 checkpoint instead",
+        ) from None
     raise UserError(
-        f"quantization_config.quant_method is {method!r}; readable are compressed-tensors and fp8",
+        f"quantization_config.quant_method is {method!r:.80}; readable are compressed-tensors and fp8",
         fix="convert the original bf16 checkpoint instead",
     )
 
@@ -302,26 +336,40 @@ def _reader(config: Mapping[str, Any] | None) -> Callable[[str], TensorFormat]:
 def _fp8_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
     block = config.get("weight_block_size")
     if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
-        raise UserError(f"quantization_config.weight_block_size is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
-    if "fmt" in config and config["fmt"] != "e4m3":
-        raise UserError(f"quantization_config.fmt is {config['fmt']!r}; readable is 'e4m3'")
+        raise UserError(f"quantization_config.weight_block_size is {block!r:.80}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
+    if config.get("fmt", "e4m3") != "e4m3":
+        raise UserError(f"quantization_config.fmt is {config['fmt']!r:.80}; readable is 'e4m3'")
     grid = TensorFormat.fp8("block" if block else "tensor")
-    entries = [f".{entry.strip('.')}." for entry in config.get("modules_to_not_convert") or []]
+    entries = frozenset(entry.strip(".") for entry in _names(config, "modules_to_not_convert"))
 
     def format_of(module: str) -> TensorFormat:
         # whole dotted components: `mlp.gate` must not swallow `mlp.gate_up_proj`
-        ignored = any(entry in f".{module}." for entry in entries)
-        return TensorFormat.bf16() if ignored else grid
+        parts = module.split(".")
+        runs = (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+        return TensorFormat.bf16() if any(run in entries for run in runs) else grid
 
     return format_of
 
 
+def _names(holder: Mapping[str, Any], key: str) -> list[str]:
+    """A list of module names or patterns; absent and null count as empty."""
+    found = holder.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise UserError(f"quantization_config: {key} is {found!r:.80}; it must be a list of names")
+    return found
+
+
 def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
-    ignored = _matcher(config.get("ignore") or [])
+    ignored = _Matcher(_names(config, "ignore"))
     schemes = [
-        ("Linear" in scheme["targets"], _matcher(scheme["targets"]), _ct_grid(scheme["weights"], config.get("format")))
+        ("Linear" in targets, _Matcher(targets), _ct_grid(scheme["weights"], scheme.get("format") or config.get("format")))
         for scheme in config["config_groups"].values()
+        if (targets := _names(scheme, "targets"))
     ]
+    if not schemes:
+        raise UserError("quantization_config: config_groups name no targets", fix="download config.json again")
 
     def format_of(module: str) -> TensorFormat:
         if not ignored(module):
@@ -333,11 +381,38 @@ def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], Ten
     return format_of
 
 
-def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
-    """compressed-tensors' matching: an exact module name, or `re:` and a pattern matched from the start."""
-    names = frozenset(entries)
-    patterns = [re.compile(entry[3:]) for entry in names if entry.startswith("re:")]
-    return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
+class _Matcher:
+    """compressed-tensors' matching: an exact module name, or `re:` and a pattern matched from the start.
+
+    A pattern of somebody else's config.json may take for ever, so all matching together has MATCH_SECONDS.
+    """
+
+    def __init__(self, entries: list[str]) -> None:
+        self.names = frozenset(entries)
+        self.patterns: list[tuple[str, Any]] = []
+        self.left = MATCH_SECONDS
+        for entry in entries:
+            if entry.startswith("re:"):
+                try:
+                    self.patterns.append((entry, regex.compile(entry[3:], cache_pattern=False)))
+                except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+                    problem = f"quantization_config: {entry!r:.80} is no pattern: {error!s:.80}"
+                    raise UserError(problem, fix=_PATTERN_FIX) from None
+
+    def __call__(self, module: str) -> bool:
+        if module in self.names:
+            return True
+        for entry, pattern in self.patterns:
+            started = time.process_time()
+            try:
+                if self.left > 0 and pattern.match(module, timeout=self.left):
+                    return True
+            except TimeoutError:
+                self.left = 0.0
+            self.left -= time.process_time() - started
+            if self.left <= 0:
+                raise UserError(f"quantization_config: matching {entry!r:.80} takes too long", fix=_PATTERN_FIX)
+        return False
 
 
 def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> TensorFormat:
@@ -348,12 +423,17 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
     def value(key: str) -> Any:
         return weights.get(key)  # someone else's JSON: a key that is absent reads as null
 
-    strategy, bits, group = value("strategy"), value("num_bits"), value("group_size")
+    bits, group = value("num_bits"), value("group_size")
+    # compressed-tensors' own reading of a strategy that is not there
+    strategy = value("strategy") or ("tensor" if group is None else "channel" if group == -1 else "group")
+    if strategy in ("group", "tensor_group") and (not isinstance(group, int) or isinstance(group, bool) or group < 1):
+        raise UserError(f"quantization_config: group_size is {group!r:.80}; it must be a positive whole number")
     if value("actorder") not in (None, "static", "weight"):
-        raise UserError(f"quantization_config: activation order {value('actorder')!r} cannot be read")
-    if value("type") == "int" and bits in (4, 8) and strategy in ("group", "channel") and container == "pack-quantized":
+        raise UserError(f"quantization_config: activation order {value('actorder')!r:.80} cannot be read")
+    kind = value("type") or "int"
+    if kind == "int" and bits in (4, 8) and strategy in ("group", "channel") and container == "pack-quantized":
         kwargs = value("observer_kwargs") or {}
-        convention = Convention[kwargs["convention"]] if "convention" in kwargs else None
+        convention = Convention.__members__.get(kwargs.get("convention", ""))
         return TensorFormat(
             Format.int4 if bits == 4 else Format.int8,
             -1 if strategy == "channel" else int(group),
@@ -362,16 +442,16 @@ def _ct_grid(weights: Mapping[str, Any] | None, container: str | None) -> Tensor
             symmetric=value("symmetric") is not False,
             scale_dtype=_plain_dtype(value("scale_dtype")),
         )
-    if value("type") == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
+    if kind == "float" and bits == 8 and strategy in ("channel", "tensor", "block"):
         block = value("block_structure")
         if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
-            raise UserError(f"quantization_config: block_structure is {block}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
+            raise UserError(f"quantization_config: block_structure is {block!r:.80}; readable is [{FP8_BLOCK}, {FP8_BLOCK}]")
         return TensorFormat.fp8(strategy)
-    if value("type") == "float" and bits == 4 and (strategy, group) in _FP4:
+    if kind == "float" and bits == 4 and (strategy, group) in _FP4:
         return _FP4[strategy, group]
     raise UserError(
-        f"quantization_config: {value('type')}{bits} weights, strategy {strategy}, group_size {group}, container {container} "
-        "cannot be read",
+        f"quantization_config: {kind!s:.20}{bits!s:.20} weights, strategy {strategy!s:.20}, group_size {group!s:.20}, "
+        f"container {container!s:.40} cannot be read",
         fix="convert the original bf16 checkpoint instead",
     )
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from runner.errors import UserError
-from runner.models import FAMILIES
 from runner.models.build import build_model
+from runner.models.config_file import CONFIG, family_fields, read_json
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION
@@ -42,20 +41,9 @@ def draft_from_module(model: ModelConfig, module: torch.nn.Module) -> EngineMode
 
 
 def _model_config(policy: ModelConfig, folder: str, key: str) -> ModelConfig:
+    path = Path(folder).expanduser()
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read '{folder}/config.json': {error}", key=key, fix="give a folder in HF format") from error
-    architectures = set(config["architectures"]) if "architectures" in config else set()
-    for family in FAMILIES.values():
-        if architectures & set(family.architectures):
-            try:
-                fields = family.from_hf_config(config, folder)
-            except ValueError as error:
-                raise UserError(str(error), key=key, fix="use a draft model of a family that runner reads") from error
-            return replace(policy, **fields, hf_checkpoint=folder)
-    raise UserError(
-        f"'{folder}' holds {', '.join(architectures) or 'no named architecture'}, which no family reads",
-        key=key,
-        fix=f"families: {', '.join(FAMILIES)}",
-    )
+        _, fields = family_fields(read_json(path / CONFIG), path)
+    except UserError as error:
+        raise UserError(error.problem, key=key, fix=f"use a draft model of a family that runner reads ({error.fix})") from None
+    return replace(policy, **fields, hf_checkpoint=folder)

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from runner.errors import UserError
 from runner.models.build import save_config
+from runner.trainer.megatron import untrusted
 from runner.trainer.megatron.masters import STATES, Owned
 from runner.trainer.megatron.process import die_with_parent
 from runner.trainer.mtp import MtpTraining
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 COUNTERS = "trainer.json"
-FOLDER = "model"
 Sharded = dict[str, Any]
 
 
@@ -50,7 +50,7 @@ def save(worker: Worker, folder: Path) -> None:
     """Write into an existing folder; the caller makes it atomic. Weights are bf16(master) now. Collective."""
     state = _begin(worker, folder)
     with _saying_what_failed(folder):
-        dist_checkpointing.save(state, str(folder / FOLDER))
+        dist_checkpointing.save(state, str(folder / untrusted.FOLDER))
     dist.barrier()
 
 
@@ -63,7 +63,7 @@ class AsyncSave:
         state = _begin(worker, folder)
         self._queue = AsyncCallsQueue()
         with _saying_what_failed(folder):
-            request = dist_checkpointing.save(state, str(folder / FOLDER), async_sharded_save=True)
+            request = dist_checkpointing.save(state, str(folder / untrusted.FOLDER), async_sharded_save=True)
             self._queue.schedule_async_request(request)
 
     def finished(self) -> bool:
@@ -93,7 +93,7 @@ def _begin(worker: Worker, folder: Path) -> Sharded:
     """Everything but the tensors, written; what is to be written of them."""
     steps = _steps(worker)
     state = {"model": _model(worker), "passengers": _passengers(worker), "optimizer": _optimizer(worker, bool(steps), fill=True)}
-    target = folder / FOLDER
+    target = folder / untrusted.FOLDER
     if dist.get_rank() == 0:
         target.mkdir(exist_ok=True)
         counters = {
@@ -139,6 +139,8 @@ def _first_line(error: BaseException) -> str:
 def load(worker: Worker, folder: Path) -> None:
     """Restore masters, moments, reference and counters; the caller derives the model weights from the masters. Collective."""
     counters = read_counters(folder)
+    untrusted.check(folder / untrusted.FOLDER)
+    untrusted.guard()
     if counters["master_weights"] != worker.masters.has_masters:
         raise UserError(
             f"{folder} was saved {'with' if counters['master_weights'] else 'without'} fp32 masters beside the weights",
@@ -154,7 +156,7 @@ def load(worker: Worker, folder: Path) -> None:
         worker.mtp.prepare_to_load(stepped)
         state["mtp"] = _mtp_state(worker)
     try:
-        loaded = dist_checkpointing.load(state, str(folder / FOLDER))
+        loaded = dist_checkpointing.load(state, str(folder / untrusted.FOLDER))
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{folder} does not fit this model: {_first_line(error)}",
@@ -174,7 +176,7 @@ def read_counters(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read the trainer's checkpoint {folder}: {error}", fix="resume from another checkpoint"
         ) from error
-    if counters.get("trainer") != "megatron":
+    if not isinstance(counters, dict) or counters.get("trainer") != "megatron":
         raise UserError(f"{folder} was saved by trainer=torch", key="trainer", fix="resume with trainer=torch")
     return counters
 

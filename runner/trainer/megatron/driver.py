@@ -15,7 +15,7 @@ from runner.images import PromptImage
 from runner.routing import routes as route_checks
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config
-from runner.trainer.megatron import arguments
+from runner.trainer.megatron import arguments, untrusted
 from runner.trainer.megatron.ranks import LocalRanks
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 
@@ -134,6 +134,7 @@ class MegatronTrainer:
         return RankSaving(self.ranks)
 
     def load(self, folder: Path) -> None:
+        _check(folder)
         self._version = self.ranks.call("load", folder.resolve())[0]
 
     def sleep(self) -> None:
@@ -183,10 +184,17 @@ def initial_folder(path: str) -> Path:
     given = Path(path).expanduser().resolve()
     for folder in (given / "trainer", given):
         if (folder / "trainer.json").is_file():
+            _check(folder)
             return folder
     raise UserError(
         f"{path} is no checkpoint of a run", key="trainer.initial_checkpoint", fix="outputs/<run>/checkpoints/step_<N>"
     )
+
+
+def _check(folder: Path) -> None:
+    """Refuse what must not be read before ranks do (they check it again); they say what a folder of another trainer is."""
+    if (folder / untrusted.FOLDER).is_dir():
+        untrusted.check(folder / untrusted.FOLDER)
 
 
 def check_installation() -> None:

@@ -1,0 +1,244 @@
+"""What lies on the disk of a checkpoint folder, held against what its config.json says: from headers alone.
+
+Values of a quantized weight mean nothing without their scales, and scales of another shape mean other values. So a folder is
+read only where every stored dtype and shape is one that the plan of its own quantization_config explains, and where no part of
+a weight is left over. The converter, the audit and the trainers all read folders through `check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from runner.convert.source import Source, StoredTensor
+from runner.errors import UserError, UserErrors
+from runner.precision import fp8
+from runner.precision.formats import module_of
+from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Format, Role
+
+UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHT_PARTS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_global_scale",
+)
+# static scales of activations and of a KV cache: they describe a quantized engine and mean nothing beside bf16 weights
+INPUT_PARTS = ("input_scale", "input_global_scale", "input_zero_point")
+CACHE_PARTS = ("k_scale", "v_scale")
+# names that quantizing programs give to parts of a weight; a tensor of this kind that no weight claims is never just copied
+PART_WORDS = ("scale", "zero_point", "qweight", "qzeros", "g_idx", "absmax", "quant", "packed", "weight_shape", "blocks")
+INCOMPLETE = "config.json and the shards must belong together; download both again"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One part of a stored weight: any of `names`, with any of the dtypes and shapes."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def inputs_of(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
+    """The stored tensors that make up one weight."""
+    if not tensor_format.quantized:
+        return (source.tensors[name],) if name in source.tensors else ()
+    module = module_of(name)
+    found = (f"{module}.{part}" for part in WEIGHT_PARTS)
+    return tuple(source.tensors[part] for part in found if part in source.tensors)
+
+
+def is_plain(inputs: tuple[StoredTensor, ...], name: str) -> bool:
+    """Whether a weight lies there unquantized, whatever its plan says."""
+    return len(inputs) == 1 and inputs[0].name == name and inputs[0].dtype in UNQUANTIZED_DTYPES
+
+
+def is_activation_part(name: str) -> bool:
+    return name.rpartition(".")[2] in (*INPUT_PARTS, *CACHE_PARTS)
+
+
+def check(source: Source, plan: PrecisionPlan, key: str) -> None:
+    """UserError, or UserErrors with each kind of problem, unless `problems` finds none. `key`: what named the folder."""
+    found = problems(source, plan, key)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserErrors(found)
+
+
+def problems(source: Source, plan: PrecisionPlan, key: str) -> list[UserError]:
+    """Everything in which a folder's tensors differ from `plan`, the plan of the folder's own quantization_config."""
+    found: dict[tuple[str, str | None], list[str]] = {}
+    used: set[str] = set()
+    missing: list[str] = []
+    for name, parameter in plan.parameters.items():
+        tensor_format = plan.tensors[name]
+        inputs = inputs_of(source, name, tensor_format)
+        used.update(tensor.name for tensor in inputs)
+        if not inputs:
+            missing.append(name)
+        elif tensor_format.quantized and not is_plain(inputs, name):
+            for text in _part_problems(inputs, name, parameter.shape, tensor_format):
+                found.setdefault((text, None), []).append(name)
+        else:
+            for text, fix in _plain_problems(inputs[0], parameter.shape, quantized_source=bool(plan.quantized)):
+                found.setdefault((text, fix), []).append(name)
+    errors = _missing(source, plan, missing, key)
+    errors += [_error(text, names, key, fix) for (text, fix), names in found.items()]
+    return errors + _left_over(source, plan, used, key)
+
+
+def _error(text: str, names: list[str], key: str, fix: str | None) -> UserError:
+    more = f" (and {len(names) - 1} more: {shorten(names[1:])})" if len(names) > 1 else ""
+    return UserError(f"{names[0]} {text}{more}", key=key, fix=fix or INCOMPLETE)
+
+
+def _plain_problems(stored: StoredTensor, shape: tuple[int, ...], *, quantized_source: bool) -> Iterator[tuple[str, str]]:
+    if stored.dtype not in UNQUANTIZED_DTYPES:
+        said = "calls it unquantized" if quantized_source else "names no quantization"
+        yield (
+            f"is stored as {stored.dtype} although config.json {said}",
+            "give the config.json that belongs to these weights, or start from a bf16 checkpoint",
+        )
+    if stored.shape != shape:
+        yield f"has shape {stored.shape}, config.json implies {shape}", INCOMPLETE
+
+
+def _part_problems(
+    inputs: tuple[StoredTensor, ...], name: str, shape: tuple[int, ...], tensor_format: TensorFormat
+) -> Iterator[str]:
+    """How the parts of one quantized weight differ from what its format has."""
+    columns, group = shape[-1], tensor_format.group_size
+    if tensor_format.strategy == "group" and columns % group:
+        yield f"has {columns} columns, which groups of {group} do not divide"
+        return
+    module = module_of(name)
+    parts = {stored.name.removeprefix(f"{module}."): stored for stored in inputs}
+    for expected in expected_parts(shape, tensor_format):
+        present = [part for part in expected.names if part in parts]
+        if len(present) != 1:
+            yield f"has {' and '.join(present) or f'no {expected.names[0]} beside it'}, in {tensor_format}"
+        for part in present:
+            stored = parts.pop(part)
+            if stored.dtype not in expected.dtypes:
+                known = ", ".join(_plain(dtype) for dtype in expected.dtypes)
+                yield f"has {part} in {_plain(stored.dtype)}; {tensor_format} has {known}"
+            if stored.shape not in expected.shapes:
+                known = " or ".join(map(str, expected.shapes))
+                yield f"has {part} of shape {stored.shape}; {tensor_format} of a weight {shape} has {known}"
+    if parts:
+        yield f"has {', '.join(sorted(parts))} beside it, which {tensor_format} does not have"
+
+
+def expected_parts(shape: tuple[int, ...], tensor_format: TensorFormat) -> tuple[Expected, ...]:
+    """The parts of a weight [out, in], as this program and others write them."""
+    rows, columns = shape
+    groups = 1 if tensor_format.group_size == -1 else columns // max(tensor_format.group_size, 1)
+    channel = ((rows,),) if tensor_format.strategy == "channel" else ()
+    match tensor_format.format:
+        case Format.int4 | Format.int8:
+            bits = tensor_format.bits
+            parts = (
+                Expected(("weight_packed",), (torch.int32,), ((rows, -(-columns * bits // 32)),)),
+                Expected(("weight_scale",), UNQUANTIZED_DTYPES, ((rows, groups), *channel)),
+                Expected(("weight_shape",), (torch.int64, torch.int32), ((2,),)),
+            )
+            if tensor_format.symmetric:
+                return parts
+            return *parts, Expected(("weight_zero_point",), (torch.int32,), ((-(-rows * bits // 32), groups),))
+        case Format.fp8:
+            scales = fp8.scale_shape(shape, tensor_format.strategy)
+            more = {"channel": channel, "tensor": ((), (1, 1)), "block": ()}[tensor_format.strategy]
+            return (
+                Expected(("weight",), (torch.float8_e4m3fn,), (shape,)),
+                Expected(("weight_scale", "weight_scale_inv"), (*UNQUANTIZED_DTYPES, torch.float8_e8m0fnu), (scales, *more)),
+            )
+        case Format.mxfp4:
+            scale = Expected(("weight_scale",), (torch.uint8, torch.float8_e8m0fnu), ((rows, groups),))
+            return Expected(("weight_packed",), (torch.uint8,), ((rows, columns // 2),)), scale
+        case Format.nvfp4:
+            return (
+                Expected(("weight_packed",), (torch.uint8,), ((rows, columns // 2),)),
+                Expected(("weight_scale",), (torch.float8_e4m3fn,), ((rows, groups),)),
+                Expected(("weight_global_scale",), (torch.float32,), ((1,), ())),
+            )
+    raise AssertionError(tensor_format)
+
+
+def _missing(source: Source, plan: PrecisionPlan, missing: list[str], key: str) -> list[UserError]:
+    """Why weights of the table are not there."""
+    if not missing:
+        return []
+    experts = [name for name in missing if plan.parameters[name].role is Role.routed_expert]
+    fused = [name for name, stored in source.tensors.items() if ".experts." in name and len(stored.shape) == 3]
+    if experts and fused:
+        return [
+            UserError(
+                f"the experts of {source.folder} lie fused in 3-D tensors, first {fused[0]} {source.tensors[fused[0]].shape}; "
+                f"they are read one by one ({experts[0]})",
+                key=key,
+                fix="save the checkpoint with one matrix per expert, as it was published",
+            )
+        ]
+    return [
+        UserError(
+            f"{len(missing)} weights that config.json implies are not in {source.folder}: {shorten(missing)}",
+            key=key,
+            fix=f"{INCOMPLETE}; weights are never filled in at random",
+        )
+    ]
+
+
+def _left_over(source: Source, plan: PrecisionPlan, used: set[str], key: str) -> list[UserError]:
+    """Parts of weights that no weight claims, and tensors that cannot be weights."""
+    quantized = any(stored.dtype not in UNQUANTIZED_DTYPES for name, stored in source.tensors.items() if name in used)
+    parts: list[str] = []
+    others: dict[torch.dtype, list[str]] = {}
+    for name, stored in source.tensors.items():
+        module, _, last = name.rpartition(".")
+        if name in used or (last in CACHE_PARTS and quantized):
+            continue
+        if last in INPUT_PARTS and _quantized_here(source, plan, module):
+            continue
+        if name not in plan.parameters and any(word in last for word in PART_WORDS):
+            parts.append(name)
+        elif name not in plan.parameters and stored.dtype not in UNQUANTIZED_DTYPES:
+            others.setdefault(stored.dtype, []).append(name)
+    errors = []
+    if parts:
+        errors.append(
+            UserError(
+                f"{len(parts)} parts of quantized weights are left over, which config.json does not explain: {shorten(parts)}",
+                key=key,
+                fix="give the config.json that belongs to these weights",
+            )
+        )
+    for dtype, names in others.items():
+        errors.append(
+            UserError(
+                f"{shorten(names)} belong{'s' if len(names) == 1 else ''} to no weight that config.json implies, and "
+                f"{'is' if len(names) == 1 else 'are'} stored as {dtype}",
+                key=key,
+                fix="start from a bf16 checkpoint",
+            )
+        )
+    return errors
+
+
+def _quantized_here(source: Source, plan: PrecisionPlan, module: str) -> bool:
+    name = f"{module}.weight"
+    if name not in plan.tensors or not plan.tensors[name].quantized:
+        return False
+    return not is_plain(inputs_of(source, name, plan.tensors[name]), name)
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,110 @@
+"""config.json of a folder that somebody else made: read within limits, or refused in words. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+from runner.models import FAMILIES, family_of
+from runner.models.family import Family
+from runner.schema import ModelConfig
+
+CONFIG = "config.json"
+MAX_CONFIG_BYTES = 16 << 20  # published ones have 1 KB to 200 KB; those that list every unquantized module, a few MB
+MAX_EXPERT_MATRICES = 500_000  # layers times experts; Kimi-K2 has 23,424. The table of parameters has one line for each
+
+
+def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; UserError for one that is missing, larger than `limit` bytes, nested too deeply or no object."""
+    if not path.is_file():  # a pipe or a device would never end
+        raise UserError(f"{path} is missing", fix="give a folder in Hugging Face layout")
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise UserError(f"{path} has {size} bytes; at most {limit} are read", fix="download it again")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", fix="make it readable") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply", fix="download it again") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}", fix="download it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object", fix="download it again")
+    return value
+
+
+def architectures_of(config: dict[str, Any], where: object) -> list[str]:
+    """`architectures`, [] where it is absent or null."""
+    found = config.get("architectures")
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{where}: `architectures` is {shown(found)}; it must be a list of names")
+    return found
+
+
+def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[str, Any]]:
+    """(the family that reads this config.json, the ModelConfig fields in it); UserError for an architecture that no family reads
+    and for numbers that are missing, of another type or beyond all limits."""
+    where = folder / CONFIG
+    architectures = architectures_of(config, where)
+    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
+    if family is None:
+        known = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
+        found = ", ".join(architectures) or "none"
+        raise UserError(f"unknown architecture in {where}: {shown(found)}", fix=f"known: {known}")
+    try:
+        fields = family.from_hf_config(config, folder.name)
+    except ValueError as error:
+        raise UserError(str(error), fix=f"correct {where}, or download it again") from None
+    if fields["num_layers"] * fields["num_experts"] > MAX_EXPERT_MATRICES:
+        raise UserError(
+            f"{where} asks for {fields['num_layers']} layers of {fields['num_experts']} experts, more than any model has",
+            fix="download it again",
+        )
+    return family, fields
+
+
+# ModelConfig fields that a model group and the checkpoint that it starts from must have alike
+SIZES = (
+    *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
+    *("attention_bias", "num_experts", "experts_top_k", "expert_ffn_size", "num_shared_experts", "num_dense_layers"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_mtp_layers"),
+)
+
+
+def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> None:
+    """UserError unless a folder's config.json is of the model's family and has its sizes."""
+    key, family = "model.hf_checkpoint", family_of(model)
+    architectures = architectures_of(config, folder / CONFIG)
+    if not set(architectures) & set(family.architectures):
+        raise UserError(
+            f"'{model.hf_checkpoint}' holds {shown(', '.join(architectures)) or 'no named architecture'}; "
+            f"family {family.name} reads {', '.join(family.architectures)}",
+            key=key,
+            fix="choose the model group or the family that matches the checkpoint",
+        )
+    try:
+        _, fields = family_fields(config, folder)
+    except UserError as error:
+        raise UserError(error.problem, key=key, fix=error.fix) from None
+    differing = [
+        f"{size} is {getattr(model, size)} in the config, {fields[size]} in the checkpoint"
+        for size in SIZES
+        if getattr(model, size) != fields[size]
+    ]
+    if differing:
+        raise UserError(
+            f"{model.name}: {'; '.join(differing)}",
+            key="model",
+            fix="make the architecture numbers of the model group those of the checkpoint's config.json",
+        )
+
+
+def shown(value: object) -> str:
+    """A value of somebody else's file for a message: one short line."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
