@@ -83,7 +83,6 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING  # a file of runner/models: qwen3, qwen3_moe, deepseek, mimo, qwen3_vl
     hf_checkpoint: Optional[str] = MISSING  # a folder or hub id; null: random start (tiny models)
-    trust_remote_code: bool = MISSING
     num_layers: int = MISSING
     hidden_size: int = MISSING
     ffn_size: int = MISSING  # of a dense mlp

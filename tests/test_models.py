@@ -129,7 +129,6 @@ def test_config_json_round_trip(tiny: ModelConfig, tmp_path: Path) -> None:
     assert {key: getattr(tiny, key) for key in fields} == fields
     assert fields.keys() == ModelConfig.__dataclass_fields__.keys() - {
         "hf_checkpoint",
-        "trust_remote_code",
         "toy_twin",
         "int4_group_size",
     }

@@ -9,7 +9,7 @@ from runner.samples import Batch, Sample, Status, WeightSpan
 from runner.schema import Config, Convention, Correction, Estimator, Format, GridConfig, ModelConfig, QatPlacement
 
 MOE: dict[str, object] = dict(  # noqa: C408
-    name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=2, hidden_size=32,
+    name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, num_layers=2, hidden_size=32,
     ffn_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
     norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.1, num_experts=4,
     experts_top_k=2, expert_ffn_size=32, num_shared_experts=0, num_dense_layers=0, router_score="softmax",

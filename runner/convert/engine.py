@@ -67,7 +67,6 @@ def convert(
     roles: Callable[[ModelConfig], Iterable[Role]],
     *,
     workers: int,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write `source` (a checkpoint folder) to `target` with the matrices of `roles` in `tensor_format`.
@@ -78,7 +77,7 @@ def convert(
     only read.
     """
     opened = open_source(source)
-    model = model_of(opened, trust_remote_code=trust_remote_code)
+    model = model_of(opened)
     check_apart(source, target)
     jobs, quantization_config = plan_jobs(opened, model, tensor_format, roles)
     with Partial(target, identity(opened, jobs)) as partial:

@@ -137,11 +137,8 @@ def _header(folder: Path, shard: str) -> Iterator[StoredTensor]:
             yield StoredTensor(name, shard, DTYPES[view.get_dtype()], tuple(view.get_shape()))
 
 
-def model_of(source: Source, *, trust_remote_code: bool = False) -> ModelConfig:
-    """The model that config.json describes; UserError for an architecture that no family reads.
-
-    The converter itself never runs code of a checkpoint; `trust_remote_code` only travels into the model config.
-    """
+def model_of(source: Source) -> ModelConfig:
+    """The model that config.json describes; UserError for an architecture that no family reads."""
     architectures = source.config.get("architectures") or []
     family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
     if family is None:
@@ -152,7 +149,7 @@ def model_of(source: Source, *, trust_remote_code: bool = False) -> ModelConfig:
         read = family.from_hf_config(source.config, source.folder.name)
     except ValueError as error:
         raise UserError(str(error)) from None
-    own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "trust_remote_code": trust_remote_code, "toy_twin": "none"}
+    own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "toy_twin": "none"}
     return ModelConfig(**(own | read))
 
 

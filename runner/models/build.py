@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from runner.convert.reading import local_folder, read_weight
 from runner.convert.source import open_source
 from runner.errors import UserError
-from runner.models import family_of, mimo_torch
+from runner.models import family_of
 from runner.models.family import Family
+from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line
 from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import PrecisionPlan, nested_quantization_config
@@ -50,13 +51,12 @@ def build_model(
     UserError when the checkpoint cannot be read, or its architecture or tensors are not those of the family's table.
     """
     family = family_of(model)
-    mimo_torch.register()
     auto_class = AutoModelForImageTextToText if model.vision else AutoModelForCausalLM
     kernels = {"attn_implementation": attention}
     if family.moe_layers(model):
         kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
     if model.hf_checkpoint is None:
-        config = AutoConfig.for_model(**family.hf_config(model))
+        config = checkpoint_config(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = auto_class.from_config(config, dtype=torch.float32, **kernels)
@@ -71,38 +71,20 @@ def _from_checkpoint(
     model: ModelConfig, family: Family, auto_class: Any, dtype: torch.dtype, kernels: dict[str, str]
 ) -> PreTrainedModel:
     assert model.hf_checkpoint is not None
-    key = "model.hf_checkpoint"
+    config = checkpoint_config(model)
+    if getattr(config, "quantization_config", None):
+        return _from_quantized(model, family, auto_class, config, dtype, kernels)
     try:
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        architectures = config.architectures or []
-        if not set(architectures) & set(family.architectures):
-            raise UserError(
-                f"'{model.hf_checkpoint}' holds {', '.join(architectures) or 'no named architecture'}; "
-                f"family {family.name} reads {', '.join(family.architectures)}",
-                key=key,
-                fix="choose the model group or the family that matches the checkpoint",
-            )
-        if getattr(config, "quantization_config", None):
-            return _from_quantized(model, family, auto_class, config, dtype, kernels)
         built, report = auto_class.from_pretrained(
-            model.hf_checkpoint,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **kernels,
+            model.hf_checkpoint, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kernels
         )
     except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        fix = "give a local folder or a hub id that this machine can reach"
-        if "trust_remote_code" in str(error):
-            fix = "set model.trust_remote_code=true if you trust the code in this checkpoint"
-        raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=key, fix=fix) from error
+        raise UserError(f"cannot load '{model.hf_checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
             f"'{model.hf_checkpoint}' lacks {len(missing)} weights, first {missing[0]}",
-            key=key,
+            key=KEY,
             fix="use a complete checkpoint; weights are never filled in at random",
         )
     return built
@@ -195,14 +177,14 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
 def save_config(model: ModelConfig, folder: Path) -> None:
     """Write config.json, without a quantization_config, the tokenizer's files and a vision model's preprocessor_config.json:
     an engine can start from it without weights."""
-    mimo_torch.register()
+    folder.mkdir(parents=True, exist_ok=True)
     if model.hf_checkpoint is None:
-        AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
+        checkpoint_config(model).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
     else:
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        if hasattr(config, "quantization_config"):  # the checkpoint's; what is written beside this file says its own
-            del config.quantization_config
-        config.save_pretrained(folder)
-    load_tokenizer(model).save_pretrained(folder)
+        # the checkpoint's quantization; what is written beside this file says its own
+        values = {name: value for name, value in config_values(model).items() if name != "quantization_config"}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        copy_tokenizer(model.hf_checkpoint, folder)
     if model.vision:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))

@@ -14,6 +14,7 @@ from runner.schema import ModelConfig, Role
 class DeepSeek(common.SparseFamily):
     name = "deepseek"
     architectures: tuple[str, ...] = ("DeepseekV3ForCausalLM",)
+    model_types: tuple[str, ...] = ("deepseek_v3", "kimi_k2")
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         hidden = model.hidden_size

@@ -41,6 +41,7 @@ class StackedParameter:
 class Family(Protocol):
     name: str
     architectures: tuple[str, ...]  # config.json "architectures" that this family reads
+    model_types: tuple[str, ...]  # config.json "model_type"s of them; the first is transformers' own
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         """Every parameter, in checkpoint order; tied lm_head is left out."""

@@ -56,6 +56,7 @@ def processor_config(model: ModelConfig) -> dict[str, Any]:
 class Qwen3VL(common.DenseFamily):
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
+    model_types: tuple[str, ...] = ("qwen3_vl",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from _visual_parameters(model)
