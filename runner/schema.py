@@ -106,6 +106,8 @@ class ModelConfig:
     router_score: str = MISSING  # softmax or sigmoid
     router_bias: bool = MISSING  # selection bias of aux-loss-free balancing
     routed_scaling_factor: float = MISSING
+    expert_groups: int = MISSING  # the router first chooses groups of experts (DeepSeek-V3: 4 of 8); 1: it does not
+    expert_groups_top_k: int = MISSING
     # multi-head latent attention; kv_lora_rank 0 is plain attention
     q_lora_rank: int = MISSING  # 0: no low-rank query
     kv_lora_rank: int = MISSING

@@ -16,6 +16,8 @@ COMMON = {
     "router_score": "softmax",
     "router_bias": False,
     "routed_scaling_factor": 1.0,
+    "expert_groups": 1,
+    "expert_groups_top_k": 1,
     "num_mtp_layers": 0,
     "vision": False,
     "toy_twin": "tiny_moe",

@@ -138,7 +138,8 @@ def test_config_json_that_is_not_understood_is_named() -> None:
     family = FAMILIES["deepseek"]
     config = family.hf_config(TINY["kimi_like"])
     with pytest.raises(ValueError, match="n_group"):
-        family.from_hf_config(config | {"n_group": 8}, "grouped")
+        family.from_hf_config(config | {"n_group": None}, "grouped")
+    assert family.from_hf_config({k: v for k, v in config.items() if k != "n_group"}, "grouped")["expert_groups"] == 8
     del config["kv_lora_rank"]
     with pytest.raises(ValueError, match="kv_lora_rank"):
         family.from_hf_config(config, "incomplete")

@@ -29,7 +29,7 @@ from runner.convert.calibration import KEY, hub_dataset, is_file, read_tokens
 from runner.convert.engine import SPACE_MARGIN, Report, check_apart, identity, write_target
 from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
-from runner.convert.source import Source, StoredTensor, model_of, open_shard, open_source
+from runner.convert.source import Source, StoredTensor, model_of, open_shard, open_source, without_unused
 from runner.errors import UserError
 from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
@@ -89,9 +89,11 @@ def convert_gptq(
     python = driver_python(cfg)
     opened = open_source(source)
     model = model_of(opened)
+    opened, notes = without_unused(opened, model)
     check_apart(source, target)
     plan = PrecisionPlan.with_format(model, tensor_format, roles(model))
     jobs = quantizing_jobs(opened, plan)
+    jobs.notes += notes
     tokens = calibration_tokens(cfg, model, python)
     with Partial(target, identity(opened, jobs) | _settings(cfg, tokens)) as partial:
         weights = [job for job in jobs if job.action is Action.encode]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,21 @@ def model_of(source: Source) -> ModelConfig:
         raise UserError(str(error)) from None
     own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "toy_twin": "none"}
     return ModelConfig(**(own | read))
+
+
+def without_unused(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
+    """The source without the tensors of parts that nothing here computes (DeepSeek-V3's multi-token-prediction layer), and with a
+    config.json that does not promise them; a note about them."""
+    family = FAMILIES[model.family]
+    left_out = [name for name in source.tensors if family.unused(model, name)]
+    if not left_out:
+        return source, []
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in set(left_out)}
+    config = source.config | {"num_nextn_predict_layers": model.num_mtp_layers}
+    note = (
+        f"{len(left_out)} tensors of multi-token-prediction layers, which runner does not use, were left out, first {left_out[0]}"
+    )
+    return replace(source, tensors=tensors, config=config), [note]
 
 
 def parameters_of(model: ModelConfig) -> dict[str, Parameter]:

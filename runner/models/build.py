@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from runner.convert.reading import local_folder, read_weight
 from runner.convert.source import open_source
 from runner.errors import UserError
-from runner.models import family_of
+from runner.models import agreement, family_of
 from runner.models.family import Family
 from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line
 from runner.models.qwen3_vl import processor_config
@@ -71,6 +71,7 @@ def _from_checkpoint(
     model: ModelConfig, family: Family, auto_class: Any, dtype: torch.dtype, kernels: dict[str, str]
 ) -> PreTrainedModel:
     assert model.hf_checkpoint is not None
+    agreement.check(model, family, config_values(model))
     config = checkpoint_config(model)
     if getattr(config, "quantization_config", None):
         return _from_quantized(model, family, auto_class, config, dtype, kernels)
@@ -186,5 +187,5 @@ def save_config(model: ModelConfig, folder: Path) -> None:
         values = {name: value for name, value in config_values(model).items() if name != "quantization_config"}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         copy_tokenizer(model.hf_checkpoint, folder)
-    if model.vision:
+    if model.vision and not (folder / "preprocessor_config.json").exists():
         (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))

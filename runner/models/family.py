@@ -55,6 +55,11 @@ class Family(Protocol):
         """Global ids of the layers with routed experts, ascending."""
         ...
 
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """Whether a stored tensor belongs to a part that published checkpoints have and nothing here computes: it is left out by
+        name, where another tensor that the table does not have would be an error or a note."""
+        ...
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of this architecture, for transformers' AutoConfig.for_model(**d) and for engines."""
         ...

@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # of images
 
 
 def file_of(checkpoint: str, name: str) -> Path | None:
@@ -65,9 +66,10 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
             key=KEY,
             fix="choose the model group or the family that matches the checkpoint",
         )
-    return {name: value for name, value in values.items() if name not in ("auto_map", "_commit_hash")} | {
-        "model_type": family.model_types[0]
-    }
+    values = {name: value for name, value in values.items() if name not in ("auto_map", "_commit_hash")}
+    if "num_nextn_predict_layers" in values:  # DeepSeek-V3 has one that nothing here computes
+        values["num_nextn_predict_layers"] = model.num_mtp_layers
+    return values | {"model_type": family.model_types[0]}
 
 
 def checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
@@ -107,8 +109,8 @@ def tokenizer_code(settings: dict[str, Any]) -> str | None:
 
 
 def copy_tokenizer(checkpoint: str, folder: Path) -> None:
-    """Put the tokenizer's files into `folder` as they were published, its code with them: it is copied, never run."""
-    names = list(TOKENIZER_FILES)
+    """Put the files of the tokenizer and the image processor into `folder` as published; code among them is copied, never run."""
+    names = [*TOKENIZER_FILES, *PROCESSOR_FILES]
     if code := tokenizer_code(tokenizer_settings(checkpoint)):
         names.append(code)
     while names:

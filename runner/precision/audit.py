@@ -6,7 +6,7 @@ Every function returns a list of differences in words, [] when the sides agree; 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,13 @@ def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     return nested_quantization_config(json.loads(path.read_text()))
 
 
-def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint") -> list[str]:
+def audit_checkpoint(
+    plan: PrecisionPlan, folder: Path, label: str = "checkpoint", unused: Callable[[str], bool] | None = None
+) -> list[str]:
     """A plan against a folder: its quantization_config, and what its tensors really are.
 
-    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor.
+    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor. `unused`: names
+    that belong to no parameter, and to no error (Family.unused).
     """
     found: list[str] = []
     try:
@@ -139,6 +142,8 @@ def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint
     fused: dict[str, set[float]] = {}
     for exported in read_checkpoint(folder):
         seen.add(exported.name)
+        if exported.name not in plan.tensors and unused is not None and unused(exported.name):
+            continue
         if exported.name not in plan.tensors:
             groups.setdefault("not a parameter of this model", []).append(exported.name)
             continue

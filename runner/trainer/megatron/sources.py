@@ -10,6 +10,7 @@ import torch
 from runner.convert.reading import local_folder, read_weight
 from runner.convert.source import open_source
 from runner.errors import UserError
+from runner.models import agreement
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.models.family import Family
 from runner.precision.plan import PrecisionPlan
@@ -37,5 +38,6 @@ def open_weights(cfg: Config, family: Family) -> tuple[Read, dict[str, Any]]:
             key="model.hf_checkpoint",
             fix="choose the model group or the family that matches the checkpoint",
         )
+    agreement.check(model, family, source.config)
     plan = PrecisionPlan.from_quantization_config(model, source.config.get("quantization_config"))
     return lambda name: read_weight(source, plan, name), source.config
