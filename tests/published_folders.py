@@ -122,6 +122,15 @@ def published(folder: Path, kind: str, **fields: Any) -> ModelConfig:
     return ModelConfig(**(vars(config) | {"hf_checkpoint": str(folder)}))
 
 
+def with_planted_code(folder: Path) -> None:
+    """Add to any checkpoint folder code that config.json and tokenizer_config.json ask to run."""
+    for name, kinds in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("AutoTokenizer",))):
+        values = json.loads((folder / name).read_text())
+        values["auto_map"] = {kind: f"planted.{kind}" for kind in kinds}
+        (folder / name).write_text(json.dumps(values))
+    (folder / "planted.py").write_text(PLANTED.format(mark=str(folder.parent / "ran")))
+
+
 def overrides(config: ModelConfig, base: str = "tiny_mla") -> list[str]:
     """What a user types for such a folder."""
     left_out = ("name", "toy_twin", "int4_group_size", "vision")

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
 import torch
+from convert_sources import write_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_folders import BASE, NAMED, VOCAB, nothing_ran, overrides, published, ranks, write_tokenizer
+from published_folders import BASE, NAMED, VOCAB, nothing_ran, overrides, published, ranks, with_planted_code, write_tokenizer
+from tiny_models import BASE as BASE_MODEL
 
 from runner.convert.engine import convert
 from runner.convert.source import model_of, open_source
@@ -20,12 +23,14 @@ from runner.errors import UserError
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
 from runner.models.published import checkpoint_config
 from runner.models.tiktoken_file import PATTERN, TiktokenTokenizer, other_pattern
-from runner.models.tokenizer import load_tokenizer
+from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.draft import _model_config
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.schema import Convention, ModelConfig, PrecisionConfig
+from runner.trainer.mtp import build_layers
 
 KINDS = ("moonlight", "kimi")
 # as the published tokenization_moonshot.py and tokenization_kimi.py have it, alternative by alternative
@@ -213,6 +218,27 @@ def test_what_is_saved_beside_weights_loads_again_without_code(folder: tuple[Pat
     engine = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert engine["model_type"] == "deepseek_v3" and engine["architectures"] == ["DeepseekV3ForCausalLM"]
     assert "auto_map" not in engine and nothing_ran(path) and nothing_ran(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mimo"])
+def test_code_beside_other_families_does_not_run_either(tmp_path: Path, family: str) -> None:
+    """MiMo's folders bring theirs; a tokenizer.json is complete without the class that the folder names."""
+    fields: dict[str, Any] = {"num_mtp_layers": 1, "attention_bias": True, "qk_norm": False} if family == "mimo" else {}
+    config = ModelConfig(**(BASE_MODEL | {"name": "tiny", "family": family} | fields))
+    write_source(tmp_path / "source", config, shards=1)
+    with_planted_code(tmp_path / "source")
+    started = ModelConfig(**(vars(config) | {"hf_checkpoint": str(tmp_path / "source")}))
+    built = build_model(started, dtype=torch.float32, seed=0)
+    assert type(built).__module__.startswith(("transformers.", "runner."))
+    assert load_tokenizer(started)("12").input_ids == byte_tokenizer()("12").input_ids
+    if family == "mimo":
+        layers, _ = build_layers(started, "sdpa", torch.float32)
+        assert len(layers) == 1
+    draft = _model_config(config, str(tmp_path / "source"), "speculative.draft_model")
+    build_model(draft, dtype=torch.float32, seed=0)
+    save_config(started, tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert nothing_ran(tmp_path / "source")
 
 
 SHORT = [

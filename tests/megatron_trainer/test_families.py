@@ -48,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "deepseek yarn, one mscale": ("mla", {}, {"rope_scaling": YARN | {"mscale_all_dim": 0.7}}),
     "deepseek linear": ("mla", {}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "deepseek groups": ("mla", GROUPS, {}),
+    "deepseek groups, replayed": ("mla", GROUPS, {}),
     "mimo yarn": ("mtp", {}, {"rope_scaling": YARN}),
 }
 
@@ -75,7 +76,7 @@ def write(folder: Path, model: str, numbers: dict[str, Any], changes: dict[str, 
 def _config(case: str, make: Any, folder: Path) -> Config:
     model, numbers, changes = CASES[case]
     values = {**MODELS[model], **numbers, "hf_checkpoint": str(folder / case)}
-    cfg: Config = make(values, **FP32, **{"router_replay.trainer": case == "deepseek groups"})
+    cfg: Config = make(values, **FP32, **{"router_replay.trainer": "replayed" in case})
     return cfg
 
 
@@ -95,7 +96,7 @@ def compute(folder: Path) -> None:
         if not parallel_state.is_initialized():
             worker.initialize(cfg, 0, f"file://{folder}/rendezvous")
         rank = worker.Worker(cfg)
-        before = rank.logprobs(batch(cfg), "quantized", "own")
+        before = rank.logprobs(batch(cfg), "quantized", "replayed")
         result = rank.step(batch(cfg))
         torch.save((before, {key: result.metrics[key] for key in ("train/loss", "train/grad_norm")}), folder / f"{case}.pt")
 
