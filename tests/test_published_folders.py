@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiktoken
 import torch
-from convert_sources import write_source
+from convert_sources import model, write_source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_folders import BASE, NAMED, VOCAB, nothing_ran, overrides, published, ranks, with_planted_code, write_tokenizer
@@ -239,6 +239,23 @@ def test_code_beside_other_families_does_not_run_either(tmp_path: Path, family: 
     save_config(started, tmp_path / "saved")
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert nothing_ran(tmp_path / "source")
+
+
+def test_a_file_of_the_tokenizer_that_is_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
+    config = model("qwen3")
+    write_source(tmp_path / "source", config, shards=1)
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "source" / "generation_config.json").symlink_to(tmp_path / "secret")
+    started = ModelConfig(**(vars(config) | {"hf_checkpoint": str(tmp_path / "source")}))
+    with pytest.raises(UserError, match="leads out of its folder"):
+        save_config(started, tmp_path / "saved")
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    (tmp_path / "source" / "generation_config.json").unlink()
+    (tmp_path / "source" / "tokenizer.json").rename(blobs / "abc")
+    (tmp_path / "source" / "tokenizer.json").symlink_to(blobs / "abc")  # as the hub's own downloads lie
+    save_config(started, tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
 
 
 SHORT = [

@@ -16,7 +16,7 @@ from runner.convert.source import open_source
 from runner.errors import UserError
 from runner.models import agreement, family_of
 from runner.models.family import Family
-from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line
+from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line, location
 from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import PrecisionPlan, nested_quantization_config
@@ -77,7 +77,12 @@ def _from_checkpoint(
         return _from_quantized(model, family, auto_class, config, dtype, kernels)
     try:
         built, report = auto_class.from_pretrained(
-            model.hf_checkpoint, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, **kernels
+            location(model.hf_checkpoint),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **kernels,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load '{model.hf_checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error

@@ -36,10 +36,15 @@ TOKENIZER_FILES = (
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")  # of images
 
 
+def location(checkpoint: str) -> str:
+    """What transformers takes: it does not know `~`."""
+    return str(Path(checkpoint).expanduser()) if checkpoint.startswith("~") else checkpoint
+
+
 def file_of(checkpoint: str, name: str) -> Path | None:
     """One file of a local folder or of a hub repository (fetched where the hub can be reached); None where it has none."""
     found = cached_file(
-        checkpoint,
+        location(checkpoint),
         name,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
@@ -55,7 +60,7 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
     """
     checkpoint, family = str(model.hf_checkpoint), family_of(model)
     try:
-        values, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        values, _ = PreTrainedConfig.get_config_dict(location(checkpoint))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load '{checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
     architectures, model_type = values.get("architectures") or [], values.get("model_type", family.model_types[0])
@@ -116,8 +121,10 @@ def copy_tokenizer(checkpoint: str, folder: Path) -> None:
     while names:
         name = names.pop()
         path = file_of(checkpoint, name)
-        if path is None or not _stays_inside(path):
+        if path is None:
             continue
+        if not _stays_inside(path):
+            raise UserError(f"{path} is a link that leads out of its folder", key=KEY, fix="put the file itself there")
         shutil.copyfile(path, folder / name)
         if path.suffix == ".py":  # what it imports from beside itself
             beside = re.findall(r"^\s*from \.(\w+) import", path.read_text(errors="replace"), re.MULTILINE)
@@ -125,9 +132,10 @@ def copy_tokenizer(checkpoint: str, folder: Path) -> None:
 
 
 def _stays_inside(path: Path) -> bool:
-    """Whether a file is where it seems to be: a link may lead to another file of its folder, or into the hub's own cache."""
-    inside = path.parent.parent.parent if path.parent.parent.name == "snapshots" else path.parent
-    return path.resolve().is_relative_to(inside.resolve())
+    """Whether a file is where it seems to be: a link may lead to another file of its folder, or into a hub cache."""
+    found = path.resolve()
+    in_a_cache = found.parent.name == "blobs" and found.parent.parent.name.startswith("models--")
+    return in_a_cache or found.is_relative_to(path.parent.resolve())
 
 
 def first_line(error: Exception) -> str:

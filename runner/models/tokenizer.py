@@ -8,7 +8,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from runner.errors import UserError
 from runner.models import tiktoken_file
-from runner.models.published import KEY, REACHABLE, TOKENIZER_CONFIG, file_of, first_line, tokenizer_code, tokenizer_settings
+from runner.models.published import (
+    KEY,
+    REACHABLE,
+    TOKENIZER_CONFIG,
+    file_of,
+    first_line,
+    location,
+    tokenizer_code,
+    tokenizer_settings,
+)
 from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE, byte_characters
 from runner.schema import ModelConfig
 
@@ -79,7 +88,7 @@ def _published(checkpoint: str, embeddings: int) -> PreTrainedTokenizerBase:
         other = tiktoken_file.other_pattern(path.read_text(encoding="utf-8", errors="replace")) if path else None
         if other is not None:
             raise _unreadable(checkpoint, f"{code} splits text by another pattern than the published one, {other!r}")
-        return tiktoken_file.TiktokenTokenizer.from_pretrained(checkpoint, embeddings=embeddings)
+        return tiktoken_file.TiktokenTokenizer.from_pretrained(location(checkpoint), embeddings=embeddings)
     if not complete and code:
         raise _unreadable(checkpoint, f"it is class {settings.get('tokenizer_class')} in {code}")
     if not complete and ranks is not None:
@@ -87,8 +96,8 @@ def _published(checkpoint: str, embeddings: int) -> PreTrainedTokenizerBase:
             checkpoint, f"{tiktoken_file.FILE} does not say how text is split, and {TOKENIZER_CONFIG} names no class"
         )
     if code:  # complete without it
-        return PreTrainedTokenizerFast.from_pretrained(checkpoint)
-    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(location(checkpoint))
+    return AutoTokenizer.from_pretrained(location(checkpoint), trust_remote_code=False)
 
 
 def _unreadable(checkpoint: str, why: str) -> UserError:
