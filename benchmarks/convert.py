@@ -84,7 +84,7 @@ def by_operators(function: Callable[[torch.Tensor], Packed], weights: list[torch
 def tiny_moe(hidden: int, ffn: int, experts: int) -> ModelConfig:
     sizes = PLAIN | {"num_experts": experts, "experts_top_k": 2, "expert_ffn_size": ffn}
     return ModelConfig(
-        name="bench", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=1, hidden_size=hidden,
+        name="bench", family="qwen3_moe", hf_checkpoint=None, num_layers=1, hidden_size=hidden,
         ffn_size=ffn, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
         norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.02, toy_twin="none", **sizes,
     )  # fmt: skip

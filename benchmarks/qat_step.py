@@ -53,11 +53,12 @@ def build_config(kind: str, args: argparse.Namespace) -> Config:
         eps=1e-8, clip_grad_norm=1.0, cpu_offload=False,
     )  # fmt: skip
     model = ModelConfig(
-        name="bench", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=args.layers,
+        name="bench", family="qwen3_moe", hf_checkpoint=None, num_layers=args.layers,
         hidden_size=args.hidden, ffn_size=2 * args.hidden, num_heads=4, num_kv_heads=2, head_dim=args.hidden // 4,
         vocab_size=272, max_context_tokens=512, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=True, attention_bias=False,
         qk_norm=True, initializer_range=0.05, num_experts=8, experts_top_k=2, expert_ffn_size=args.hidden,
         num_shared_experts=0, num_dense_layers=0, router_score="softmax", router_bias=False, routed_scaling_factor=1.0,
+        expert_groups=1, expert_groups_top_k=1,
         q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0, num_mtp_layers=0,
         vision=False, toy_twin="tiny_moe",
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -144,9 +144,9 @@ def image_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> I
         raise UserError(f"{model.name} has no visual tower", key="model", fix="model=tiny_vlm")
     ids = (VISION_START_ID, IMAGE_ID, VISION_END_ID)
     if model.hf_checkpoint is not None:
-        from transformers import AutoConfig
+        from runner.models.published import checkpoint_config
 
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
+        config: Any = checkpoint_config(model)
         ids = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
     mark = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
     return ImageProcessor(tower(model), mark, ids[1])

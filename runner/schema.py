@@ -100,7 +100,6 @@ class ModelConfig:
     name: str = MISSING
     family: str = MISSING  # a file of runner/models: qwen3, qwen3_moe, deepseek, mimo, qwen3_vl
     hf_checkpoint: Optional[str] = MISSING  # a folder or hub id; null: random start (tiny models)
-    trust_remote_code: bool = MISSING
     num_layers: int = MISSING
     hidden_size: int = MISSING
     ffn_size: int = MISSING  # of a dense mlp
@@ -124,6 +123,8 @@ class ModelConfig:
     router_score: str = MISSING  # softmax or sigmoid
     router_bias: bool = MISSING  # selection bias of aux-loss-free balancing
     routed_scaling_factor: float = MISSING
+    expert_groups: int = MISSING  # the router first chooses groups of experts (DeepSeek-V3: 4 of 8); 1: it does not
+    expert_groups_top_k: int = MISSING
     # multi-head latent attention; kv_lora_rank 0 is plain attention
     q_lora_rank: int = MISSING  # 0: no low-rank query
     kv_lora_rank: int = MISSING

@@ -9,7 +9,6 @@ MOE_NONE = {"num_experts": 0, "experts_top_k": 0, "expert_ffn_size": 0, "num_sha
 MLA_NONE = {"q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
 COMMON = {
     "hf_checkpoint": "given",
-    "trust_remote_code": False,
     "max_context_tokens": 40960,
     "rope_theta": 1e6,
     "norm_eps": 1e-6,
@@ -17,6 +16,8 @@ COMMON = {
     "router_score": "softmax",
     "router_bias": False,
     "routed_scaling_factor": 1.0,
+    "expert_groups": 1,
+    "expert_groups_top_k": 1,
     "num_mtp_layers": 0,
     "vision": False,
     "toy_twin": "tiny_moe",

@@ -264,7 +264,7 @@ def with_value(config: dict[str, Any], path: tuple[Any, ...], value: Any) -> dic
 def read_it(config: dict[str, Any]) -> None:
     """All that convert, audit and a run's start read of a config.json."""
     _, fields = family_fields(config, Path("folder"))
-    own = {"hf_checkpoint": "folder", "trust_remote_code": False, "toy_twin": "none"}
+    own = {"hf_checkpoint": "folder", "toy_twin": "none"}
     PrecisionPlan.from_quantization_config(ModelConfig(**(own | fields)), nested_quantization_config(config)).summary()
 
 

@@ -129,7 +129,6 @@ def test_config_json_round_trip(tiny: ModelConfig, tmp_path: Path) -> None:
     assert {key: getattr(tiny, key) for key in fields} == fields
     assert fields.keys() == ModelConfig.__dataclass_fields__.keys() - {
         "hf_checkpoint",
-        "trust_remote_code",
         "toy_twin",
         "int4_group_size",
     }
@@ -139,7 +138,8 @@ def test_config_json_that_is_not_understood_is_named() -> None:
     family = FAMILIES["deepseek"]
     config = family.hf_config(TINY["kimi_like"])
     with pytest.raises(ValueError, match="n_group"):
-        family.from_hf_config(config | {"n_group": 8}, "grouped")
+        family.from_hf_config(config | {"n_group": None}, "grouped")
+    assert family.from_hf_config({k: v for k, v in config.items() if k != "n_group"}, "grouped")["expert_groups"] == 8
     del config["kv_lora_rank"]
     with pytest.raises(ValueError, match="kv_lora_rank"):
         family.from_hf_config(config, "incomplete")

@@ -8,7 +8,6 @@ from runner.models.common import PLAIN
 
 BASE: dict[str, Any] = PLAIN | {
     "hf_checkpoint": None,
-    "trust_remote_code": False,
     "num_layers": 2,
     "hidden_size": 64,
     "ffn_size": 128,

@@ -19,11 +19,12 @@ from runner.schema import (
 )
 
 MOE: dict[str, object] = dict(  # noqa: C408
-    name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, trust_remote_code=False, num_layers=2, hidden_size=32,
+    name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, num_layers=2, hidden_size=32,
     ffn_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
     norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.1, num_experts=4,
     experts_top_k=2, expert_ffn_size=32, num_shared_experts=0, num_dense_layers=0, router_score="softmax",
-    router_bias=False, routed_scaling_factor=1.0, q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0,
+    router_bias=False, routed_scaling_factor=1.0, expert_groups=1,
+    expert_groups_top_k=1, q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0,
     v_head_dim=0, num_mtp_layers=0, vision=False, toy_twin="tiny_moe",
 )  # fmt: skip
 DENSE = {**MOE, "name": "tiny_dense", "family": "qwen3", "num_experts": 0, "experts_top_k": 0, "expert_ffn_size": 0}

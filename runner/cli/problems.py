@@ -26,6 +26,7 @@ from runner.errors import UserError
 from runner.schema import Config
 
 COMMAND_LINE = "the command line"
+REMOVED = {"model.trust_remote_code": "leave it out: code of a checkpoint is never run; what only it can read is refused"}
 HIDDEN_GROUPS = ("shared", "scale/twin", "hydra")  # building blocks, not choices of a user
 
 
@@ -236,6 +237,8 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
         node = node._get_node(part)
     else:
         return None
+    if key in REMOVED:
+        return UserError("no longer a key", key=key, where=where, fix=REMOVED[key])
     known = [*all_keys(result.raw), *(choices if "." not in key else ())]
     close = nearest(key, known)
     shown = _shown(value) if not isinstance(value, dict) else "..."

@@ -33,7 +33,7 @@ def main(cfg: Config, overrides: list[str]) -> int:
     if problems:
         raise UserErrors(problems)
     console = Console()
-    model = model_of(open_source(source), trust_remote_code=cfg.model.trust_remote_code)
+    model = model_of(open_source(source))
     tensor_format, chosen = with_groups_of(target_format(cfg), model, cfg.precision, overrides)
     if chosen:
         console.print(chosen, highlight=False)
@@ -46,7 +46,6 @@ def main(cfg: Config, overrides: list[str]) -> int:
             tensor_format,
             roles_of(cfg.precision),
             workers=cfg.convert.workers,
-            trust_remote_code=cfg.model.trust_remote_code,
             progress=bar.advance,
         )
     print_summary(report, console)
@@ -62,7 +61,6 @@ def _gptq(cfg: Config, source: Path, target: Path, tensor_format: TensorFormat, 
         tensor_format,
         roles_of(cfg.precision),
         cfg.convert,
-        trust_remote_code=cfg.model.trust_remote_code,
         console=console,
     )
     print_summary(report, console)

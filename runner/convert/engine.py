@@ -24,7 +24,7 @@ import torch
 from runner.convert.jobs import Action, Job, Jobs, dequantizing_jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
-from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source
+from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source, without_unused
 from runner.errors import UserError
 from runner.precision import formats, int4, kernels
 from runner.precision.plan import PrecisionPlan, without_quantization_config
@@ -67,7 +67,6 @@ def convert(
     roles: Callable[[ModelConfig], Iterable[Role]],
     *,
     workers: int,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write `source` (a checkpoint folder) to `target` with the matrices of `roles` in `tensor_format`.
@@ -78,9 +77,11 @@ def convert(
     only read.
     """
     opened = open_source(source)
-    model = model_of(opened, trust_remote_code=trust_remote_code)
+    model = model_of(opened)
+    opened, notes = without_unused(opened, model)
     check_apart(source, target)
     jobs, quantization_config = plan_jobs(opened, model, tensor_format, roles)
+    jobs.notes += notes
     with Partial(target, identity(opened, jobs)) as partial:
         return write_target(opened, jobs, quantization_config, partial, workers=workers, progress=progress)
 

@@ -29,8 +29,9 @@ from runner.convert.calibration import KEY, hub_dataset, is_file, read_tokens
 from runner.convert.engine import SPACE_MARGIN, Report, check_apart, identity, write_target
 from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
-from runner.convert.source import Source, StoredTensor, model_of, open_shard, open_source
+from runner.convert.source import Source, StoredTensor, model_of, open_shard, open_source, without_unused
 from runner.errors import UserError
+from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
 from runner.precision import int4
 from runner.precision.audit import audit_checkpoint
@@ -73,7 +74,6 @@ def convert_gptq(
     roles: Callable[[ModelConfig], frozenset[Role]],
     cfg: ConvertConfig,
     *,
-    trust_remote_code: bool,
     console: Console,
 ) -> tuple[Report, Calibration]:
     """Write `source` to `target` with the matrices of `roles` quantized by GPTQ on the grid of `tensor_format`.
@@ -88,10 +88,12 @@ def convert_gptq(
         )
     python = driver_python(cfg)
     opened = open_source(source)
-    model = model_of(opened, trust_remote_code=trust_remote_code)
+    model = model_of(opened)
+    opened, notes = without_unused(opened, model)
     check_apart(source, target)
     plan = PrecisionPlan.with_format(model, tensor_format, roles(model))
     jobs = quantizing_jobs(opened, plan)
+    jobs.notes += notes
     tokens = calibration_tokens(cfg, model, python)
     with Partial(target, identity(opened, jobs) | _settings(cfg, tokens)) as partial:
         weights = [job for job in jobs if job.action is Action.encode]
@@ -102,7 +104,7 @@ def convert_gptq(
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             scales = _write_scales(opened, weights, work)
-            request = _request(opened, tensor_format, cfg, work, scales, tokens, trust_remote_code)
+            request = _request(opened, model, tensor_format, cfg, work, scales, tokens)
             errors = _run_driver(python, request, work, len(weights), console)
             (work / RESULT).write_text(json.dumps({"identity": partial.identity, "errors": errors}))
         _use_integers(jobs, work)
@@ -187,18 +189,18 @@ def _write_scales(source: Source, weights: list[Job], work: Path) -> list[Path]:
 
 def _request(
     source: Source,
+    model: ModelConfig,
     tensor_format: TensorFormat,
     cfg: ConvertConfig,
     work: Path,
     scales: list[Path],
     tokens: list[list[int]],
-    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """See gptq_driver.quantize."""
     (work / "tokens.json").write_text(json.dumps(tokens))
     return {
         "model": str(source.folder.resolve()),
-        "trust_remote_code": trust_remote_code,
+        "config": config_values(model),
         "tokens": str((work / "tokens.json").resolve()),
         "scales": [str(path.resolve()) for path in scales],
         "num_bits": tensor_format.bits,

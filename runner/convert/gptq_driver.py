@@ -64,21 +64,23 @@ def quantize(request: dict[str, Any], events: TextIO) -> None:
     """GPTQ (Frantar et al., arXiv 2210.17323) of the linear modules that `scales` names, layer after layer, each calibrated
     on the outputs of the quantized layers before it; all experts see all tokens, whatever the router says.
 
-    Reads: model (folder), trust_remote_code, tokens (JSON, a list of token lists), scales (safetensors files, module name
-    -> bf16 [out, groups]), num_bits, group_size (-1: a row), damping. Writes `integers` files: module name -> int8
-    [out, in]. Events: "weights" with each module's squared output error on the calibration
+    Reads: model (folder), config (config.json in the words of transformers' own class), tokens (JSON, a list of token lists),
+    scales (safetensors files, module name -> bf16 [out, groups]), num_bits, group_size (-1: a row), damping. Writes
+    `integers` files: module name -> int8 [out, in]. Events: "weights" with each module's squared output error on the calibration
     data, GPTQ's and round-to-nearest's on the same grid; "done".
     """
     import torch
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import linearize_moe
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     tokens = json.loads(Path(request["tokens"]).read_text())
     emit(events, "loading")
-    model = AutoModelForCausalLM.from_pretrained(
-        request["model"], dtype=torch.bfloat16, trust_remote_code=request["trust_remote_code"]
-    )
+    values = request["config"]
+    if values["model_type"] not in CONFIG_MAPPING:  # its folder may bring code, which is not run
+        raise Reported(f"llmcompressor's transformers has no model_type {values['model_type']}", "method=rtn")
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    model = AutoModelForCausalLM.from_pretrained(request["model"], config=config, dtype=torch.bfloat16, trust_remote_code=False)
     # transformers 5 fuses experts into stacks [E, out, in]; GPTQ needs a linear module for each. llmcompressor's loader that
     # skips the stack imports every model of transformers, and so packages that are not here.
     linearize_moe(model)

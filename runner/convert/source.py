@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,14 +206,26 @@ def _header(folder: Path, shard: str) -> Iterator[StoredTensor]:
             yield StoredTensor(name, shard, DTYPES[view.get_dtype()], tuple(view.get_shape()))
 
 
-def model_of(source: Source, *, trust_remote_code: bool = False) -> ModelConfig:
-    """The model that config.json describes; UserError for an architecture that no family reads.
-
-    The converter itself never runs code of a checkpoint; `trust_remote_code` only travels into the model config.
-    """
+def model_of(source: Source) -> ModelConfig:
+    """The model that config.json describes; UserError for an architecture that no family reads."""
     _, read = family_fields(source.config, source.folder)
-    own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "trust_remote_code": trust_remote_code, "toy_twin": "none"}
+    own: dict[str, Any] = {"hf_checkpoint": str(source.folder), "toy_twin": "none"}
     return ModelConfig(**(own | read))
+
+
+def without_unused(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
+    """The source without the tensors of parts that nothing here computes (DeepSeek-V3's multi-token-prediction layer), and with a
+    config.json that does not promise them; a note about them."""
+    family = FAMILIES[model.family]
+    left_out = [name for name in source.tensors if family.unused(model, name)]
+    if not left_out:
+        return source, []
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in set(left_out)}
+    config = source.config | {"num_nextn_predict_layers": model.num_mtp_layers}
+    note = (
+        f"{len(left_out)} tensors of multi-token-prediction layers, which runner does not use, were left out, first {left_out[0]}"
+    )
+    return replace(source, tensors=tensors, config=config), [note]
 
 
 def parameters_of(model: ModelConfig) -> dict[str, Parameter]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from runner.convert.reading import KEY, open_checkpoint, read_weight
+from runner.convert.reading import open_checkpoint, read_weight
 from runner.convert.source import Source
 from runner.errors import UserError
-from runner.models import family_of, mimo_torch
-from runner.models.ends import GENERATION_CONFIG, checkpoint_file
+from runner.models import family_of
 from runner.models.family import Family
+from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line, location
 from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import LOADING_ERRORS, byte_tokenizer, load_tokenizer
 from runner.precision.plan import QUANTIZATION_KEYS, PrecisionPlan, nested_quantization_config
@@ -52,13 +51,12 @@ def build_model(
     UserError when the checkpoint cannot be read, or its architecture or tensors are not those of the family's table.
     """
     family = family_of(model)
-    mimo_torch.register()
     auto_class = AutoModelForImageTextToText if model.vision else AutoModelForCausalLM
     kernels = {"attn_implementation": attention}
     if family.moe_layers(model):
         kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
     if model.hf_checkpoint is None:
-        config = AutoConfig.for_model(**family.hf_config(model))
+        config = checkpoint_config(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = auto_class.from_config(config, dtype=torch.float32, **kernels)
@@ -74,27 +72,23 @@ def _from_checkpoint(
 ) -> PreTrainedModel:
     assert model.hf_checkpoint is not None
     source, plan = open_checkpoint(model)
+    config = checkpoint_config(model)
+    if nested_quantization_config(source.config) is not None or not source.named:
+        return _weight_by_weight(model, family, auto_class, config, dtype, kernels, source, plan)
     try:
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        if nested_quantization_config(source.config) is not None or not source.named:
-            return _weight_by_weight(model, family, auto_class, config, dtype, kernels, source, plan)
         built, report = auto_class.from_pretrained(
-            model.hf_checkpoint,
+            location(model.hf_checkpoint),
             config=config,
             dtype=dtype,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             **kernels,
         )
     except LOADING_ERRORS as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        fix = "give a local folder or a hub id that this machine can reach"
-        if "trust_remote_code" in str(error):
-            fix = "set model.trust_remote_code=true if you trust the code in this checkpoint"
-        raise UserError(f"cannot load '{model.hf_checkpoint}': {first}", key=KEY, fix=fix) from error
-    for kind, keys in (("lacks", "missing_keys"), ("has weights that the model does not use:", "unexpected_keys")):
-        found = report[keys]
+        raise UserError(f"cannot load '{model.hf_checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
+    unexpected = [name for name in report["unexpected_keys"] if not family.unused(model, name)]
+    for kind, found in (("lacks", report["missing_keys"]), ("has weights that the model does not use:", unexpected)):
         if found:
             raise UserError(
                 f"'{model.hf_checkpoint}' {kind} {len(found)} weights, first {min(found)}",
@@ -118,7 +112,6 @@ def _weight_by_weight(
 
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
-    _without_quantization(config)
     with no_init_weights():
         built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
     _check_table(model, family, built)
@@ -128,11 +121,13 @@ def _weight_by_weight(
     return built
 
 
-def _without_quantization(config: Any) -> None:
-    for holder in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for key in QUANTIZATION_KEYS:
-            if holder is not None and hasattr(holder, key):
-                delattr(holder, key)
+def _without_quantization(values: dict[str, Any]) -> dict[str, Any]:
+    """config.json without a word about quantization, in its parts (`text_config`) too."""
+    return {
+        name: _without_quantization(value) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in QUANTIZATION_KEYS
+    }
 
 
 def _check_table(model: ModelConfig, family: Family, built: PreTrainedModel) -> None:
@@ -202,15 +197,14 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
 def save_config(model: ModelConfig, folder: Path) -> None:
     """Write config.json, without a quantization_config, the tokenizer's files, the checkpoint's generation_config.json (which
     says where a turn ends) and a vision model's preprocessor_config.json: an engine can start from it without weights."""
-    mimo_torch.register()
+    folder.mkdir(parents=True, exist_ok=True)
     if model.hf_checkpoint is None:
-        AutoConfig.for_model(**family_of(model).hf_config(model)).save_pretrained(folder)
+        checkpoint_config(model).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
     else:
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-        _without_quantization(config)  # the checkpoint's; what is written beside this file says its own
-        config.save_pretrained(folder)
-        if (generation := checkpoint_file(model, GENERATION_CONFIG)) is not None:
-            shutil.copyfile(generation, folder / GENERATION_CONFIG)
-    load_tokenizer(model).save_pretrained(folder)
-    if model.vision:
+        # the checkpoint's quantization; what is written beside this file says its own
+        values = _without_quantization(config_values(model))
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        copy_tokenizer(model.hf_checkpoint, folder)
+    if model.vision and not (folder / "preprocessor_config.json").exists():
         (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))

@@ -19,6 +19,8 @@ PLAIN: dict[str, Any] = {
     "router_score": "softmax",
     "router_bias": False,
     "routed_scaling_factor": 1.0,
+    "expert_groups": 1,
+    "expert_groups_top_k": 1,
     "q_lora_rank": 0,
     "kv_lora_rank": 0,
     "qk_nope_head_dim": 0,
@@ -46,6 +48,9 @@ DEFAULTS: dict[str, Any] = {
 class DenseFamily:
     """A family without experts: nothing is fused in memory."""
 
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        return False
+
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
         yield from ()
 
@@ -55,6 +60,9 @@ class DenseFamily:
 
 class SparseFamily:
     """A family whose layers after the first `num_dense_layers` have routed experts under `mlp`."""
+
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        return False
 
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
         for layer in self.moe_layers(model):

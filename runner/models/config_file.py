@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import UserError
-from runner.models import FAMILIES, family_of
+from runner.models import FAMILIES, agreement, family_of
 from runner.models.family import Family
 from runner.schema import ModelConfig
 
@@ -68,16 +68,8 @@ def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[st
     return family, fields
 
 
-# ModelConfig fields that a model group and the checkpoint that it starts from must have alike
-SIZES = (
-    *("num_layers", "hidden_size", "ffn_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "tied_embeddings"),
-    *("attention_bias", "num_experts", "experts_top_k", "expert_ffn_size", "num_shared_experts", "num_dense_layers"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_mtp_layers"),
-)
-
-
 def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> None:
-    """UserError unless a folder's config.json is of the model's family and has its sizes."""
+    """UserError unless a folder's config.json is of the model's family and says the same about it."""
     key, family = "model.hf_checkpoint", family_of(model)
     architectures = architectures_of(config, folder / CONFIG)
     if not set(architectures) & set(family.architectures):
@@ -87,21 +79,7 @@ def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> Non
             key=key,
             fix="choose the model group or the family that matches the checkpoint",
         )
-    try:
-        _, fields = family_fields(config, folder)
-    except UserError as error:
-        raise UserError(error.problem, key=key, fix=error.fix) from None
-    differing = [
-        f"{size} is {getattr(model, size)} in the config, {fields[size]} in the checkpoint"
-        for size in SIZES
-        if getattr(model, size) != fields[size]
-    ]
-    if differing:
-        raise UserError(
-            f"{model.name}: {'; '.join(differing)}",
-            key="model",
-            fix="make the architecture numbers of the model group those of the checkpoint's config.json",
-        )
+    agreement.check(model, family, config)
 
 
 def shown(value: object) -> str:

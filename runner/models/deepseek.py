@@ -3,6 +3,7 @@ sigmoid router, a selection bias, and shared experts fused into one mlp."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
 class DeepSeek(common.SparseFamily):
     name = "deepseek"
     architectures: tuple[str, ...] = ("DeepseekV3ForCausalLM",)
+    model_types: tuple[str, ...] = ("deepseek_v3", "kimi_k2")
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         hidden = model.hidden_size
@@ -40,6 +42,11 @@ class DeepSeek(common.SparseFamily):
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
 
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """Multi-token-prediction layers, which lie behind the last layer of the model (DeepSeek-V3: model.layers.61)."""
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        return layer is not None and int(layer[1]) >= model.num_layers
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
             "model_type": "deepseek_v3",
@@ -56,8 +63,8 @@ class DeepSeek(common.SparseFamily):
             "first_k_dense_replace": model.num_dense_layers,
             "routed_scaling_factor": model.routed_scaling_factor,
             "norm_topk_prob": True,
-            "n_group": 1,
-            "topk_group": 1,
+            "n_group": model.expert_groups,
+            "topk_group": model.expert_groups_top_k,
             "num_nextn_predict_layers": 0,
             # transformers implies these three; engines read them
             "moe_layer_freq": 1,
@@ -68,13 +75,11 @@ class DeepSeek(common.SparseFamily):
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
         reader = common.ConfigReader(config, name, DEFAULTS)
         reader.must_be("hidden_act", "silu", absent="silu")
-        reader.must_be("n_group", 1, absent=1)
-        reader.must_be("topk_group", 1, absent=1)
+        reader.must_be("rope_interleave", True, absent=True)
         reader.must_be("moe_layer_freq", 1, absent=1)
         reader.must_be("norm_topk_prob", True, absent=True)
         reader.must_be("scoring_func", "sigmoid", absent="sigmoid")
         reader.must_be("topk_method", "noaux_tc", absent="noaux_tc")
-        reader.must_be("num_nextn_predict_layers", 0, absent=0)
         query_key_dim = reader.whole("qk_nope_head_dim") + reader.whole("qk_rope_head_dim")
         experts = reader.whole("n_routed_experts", high=common.MAX_EXPERTS)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=query_key_dim) | {
@@ -86,12 +91,22 @@ class DeepSeek(common.SparseFamily):
             "router_score": "sigmoid",
             "router_bias": True,
             "routed_scaling_factor": reader.number("routed_scaling_factor"),
+            "expert_groups": _groups(reader, "n_group", 8),
+            "expert_groups_top_k": _groups(reader, "topk_group", 4),
             "q_lora_rank": reader.optional_whole("q_lora_rank", 0),
             "kv_lora_rank": reader.whole("kv_lora_rank"),
             "qk_nope_head_dim": reader.whole("qk_nope_head_dim"),
             "qk_rope_head_dim": reader.whole("qk_rope_head_dim"),
             "v_head_dim": reader.whole("v_head_dim"),
         }
+
+
+def _groups(reader: common.ConfigReader, key: str, absent: int) -> Any:
+    """Groups of the router; `absent` is what transformers takes. It cannot compute with null."""
+    value = reader.config.get(key, absent)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json of {reader.name}: `{key}` is {value!r}, not a number of groups")
+    return value
 
 
 def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from runner.errors import UserError
+from runner.models.published import file_of
 from runner.schema import ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
@@ -119,16 +119,9 @@ def checkpoint_file(model: ModelConfig, name: str) -> Path | None:
     if model.hf_checkpoint is None:
         return None
     try:
-        found = cached_file(
-            model.hf_checkpoint,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+        return file_of(model.hf_checkpoint, name)
     except (OSError, ValueError):  # what cannot be read at all is reported by those that load tokenizer and weights
         return None
-    return None if found is None else Path(found)
 
 
 def _ids(value: Any, place: str) -> tuple[int, ...]:

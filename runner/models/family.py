@@ -41,6 +41,7 @@ class StackedParameter:
 class Family(Protocol):
     name: str
     architectures: tuple[str, ...]  # config.json "architectures" that this family reads
+    model_types: tuple[str, ...]  # config.json "model_type"s of them; the first is transformers' own
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         """Every parameter, in checkpoint order; tied lm_head is left out."""
@@ -52,6 +53,11 @@ class Family(Protocol):
 
     def moe_layers(self, model: ModelConfig) -> list[int]:
         """Global ids of the layers with routed experts, ascending."""
+        ...
+
+    def unused(self, model: ModelConfig, name: str) -> bool:
+        """Whether a stored tensor belongs to a part that published checkpoints have and nothing here computes: it is left out by
+        name, where another tensor that the table does not have would be an error or a note."""
         ...
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from runner.schema import ModelConfig, Role
 class MiMo(common.DenseFamily):
     name = "mimo"
     architectures: tuple[str, ...] = ("MiMoForCausalLM",)
+    model_types: tuple[str, ...] = ("mimo",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

@@ -13,6 +13,7 @@ from runner.schema import ModelConfig, Role
 class Qwen3(common.DenseFamily):
     name = "qwen3"
     architectures: tuple[str, ...] = ("Qwen3ForCausalLM",)
+    model_types: tuple[str, ...] = ("qwen3",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

@@ -13,6 +13,7 @@ from runner.schema import ModelConfig, Role
 class Qwen3Moe(common.SparseFamily):
     name = "qwen3_moe"
     architectures: tuple[str, ...] = ("Qwen3MoeForCausalLM",)
+    model_types: tuple[str, ...] = ("qwen3_moe",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)

@@ -1,6 +1,7 @@
-"""Qwen3-VL, dense, for tiny vision models: a Qwen3 decoder behind a visual tower with deepstack mergers.
+"""Qwen3-VL, dense: a Qwen3 decoder behind a visual tower with deepstack mergers.
 
-ModelConfig has no numbers of a visual tower: they follow the decoder's width (`tower`), which suits tiny models only.
+ModelConfig has no numbers of a visual tower. A checkpoint's are those of its config.json; those of a tiny model without a
+checkpoint follow the decoder's width (`tower`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from runner.errors import UserError
 from runner.models import common
+from runner.models.agreement import local_config
 from runner.models.family import Parameter
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
 from runner.schema import ModelConfig, Role
@@ -40,9 +43,54 @@ class VisualTower:
 
 
 def tower(model: ModelConfig) -> VisualTower:
-    return VisualTower(hidden_size=model.hidden_size, ffn_size=model.ffn_size, num_heads=model.num_heads)
+    """The tower of a checkpoint, or the toy one. A hub id that is not on this machine yet counts as transformers' default tower
+    until it is loaded."""
+    if model.hf_checkpoint is None:
+        return VisualTower(hidden_size=model.hidden_size, ffn_size=model.ffn_size, num_heads=model.num_heads)
+    config = local_config(model) or {}
+    vision = config.get("vision_config")
+    try:
+        return read_tower(vision if isinstance(vision, dict) else {}, model.hf_checkpoint)
+    except ValueError as error:
+        raise UserError(str(error), key="model.hf_checkpoint", fix="a checkpoint whose visual tower has a usual shape") from None
 
 
+def read_tower(vision: dict[str, Any], name: str) -> VisualTower:
+    """From `vision_config`; what is left out has transformers' value. ValueError naming what is not understood."""
+    reader = common.ConfigReader(vision, name)
+    reader.must_be("hidden_act", "gelu_pytorch_tanh", absent="gelu_pytorch_tanh")
+    reader.must_be("in_channels", 3, absent=3)
+    numbers = {key: reader.optional(key, absent) for key, absent in TOWER_KEYS.items()}
+    for key, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
+            raise ValueError(f"config.json of {name}: `{key}` of vision_config is {value!r}, not a size")
+    deepstack = reader.optional("deepstack_visual_indexes", [8, 16, 24])
+    layers = range(numbers["depth"])
+    if not isinstance(deepstack, list) or any(index not in layers for index in deepstack):
+        raise ValueError(f"config.json of {name}: `deepstack_visual_indexes` is {deepstack!r}, not of {len(layers)} layers")
+    return VisualTower(
+        hidden_size=numbers["hidden_size"],
+        ffn_size=numbers["intermediate_size"],
+        num_heads=numbers["num_heads"],
+        depth=numbers["depth"],
+        patch_size=numbers["patch_size"],
+        temporal_patch_size=numbers["temporal_patch_size"],
+        merge=numbers["spatial_merge_size"],
+        num_positions=numbers["num_position_embeddings"],
+        deepstack_layers=tuple(deepstack),
+    )
+
+
+TOWER_KEYS = {  # of vision_config, with transformers' values for what is left out
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "depth": 27,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "num_position_embeddings": 2304,
+}
 MEAN = STD = 0.5  # of every channel, after rescaling to [0, 1]: Qwen3-VL's own
 
 
@@ -64,6 +112,7 @@ def processor_config(model: ModelConfig) -> dict[str, Any]:
 class Qwen3VL(common.DenseFamily):
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
+    model_types: tuple[str, ...] = ("qwen3_vl",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from _visual_parameters(model)
@@ -113,20 +162,14 @@ class Qwen3VL(common.DenseFamily):
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
         whole = common.ConfigReader(config, name, DEFAULTS)
         reader, visual = whole.part("text_config"), whole.part("vision_config")
+        reader.must_be("hidden_act", "silu", absent="silu")
         fields = common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
         fields |= {"vision": True, "tied_embeddings": whole.flag("tie_word_embeddings", False)}
-        expected = VisualTower(fields["hidden_size"], fields["ffn_size"], fields["num_heads"])
-        for key, value in {
-            "hidden_size": expected.hidden_size,
-            "intermediate_size": expected.ffn_size,
-            "num_heads": expected.num_heads,
-            "depth": expected.depth,
-            "patch_size": expected.patch_size,
-            "spatial_merge_size": expected.merge,
-            "num_position_embeddings": expected.num_positions,
-            "deepstack_visual_indexes": list(expected.deepstack_layers),
-        }.items():
-            visual.must_be(key, value, absent=None)
+        read = read_tower(visual.config, name)
+        visual.must_be("out_hidden_size", fields["hidden_size"], absent=3584)
+        if len(read.deepstack_layers) > fields["num_layers"]:
+            count = len(read.deepstack_layers)
+            raise ValueError(f"config.json of {name}: {count} deepstack layers for {fields['num_layers']} layers")
         return fields
 
 

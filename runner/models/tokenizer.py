@@ -8,7 +8,18 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runner.errors import UserError
-from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE
+from runner.models import tiktoken_file
+from runner.models.published import (
+    KEY,
+    REACHABLE,
+    TOKENIZER_CONFIG,
+    file_of,
+    first_line,
+    location,
+    tokenizer_code,
+    tokenizer_settings,
+)
+from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE, byte_characters
 from runner.schema import ModelConfig
 
 # what transformers makes of a file with values that it does not expect
@@ -22,7 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     It is byte-level BPE without merges, so digits are single tokens and any text round-trips.
     """
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
-    for byte, character in _byte_characters().items():
+    for byte, character in byte_characters().items():
         vocabulary[character] = FIRST_BYTE_ID + byte
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -35,18 +46,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
     )
-
-
-def _byte_characters() -> dict[int, str]:
-    """byte -> the printable character that stands for it in byte-level BPE (GPT-2's table, which tokenizers uses).
-
-    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table |= {byte: chr(0x100 + index) for index, byte in enumerate(others)}
-    return table
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -63,12 +62,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             )
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
-    except LOADING_ERRORS as error:
+        tokenizer = _published(model.hf_checkpoint, model.vocab_size)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(
-            f"cannot load the tokenizer of '{model.hf_checkpoint}': {_first_line(error)}",
-            key="model.hf_checkpoint",
-            fix="give a local folder or a hub id that this machine can reach",
+            f"cannot load the tokenizer of '{model.hf_checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE
         ) from error
     if len(tokenizer) > model.vocab_size:
         raise UserError(
@@ -79,5 +78,34 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _published(checkpoint: str, embeddings: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint from its files of ids and texts; code beside them is not run.
+
+    UserError for one that only its own code can read: transformers would take it for another one of a similar shape.
+    """
+    settings = tokenizer_settings(checkpoint)
+    code, complete = tokenizer_code(settings), file_of(checkpoint, "tokenizer.json") is not None
+    ranks = file_of(checkpoint, tiktoken_file.FILE)
+    if settings.get("tokenizer_class") == tiktoken_file.CLASS and ranks is not None:
+        path = file_of(checkpoint, code) if code else None
+        other = tiktoken_file.other_pattern(path.read_text(encoding="utf-8", errors="replace")) if path else None
+        if other is not None:
+            raise _unreadable(checkpoint, f"{code} splits text by another pattern than the published one, {other!r}")
+        return tiktoken_file.TiktokenTokenizer.from_pretrained(location(checkpoint), embeddings=embeddings)
+    if not complete and code:
+        raise _unreadable(checkpoint, f"it is class {settings.get('tokenizer_class')} in {code}")
+    if not complete and ranks is not None:
+        raise _unreadable(
+            checkpoint, f"{tiktoken_file.FILE} does not say how text is split, and {TOKENIZER_CONFIG} names no class"
+        )
+    if code:  # complete without it
+        return PreTrainedTokenizerFast.from_pretrained(location(checkpoint))
+    return AutoTokenizer.from_pretrained(location(checkpoint), trust_remote_code=False)
+
+
+def _unreadable(checkpoint: str, why: str) -> UserError:
+    return UserError(
+        f"the tokenizer of '{checkpoint}' cannot be read without running code of the checkpoint, which runner never does: {why}",
+        key=KEY,
+        fix="put its tokenizer.json into the folder (a tokenizer of the tokenizers library saves one)",
+    )

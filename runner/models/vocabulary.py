@@ -16,3 +16,15 @@ VOCAB_SIZE = FIRST_BYTE_ID + 256
 
 _NAMED = ("<pad>", "<eos>", "<vision_start>", "<vision_end>", "<image>", "<video>")
 SPECIAL_TOKENS = (*_NAMED, *(f"<reserved_{i}>" for i in range(len(_NAMED), FIRST_BYTE_ID)))
+
+
+def byte_characters() -> dict[int, str]:
+    """byte -> the printable character that stands for it in byte-level BPE (GPT-2's table, which tokenizers uses).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    table |= {byte: chr(0x100 + index) for index, byte in enumerate(others)}
+    return table

@@ -5,7 +5,7 @@ Every function returns a list of differences in words, [] when the sides agree; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,13 @@ def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     return nested_quantization_config(read_json(folder / CONFIG))
 
 
-def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint") -> list[str]:
+def audit_checkpoint(
+    plan: PrecisionPlan, folder: Path, label: str = "checkpoint", unused: Callable[[str], bool] | None = None
+) -> list[str]:
     """A plan against a folder: its quantization_config, and what its tensors really are.
 
-    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor.
+    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor. `unused`: names
+    that belong to no parameter, and to no error (Family.unused).
     """
     found: list[str] = []
     try:
@@ -128,6 +131,8 @@ def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint
     fused: dict[str, set[float]] = {}
     for exported in read_checkpoint(folder):
         seen.add(exported.name)
+        if exported.name not in plan.tensors and unused is not None and unused(exported.name):
+            continue
         if exported.name not in plan.tensors:
             groups.setdefault("not a parameter of this model", []).append(exported.name)
             continue

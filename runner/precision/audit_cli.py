@@ -8,12 +8,14 @@ Prints every difference and returns 1 when there is one.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
 from runner.errors import UserError
+from runner.models import family_of
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
 from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
 from runner.precision.tensor_format import TensorFormat
@@ -72,7 +74,7 @@ def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
     title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
     broken = _broken(folder, model)
-    return title, broken or audit_checkpoint(plan, folder, str(folder))
+    return title, broken or audit_checkpoint(plan, folder, str(folder), partial(family_of(model).unused, model))
 
 
 def _broken(folder: Path, model: ModelConfig) -> list[str]:

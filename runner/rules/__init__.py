@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from runner.errors import UserError
-from runner.rules import loop, megatron, numbers, parallelism, precision, sglang, vision
+from runner.rules import checkpoint, loop, megatron, numbers, parallelism, precision, sglang, vision
 from runner.schema import Config
 
 Rule = Callable[[Config], Iterator[UserError]]
 RULES: tuple[Rule, ...] = (
     *numbers.RULES,
+    *checkpoint.RULES,
     *precision.RULES,
     *parallelism.RULES,
     *megatron.RULES,

@@ -138,6 +138,27 @@ def model_numbers(cfg: Config) -> Iterator[UserError]:
             key="model.experts_top_k",
             fix=f"model.experts_top_k={min(8, model.num_experts)}",
         )
+    groups, chosen = model.expert_groups, model.expert_groups_top_k
+    if not 1 <= chosen <= groups:
+        yield UserError(
+            f"{chosen} of {groups} groups of experts",
+            key="model.expert_groups_top_k",
+            fix=f"model.expert_groups_top_k={max(1, groups)}",
+        )
+    elif groups > 1 and model.family != "deepseek":
+        yield UserError(f"family {model.family} has no groups of experts", key="model.expert_groups", fix="model.expert_groups=1")
+    elif groups > 1 and (model.num_experts % groups or model.num_experts < 2 * groups):
+        yield UserError(
+            f"{model.num_experts} experts do not make {groups} groups of 2 or more",
+            key="model.expert_groups",
+            fix="a divisor of half of model.num_experts",
+        )
+    elif model.experts_top_k > chosen * (model.num_experts // groups) and model.num_experts:
+        yield UserError(
+            f"{chosen} groups of {model.num_experts // groups} experts hold fewer than the {model.experts_top_k} of a token",
+            key="model.expert_groups_top_k",
+            fix=f"model.expert_groups_top_k={groups}",
+        )
     if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
         yield UserError(
             f"{model.num_heads} heads do not share {model.num_kv_heads} key/value heads evenly",

@@ -74,6 +74,19 @@ def heads(cfg: Config) -> Iterator[UserError]:
             key="parallelism.tp",
             fix=f"parallelism.tp={model.num_kv_heads}",
         )
+    if model.expert_groups_top_k < model.expert_groups and model.experts_top_k != 2 * model.expert_groups_top_k:
+        best = model.experts_top_k // max(1, model.expert_groups_top_k)
+        yield UserError(
+            f"Megatron ranks groups of experts by the sum of their best {best}, DeepSeek by that of the best 2",
+            key="model.expert_groups_top_k",
+            fix="trainer=torch",
+        )
+    if model.kv_lora_rank and model.attention_bias:
+        yield UserError(
+            "Megatron's latent attention has no biases",
+            key="model.attention_bias",
+            fix="trainer=torch, or a checkpoint without attention biases",
+        )
     if model.vision:
         yield UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
 

@@ -15,6 +15,8 @@ AT_LEAST_ONE = [
     "model.num_layers",
     "model.hidden_size",
     "model.num_heads",
+    "model.expert_groups",
+    "model.expert_groups_top_k",
     "model.num_kv_heads",
     "model.vocab_size",
     "model.max_context_tokens",

@@ -31,9 +31,9 @@ def seen(cfg: Config) -> Iterator[UserError]:
 
 
 def tower(cfg: Config) -> Iterator[UserError]:
-    """The tower has the decoder's width and number of heads; its rotary embedding pairs rows and columns within a head."""
+    """A toy tower has the decoder's width and number of heads; its rotary embedding pairs rows and columns within a head."""
     model = cfg.model
-    if model.vision and model.num_heads > 0 and model.hidden_size % (4 * model.num_heads):
+    if model.vision and model.hf_checkpoint is None and model.num_heads > 0 and model.hidden_size % (4 * model.num_heads):
         yield UserError(
             f"{model.num_heads} heads of the visual tower do not divide its width {model.hidden_size} into multiples of 4",
             key="model.hidden_size",
@@ -53,7 +53,11 @@ def drafts(cfg: Config) -> Iterator[UserError]:
 
 def image_tokens(cfg: Config) -> Iterator[UserError]:
     task = cfg.task
-    side = qwen3_vl.tower(cfg.model).patch_size * qwen3_vl.tower(cfg.model).merge
+    try:
+        shape = qwen3_vl.tower(cfg.model)
+    except UserError:  # said by rules/checkpoint.py
+        return
+    side = shape.patch_size * shape.merge
     if isinstance(task, VisualCountTaskConfig) and min(task.grid, task.cell_pixels) > 0:
         tokens = (task.grid * task.cell_pixels // side) ** 2 + MARKS
         if tokens >= task.max_prompt_tokens:

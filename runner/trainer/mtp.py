@@ -217,16 +217,12 @@ def all_tokens(sequences: Sequences) -> list[torch.Tensor]:
 
 def build_layers(model: ModelConfig, attention: str, dtype: torch.dtype) -> tuple[list[MiMoMTPLayer], nn.Module]:
     """(MTP layers with weights still to be filled, their rotary embedding), without the rest of the model."""
-    from transformers import AutoConfig
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    from runner.models import family_of, mimo_torch
+    from runner.models import mimo_torch
+    from runner.models.published import checkpoint_config
 
-    mimo_torch.register()
-    if model.hf_checkpoint is None:
-        config = AutoConfig.for_model(**family_of(model).hf_config(model))
-    else:
-        config = AutoConfig.from_pretrained(model.hf_checkpoint, trust_remote_code=model.trust_remote_code)
+    config = checkpoint_config(model)
     assert isinstance(config, mimo_torch.MiMoConfig)
     config._attn_implementation = attention
     layers = [MiMoMTPLayer(config, model.num_layers + index).to(dtype) for index in range(model.num_mtp_layers)]

@@ -95,9 +95,10 @@ def test_rope_scaling_of_kimi() -> None:
         "mscale": 1.0, "mscale_all_dim": 1.0,
     }  # fmt: skip
     assert arguments.rope_scaling({"rope_scaling": scaling})["rotary_scaling_factor"] == 64.0
+    assert arguments.rope_scaling({"rope_scaling": scaling})["mscale_all_dim"] == 1.0
     assert arguments.rope_scaling({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}) == {}
-    with pytest.raises(UserError, match="llama3"):
-        arguments.rope_scaling({"rope_scaling": {"rope_type": "llama3"}})
+    short = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 32768}  # a Qwen3 card's
+    assert arguments.rope_scaling(short)["original_max_position_embeddings"] == 32768
 
 
 @pytest.mark.megatron

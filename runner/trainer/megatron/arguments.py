@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from runner.errors import UserError
 from runner.models import family_of
+from runner.models.agreement import Rope
 from runner.models.family import Family
 from runner.schema import Config, Format, MegatronTrainerConfig, ModelConfig
 
@@ -186,6 +187,8 @@ def _experts(cfg: Config) -> Arguments:
         arguments |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0}
     if model.routed_scaling_factor != 1.0:
         arguments["moe_router_topk_scaling_factor"] = model.routed_scaling_factor
+    if model.expert_groups_top_k < model.expert_groups:
+        arguments |= {"moe_router_num_groups": model.expert_groups, "moe_router_group_topk": model.expert_groups_top_k}
     if model.num_shared_experts:
         arguments["moe_shared_expert_intermediate_size"] = model.num_shared_experts * model.expert_ffn_size
     return arguments
@@ -216,21 +219,21 @@ def _fp8(cfg: Config) -> Arguments:
 
 
 def rope_scaling(hf_config: dict[str, Any]) -> Arguments:
-    """MLA's YaRN arguments from a checkpoint's config.json (Kimi-K2); {} for plain rope."""
-    scaling = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    """MLA's arguments from the rotary scaling of a checkpoint's config.json (Kimi-K2, DeepSeek-V3); {} for plain rope.
+
+    Megatron's name for any scaling is YaRN. What rotates is runner/trainer/megatron/rope.py; what is left to Megatron is the
+    scale of the attention's logits, from `factor` and `mscale_all_dim`.
+    """
+    rope = Rope.of(hf_config)
+    if rope.kind == "default":
         return {}
-    if kind != "yarn":
-        raise UserError(f"rope scaling '{kind}' is not supported by trainer=megatron", key="model.hf_checkpoint")
+    values, longest = rope.values, float(hf_config.get("max_position_embeddings", 0))
+    original = values.get("original_max_position_embeddings") or longest
     return {
         "rope_type": "yarn",
-        "rotary_scaling_factor": float(scaling["factor"]),
-        "original_max_position_embeddings": int(scaling["original_max_position_embeddings"]),
-        "beta_fast": float(scaling["beta_fast"]),
-        "beta_slow": float(scaling["beta_slow"]),
-        "mscale": float(scaling["mscale"]),
-        "mscale_all_dim": float(scaling["mscale_all_dim"]),
+        "rotary_scaling_factor": float(values.get("factor") or longest / original),
+        "original_max_position_embeddings": int(original),
+        "mscale_all_dim": float(values.get("mscale_all_dim") or 0.0),
     }
 
 

@@ -18,9 +18,10 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from runner.errors import UserError
+from runner.models import family_of
 from runner.models.family import Family
 from runner.schema import Config
-from runner.trainer.megatron import arguments, names
+from runner.trainer.megatron import arguments, names, rope
 from runner.trainer.megatron.sources import Read
 from runner.trainer.megatron.specs import decoder_spec
 
@@ -88,11 +89,8 @@ def transformer_config(cfg: Config, hf_config: dict[str, Any]) -> TransformerCon
     for key in ("params_dtype", "pipeline_dtype"):
         values[key] = DTYPES[values[key]]
     values["activation_func"] = torch.nn.functional.silu
-    if not cfg.model.kv_lora_rank:
-        if arguments.rope_scaling(hf_config):
-            raise UserError("YaRN rope is supported with latent attention only", key="model.hf_checkpoint")
-        return TransformerConfig(**values)
-    return MLATransformerConfig(**values | arguments.rope_scaling(hf_config))
+    kind = MLATransformerConfig if cfg.model.kv_lora_rank else TransformerConfig
+    return kind(**values | rope.scaling_arguments(cfg.model, hf_config))
 
 
 def build_gpt(cfg: Config, config: TransformerConfig, hf_config: dict[str, Any]) -> GPTModel:
@@ -100,12 +98,15 @@ def build_gpt(cfg: Config, config: TransformerConfig, hf_config: dict[str, Any])
     RouterReplay.clear_global_router_replay_instances()  # Megatron keeps them in a class-wide list
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=decoder_spec(config, cuda=arguments.Device.of(cfg).cuda),
+        transformer_layer_spec=decoder_spec(
+            config, cuda=arguments.Device.of(cfg).cuda, output_bias=names.output_bias(cfg.model, family_of(cfg.model))
+        ),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         **arguments.gpt_model(cfg),
     )
     model.padding_idx = hf_config.get("pad_token_id")
+    rope.install(model, cfg.model)
     if arguments.Device.of(cfg).cuda:
         model.cuda(torch.cuda.current_device())
     _own_expert_replicas(model)

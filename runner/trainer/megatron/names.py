@@ -47,6 +47,11 @@ def table(model: ModelConfig, family: Family) -> dict[str, Mapped]:
     return {entry.name: entry for entry in entries}
 
 
+def output_bias(model: ModelConfig, family: Family) -> bool:
+    """Whether the attention's output projection has a bias."""
+    return any(name.endswith(".self_attention.linear_proj.bias") for name in table(model, family))
+
+
 def passengers(model: ModelConfig, family: Family) -> list[str]:
     """HF tensors that no Megatron parameter holds: multi-token-prediction layers, which the policy never runs."""
     carried = {name for entry in table(model, family).values() for name in entry.hf}

@@ -128,10 +128,30 @@ def local_rows(lengths: list[int], cp_rank: int, cp_size: int) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def decoder_spec(config: TransformerConfig, *, cuda: bool) -> TransformerBlockSubmodules:
-    """The decoder layers that this pipeline stage builds."""
-    if cuda:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+def decoder_spec(config: TransformerConfig, *, cuda: bool, output_bias: bool = False) -> TransformerBlockSubmodules:
+    """The decoder layers that this pipeline stage builds. `output_bias`: the attention's output projection has a bias (Qwen3
+    with attention_bias), which Megatron gives to all linear layers or to none."""
+    spec = _transformer_engine_spec(config) if cuda else _local_spec(config)
+    assert spec.layer_specs is not None
+    for layer in spec.layer_specs if output_bias else ():
+        attention = layer.submodules.self_attention.submodules
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    return spec
+
+
+def _with_bias(linear: Any) -> Any:
+    class WithBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"bias": True})
+
+    return WithBias
+
+
+def _transformer_engine_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=True, normalization="RMSNorm")
+
+
+def _local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     assert spec.layer_specs is not None
     multi_latent_attention.TELinear = DuplicatedLinear  # the class it builds with parallel_mode="duplicated"

@@ -1,0 +1,100 @@
+"""Whether a checkpoint's config.json is what the model group says, and what no trainer or engine here computes. Torch-free.
+
+transformers builds from config.json, Megatron, the planner and SGLang's arguments from the model group: a number on which they
+differ and that shapes no weight (rope_theta, norm_eps, routed_scaling_factor) would make two models of one checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import UserError
+from runner.models.family import Family
+from runner.schema import ModelConfig
+
+KEY = "model.hf_checkpoint"
+# of this run, not of the checkpoint; the context may be shorter than the checkpoint's
+OWN = ("name", "family", "max_context_tokens", "initializer_range", "vision")
+OF_EXPERTS = ("num_dense_layers", "router_score", "router_bias", "routed_scaling_factor", "expert_groups", "expert_groups_top_k")
+OF_PLAIN_ATTENTION = ("head_dim", "num_kv_heads")
+FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # whose angles depend on the position alone
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary scaling of a config.json. `values`: rope_scaling, or rope_parameters as transformers 5 writes them."""
+
+    kind: str
+    values: dict[str, Any]
+
+    @staticmethod
+    def of(config: dict[str, Any]) -> Rope:
+        text = config.get("text_config") or config
+        values = text.get("rope_scaling") or text.get("rope_parameters") or {}
+        if not isinstance(values, dict):
+            return Rope(f"of type {type(values).__name__}", {})
+        return Rope(str(values.get("rope_type") or values.get("type") or "default"), values)
+
+    def problem(self) -> str | None:
+        """Why trainer and engine would compute different angles; None for a kind that both know."""
+        if self.kind in ("dynamic", "longrope"):
+            return "its angles follow the longest sequence of a batch, so trainer and engine would differ"
+        if self.kind not in FIXED_ROPE and not (self.kind == "mrope" or "mrope_section" in self.values):
+            return f"known: {', '.join(FIXED_ROPE)}"
+        if self.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+            return "only a part of a head would be rotated, which no family here does"
+        return None
+
+
+def local_config(model: ModelConfig) -> dict[str, Any] | None:
+    """config.json of a checkpoint that is a local folder; None for hub ids and for files that cannot be read (whoever loads
+    the checkpoint says why)."""
+    if model.hf_checkpoint is None:
+        return None
+    try:
+        values = json.loads((Path(model.hf_checkpoint).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def problems(model: ModelConfig, family: Family, config: dict[str, Any]) -> Iterator[UserError]:
+    """Everything in which the checkpoint is not the model of the model group, or is one that nobody here computes."""
+    where = f"config.json of '{model.hf_checkpoint}'"
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not set(map(str, architectures)) & set(family.architectures):
+        return  # whoever loads the checkpoint says which family reads it
+    rope = Rope.of(config)
+    if reason := rope.problem():
+        yield UserError(f"{where} has rotary scaling {rope.kind!r}: {reason}", key=KEY, fix="a checkpoint without it")
+    try:
+        fields = family.from_hf_config(config, str(model.hf_checkpoint))
+    except ValueError as error:
+        yield UserError(str(error), key=KEY, fix="a checkpoint of a kind that this family understands")
+        return
+    except (TypeError, KeyError, AttributeError) as error:
+        yield UserError(f"{where} cannot be understood: {error!r}", key=KEY, fix="the config.json that belongs to the weights")
+        return
+    meaningless = (() if fields["num_experts"] else OF_EXPERTS) + (OF_PLAIN_ATTENTION if fields["kv_lora_rank"] else ())
+    for name, theirs in fields.items():
+        ours = getattr(model, name, theirs)
+        if name not in OWN and name not in meaningless and ours != theirs:
+            yield UserError(
+                f"{where} has {name} {theirs}, the model group {ours}", key=f"model.{name}", fix=f"model.{name}={_typed(theirs)}"
+            )
+
+
+def check(model: ModelConfig, family: Family, config: dict[str, Any]) -> None:
+    """UserError with all problems where there are any. (A rank sends one problem to its driver, not a list.)"""
+    found = list(problems(model, family, config))
+    if found:
+        text = "; ".join(error.problem for error in found)
+        raise UserError(text, key=found[0].key, fix=", ".join(dict.fromkeys(error.fix or "" for error in found)))
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
