@@ -329,6 +329,12 @@ class SglangPool:
         counters.clear()
         return metrics
 
+    def notices(self) -> list[str]:
+        found = []
+        while self._fleet.notices:  # the event loop's thread may append meanwhile
+            found.append(self._fleet.notices.popleft())
+        return found
+
     def state(self) -> dict[str, Any]:
         return {}
 

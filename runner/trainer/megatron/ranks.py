@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.folder import logs_of_this_run
 from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
@@ -143,8 +143,9 @@ class LocalRanks:
             self._lost(dead, name)
         self.close()
         if failure.traceback is None:
-            raise UserError(failure.problem, fix=failure.fix, key=failure.key)
-        raise RankFailure(f"trainer rank {rank} failed in {name}: {failure.problem}\n{failure.traceback}", fix=RESUME)
+            kind = Failure if failure.broke else UserError
+            raise kind(failure.problem, fix=failure.fix, key=failure.key)
+        raise RankFailure(f"trainer rank {rank} failed in {name}: {failure.problem}\n{failure.traceback}")
 
     def _dead_rank(self, besides: int) -> int | None:
         deadline = time.monotonic() + 1.0  # a killed process takes a moment to be reaped
@@ -164,7 +165,7 @@ class LocalRanks:
             how = "closed its connection"
         output = self._tail(rank)
         self.close()
-        raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}", fix=RESUME)
+        raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}")
 
     def _tail(self, rank: int) -> str:
         return _lines(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -180,7 +181,6 @@ class LocalRanks:
             f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
             f"all were ended. Rank {ranks[0]} was in:{_lines(stack.splitlines()[1 : 1 + LOG_LINES])}",
             key="trainer.rank_timeout_seconds",
-            fix=RESUME,
         )
 
     def close(self) -> None:
@@ -198,6 +198,3 @@ class LocalRanks:
 
 def _lines(lines: list[str]) -> str:
     return "".join(f"\n    {line}" for line in lines)
-
-
-RESUME = "resume=<this run> continues from its last complete checkpoint"
