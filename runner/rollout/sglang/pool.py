@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from runner import folder
+from runner import folder, scratch
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.precision.plan import PrecisionPlan, shorten
@@ -59,7 +59,8 @@ class SglangPool:
         self._tokens, self._seconds, self._stall = 0, 0.0, 0.0
         for line in arguments.warnings(cfg):
             print(f"warning: {line}", file=sys.stderr)
-        self._scratch = Path(tempfile.mkdtemp(prefix="runner-sglang-"))
+        self._scratch = scratch.make("runner-sglang-")
+        self._own_logs = None if folder.logs_of_this_run() else Path(tempfile.mkdtemp(prefix="runner-logs-"))  # outside of a run
         write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
         self._writer: WeightWriter | DeltaWriter | None = None
@@ -87,7 +88,9 @@ class SglangPool:
             if common["device"] == "cuda":
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
-            servers.append(Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads))
+            servers.append(
+                Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads, scratch=self._scratch)
+            )
         return servers
 
     def _router(self, api_key: str) -> Router | None:
@@ -123,7 +126,7 @@ class SglangPool:
             ) from error
 
     def _logs(self) -> Path:
-        return folder.logs_of_this_run() or self._scratch
+        return self._own_logs or folder.logs_of_this_run() or self._scratch
 
     def _audit(self) -> None:
         """The engines quantize what the plan says, in every server, or the run does not start."""
@@ -356,8 +359,9 @@ class SglangPool:
         self._loop.close()
         if self._writer is not None:
             self._writer.close()
-        if not keep_logs:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        scratch.remove(self._scratch)
+        if self._own_logs and not keep_logs:
+            shutil.rmtree(self._own_logs, ignore_errors=True)
 
     def _need_weights(self) -> None:
         if self.version < 0:

@@ -9,6 +9,7 @@ from typing import Any
 from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import Child, free_ports
+from runner.scratch import environment as temporary_files_in
 
 STUBS = Path(__file__).parent / "stubs"
 
@@ -16,9 +17,20 @@ STUBS = Path(__file__).parent / "stubs"
 class Server(Child):
     module = "runner.rollout.sglang.entry"
 
-    def __init__(self, index: int, arguments: dict[str, Any], *, host: str, api_key: str, log: Path, threads: int) -> None:
+    def __init__(
+        self,
+        index: int,
+        arguments: dict[str, Any],
+        *,
+        host: str,
+        api_key: str,
+        log: Path,
+        threads: int,
+        scratch: Path | None = None,
+    ) -> None:
+        """`scratch`: where its temporary files and sockets lie, removed by whoever made it."""
         super().__init__(host=host, api_key=api_key, log=log)
-        self.index, self.arguments, self.threads = index, arguments, threads
+        self.index, self.arguments, self.threads, self.scratch = index, arguments, threads, scratch
         self.title = f"SGLang server {index}"
 
     def start(self) -> None:
@@ -35,6 +47,8 @@ class Server(Child):
 
     def environment(self) -> dict[str, str]:
         env = super().environment()
+        if self.scratch is not None:
+            env |= temporary_files_in(self.scratch)
         env |= {
             "RUNNER_SGLANG_SERVER": "1",
             "SGLANG_PLUGINS": env.get("SGLANG_PLUGINS", "runner"),

@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from runner import scratch
 from runner.errors import Failure, UserError
 from runner.folder import logs_of_this_run
 from runner.schema import Config
@@ -37,13 +37,13 @@ class LocalRanks:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.timeout = arguments.trainer_config(cfg).rank_timeout_seconds
-        self._scratch = tempfile.TemporaryDirectory(prefix="runner-ranks-")
+        self._scratch = scratch.make("runner-ranks-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
             for rank in range(arguments.world_size(cfg)):
                 self._spawn(rank)
-            rendezvous = f"file://{self._scratch.name}/rendezvous"
+            rendezvous = f"file://{self._scratch}/rendezvous"
             for rank, connection in enumerate(self._connections):
                 wire.send(connection, (cfg, rank, rendezvous, rank))
             self._collect("starting")
@@ -56,7 +56,7 @@ class LocalRanks:
         with theirs, self.log(rank).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
-                env=os.environ | arguments.environment(self.cfg),
+                env=os.environ | scratch.environment(self._scratch) | arguments.environment(self.cfg),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -68,7 +68,7 @@ class LocalRanks:
 
     def log(self, rank: int) -> Path:
         """Everything that a rank printed; in the run's logs/ where there is a run."""
-        return (logs_of_this_run() or Path(self._scratch.name)) / f"trainer_rank_{rank}.log"
+        return (logs_of_this_run() or self._scratch) / f"trainer_rank_{rank}.log"
 
     @property
     def pids(self) -> list[int]:
@@ -193,7 +193,7 @@ class LocalRanks:
                 process.kill()  # a stopped or hung rank would not notice that its connection closed
             process.wait()
         self._processes = []
-        self._scratch.cleanup()
+        scratch.remove(self._scratch)
 
 
 def _lines(lines: list[str]) -> str:
