@@ -143,9 +143,8 @@ def latest(run_dir: Path, warn: Callable[[str], None] | None = None) -> Path:
             fix="start the run again without resume=, under another run_name",
         )
     if listed:
-        (warn or _to_stderr)(
-            f"damaged checkpoints are passed over ({listed}); the newest intact one of {run_dir} is {intact.name}"
-        )
+        text = f"{run_dir}: damaged checkpoints are passed over ({listed}); {intact.name} is the newest intact one"
+        (warn or _to_stderr)(text)
     return intact
 
 
