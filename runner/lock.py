@@ -54,16 +54,15 @@ class Lock:
 
     def __init__(self, folder: Path, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.path = folder / NAME
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # open for reading: a file system with a file that is open for writing could not be turned read-only
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._acquire(patience_seconds)
+            self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
         except BaseException:
             os.close(self._descriptor)
             raise
         _open.add(self._descriptor)
-        introduction = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(introduction).encode(), 0)
 
     def _acquire(self, patience_seconds: float) -> None:
         deadline = time.monotonic() + patience_seconds
@@ -76,11 +75,19 @@ class Lock:
                     raise Held(_introduction(self._descriptor)) from None
                 time.sleep(0.05)
             except OSError as error:
+                if error.errno == errno.EBADF:  # NFS wants the file open for writing
+                    os.close(self._descriptor)
+                    self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                    continue
                 if error.errno not in _NO_LOCKS:
                     raise
                 print(f"warning: {self.path.parent}: this file system has no locks ({error.strerror}); "
                       "nothing keeps a second process out of the folder", file=sys.stderr)  # fmt: skip
                 return
+
+    def _write(self, text: str) -> None:
+        if self.in_place():
+            self.path.write_text(text)
 
     def in_place(self) -> bool:
         """Whether the folder still has this very lock file: not after it was deleted, or deleted and made again."""
@@ -95,7 +102,7 @@ class Lock:
         if self._descriptor in _open:
             _open.discard(self._descriptor)
             with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, 0)
+                self._write("")
             os.close(self._descriptor)
 
 

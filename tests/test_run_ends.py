@@ -151,8 +151,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("tracking", ["none", "wandb"])
-def test_a_disk_that_turns_read_only_is_a_message(tmp_path: Path, tracking: str) -> None:
+def test_a_disk_that_turns_read_only_is_a_message(tmp_path: Path) -> None:
     command = [
         "unshare",
         "-Urm",
@@ -165,8 +164,8 @@ def test_a_disk_that_turns_read_only_is_a_message(tmp_path: Path, tracking: str)
         f"outputs_dir={tmp_path}",
         "steps=3",
     ]
-    done = subprocess.run([*command, f"tracking={tracking}"], capture_output=True, text=True, check=False)
-    if "unshare" in done.stderr or "mount:" in done.stderr:
+    done = subprocess.run([*command], capture_output=True, text=True, check=False)
+    if "unshare:" in done.stderr or "permission" in done.stderr:
         pytest.skip("no mounts of one's own here")
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "Read-only file system" in done.stdout + done.stderr and "goes on from step_000001" in done.stdout + done.stderr
