@@ -528,3 +528,20 @@ def test_json_of_a_lock_that_is_being_written_is_no_holder_without_a_name(tmp_pa
         (tmp_path / lock.NAME).write_text(text)
         assert str(lock.holder(tmp_path)) == "another process"
     held.release()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b"{}"])
+def test_a_damaged_warm_start_is_refused_with_what_to_remove(tmp_path: Path, damage: bytes) -> None:
+    from runner.warm_start import cache_key, warm_start
+
+    class Trainer:
+        def load(self, folder: Path) -> None:
+            raise UserError("cannot read masters.safetensors", fix="resume from another checkpoint")
+
+    cfg = compose.load(["model=tiny_dense", f"outputs_dir={tmp_path}"]).config
+    cached = tmp_path / ".warm_start" / cache_key(cfg)
+    cached.mkdir(parents=True)
+    (cached / "done.json").write_bytes(damage)
+    with pytest.raises(UserError, match="warm start .* is damaged") as caught:
+        warm_start(cfg, Trainer(), *[None] * 4, lambda: False)  # type: ignore[arg-type]
+    assert caught.value.fix == "remove that folder: it is made again"
