@@ -11,7 +11,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +22,14 @@ from typing import Any
 
 import xxhash
 
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.trainer.protocol import Saved, Saving
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 PARTIAL = ".partial_"
+DAMAGED = "damaged_"
+_NAME = re.compile(r"step_\d{6,18}")
 
 
 class Checkpoints:
@@ -47,11 +52,11 @@ class Checkpoints:
         # a name of its own: what a killed rank's writer still writes into an older partial folder never gets into this one
         partial = self.root / f"{PARTIAL}{step:06d}_{uuid.uuid4().hex[:8]}"
         with self._cleaning_up(partial):
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(exist_ok=True)  # not its parents: a run whose folder was deleted does not make it again
             for stale in self.root.glob(f"{PARTIAL}*"):
                 shutil.rmtree(stale, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
-            (partial / "state.json").write_text(json.dumps({**state, "step": step}, indent=1))
+            (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
             self._pending = step, partial, self._begin(partial / "trainer")
         self.poll()
 
@@ -99,42 +104,89 @@ def save(run_dir: Path, step: int, state: dict[str, Any], write: Callable[[Path]
 
 def complete(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if (path / MANIFEST).is_file())
+    return [path for path in _steps(run_dir) if (path / MANIFEST).is_file()]
 
 
-def latest(run_dir: Path) -> Path:
-    """The newest checkpoint whose files match its manifest; raises UserError when there is none."""
-    broken = []
+def damaged(run_dir: Path) -> list[Path]:
+    """Checkpoints that have lost their manifest."""
+    return [path for path in _steps(run_dir) if not (path / MANIFEST).is_file()]
+
+
+def step_of(folder: Path) -> int:
+    """The steps that were done when the checkpoint was saved."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def _steps(run_dir: Path) -> list[Path]:
+    """Folders named as checkpoints are, by step; whatever else lies there is not ours."""
+    found = [path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def latest(run_dir: Path, warn: Callable[[str], None] | None = None) -> Path:
+    """The newest checkpoint whose files match its manifest; `warn` (or stderr) hears of newer ones that do not. UserError when
+    there is none."""
+    broken = dict.fromkeys(damaged(run_dir), f"{MANIFEST} is missing")
+    intact = None
     for folder in reversed(complete(run_dir)):
         problems = verify(folder)
         if not problems:
-            return folder
-        broken.append(f"{folder.name}: {problems[0]}")
-    found = f"; found only damaged ones ({'; '.join(broken)})" if broken else ""
-    raise UserError(
-        f"{run_dir} has no complete checkpoint{found}",
-        key="resume",
-        fix="start the run again without resume=, under another run_name",
-    )
+            intact = folder
+            break
+        broken[folder] = problems[0]
+    newer = [folder for folder in sorted(broken, key=step_of) if intact is None or step_of(folder) > step_of(intact)]
+    listed = "; ".join(f"{folder.name}: {broken[folder]}" for folder in newer)
+    if intact is None:
+        raise UserError(
+            f"{run_dir} has no complete checkpoint{f'; found only damaged ones ({listed})' if listed else ''}",
+            key="resume",
+            fix="start the run again without resume=, under another run_name",
+        )
+    if listed:
+        text = f"{run_dir}: damaged checkpoints are passed over ({listed}); {intact.name} is the newest intact one"
+        (warn or _to_stderr)(text)
+    return intact
+
+
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def set_aside(run_dir: Path, after: Path) -> None:
+    """Rename what is newer than `after`, which `latest` found damaged: it must neither count among those that are kept nor be
+    written over."""
+    for folder in _steps(run_dir):
+        if step_of(folder) > step_of(after):
+            folder.rename(folder.with_name(f"{DAMAGED}{folder.name}_{uuid.uuid4().hex[:8]}"))
 
 
 def verify(folder: Path) -> list[str]:
     """Names every file that is missing or differs from the manifest."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        wanted = {str(name): (int(entry["bytes"]), str(entry["xxh3_64"])) for name, entry in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return [f"{MANIFEST} is damaged"]
+    if STATE not in wanted:
+        return [f"{MANIFEST} is damaged: it does not name {STATE}"]
     problems = []
-    for name, entry in json.loads((folder / MANIFEST).read_text())["files"].items():
+    for name, (size, digest) in wanted.items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}")
-        elif _digest(path) != entry["xxh3_64"]:
-            problems.append(f"{name} differs from its digest")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"{name} has {path.stat().st_size} bytes, not {size}")
+            elif _digest(path) != digest:
+                problems.append(f"{name} differs from its digest")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name} cannot be read: {error}")
     return problems
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON state stored beside the trainer's files."""
-    return json.loads((folder / "state.json").read_text())
+    return json.loads((folder / STATE).read_text())
 
 
 def _seal(folder: Path) -> None:
@@ -166,13 +218,12 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _disk_error(error: OSError, root: Path) -> UserError:
+def _disk_error(error: OSError, root: Path) -> Failure:
     kept = complete(root.parent)
     still = f"the last complete checkpoint is {kept[-1].name}" if kept else "there is no earlier checkpoint"
     if error.errno == errno.ENOSPC:
-        return UserError(
-            f"the disk is full while saving a checkpoint under {root}; {still}", fix="free space, then resume=<this run>"
-        )
-    return UserError(
-        f"cannot save a checkpoint under {root}: {error.strerror}; {still}", fix="make outputs_dir writable, or set another"
+        return Failure(f"the disk is full while saving a checkpoint under {root}; {still}", fix="free space")
+    return Failure(
+        f"cannot save a checkpoint under {root}: {error.strerror or error}; {still}",
+        fix="make outputs_dir writable, or set another",
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -129,14 +129,12 @@ def with_resumed(overrides: list[str]) -> list[str]:
     target = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "resume"]
     if not target or target[-1] in ("", "null"):
         return overrides
-    from runner.folder import find_run
+    from runner.folder import find_run, read_overrides
 
     outputs_dir = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "outputs_dir"]
     run = find_run(target[-1], (outputs_dir or [default_outputs_dir()])[-1])
-    file = run / ".hydra" / "overrides.yaml"
-    old = cast(list[Any], OmegaConf.to_container(OmegaConf.load(file)))
     replaced = {override_key(item) for item in overrides}
-    kept = [str(item) for item in old if override_key(str(item)) not in replaced]
+    kept = [item for item in read_overrides(run) if override_key(item) not in replaced]
     return [*kept, *(item for item in overrides if override_key(item) != "resume"), f"resume={json.dumps(str(run))}"]
 
 

@@ -23,6 +23,11 @@ class UserError(Exception):
         return f"{text}\n     fix: {self.fix}" if self.fix else text
 
 
+class Failure(UserError):
+    """Something broke under a run whose config is right: a process died, a disk filled up, the outputs were deleted. A run ends
+    with exit code 1 then, not 2."""
+
+
 class UserErrors(UserError):
     """Everything wrong at once. `advice`: commands that do work, printed below the list."""
 

@@ -43,7 +43,7 @@ class Components:
 
 def train(c: Components, first_step: int) -> str:
     """Run steps [first_step, cfg.steps); returns completed, interrupted or stopped. The last checkpoint is saved always."""
-    step, saved = first_step, -1
+    step, saved = first_step, first_step or -1  # a run that goes on begins at a checkpoint
     outcome = "completed"
     while step < c.cfg.steps:
         started, before = time.perf_counter(), c.pool.state()
@@ -85,6 +85,12 @@ def _save(c: Components, step: int) -> None:
     c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state()})
 
 
+def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -> None:
+    """What happened to the engines since the last call, as events."""
+    for notice in pool.notices():
+        tracker.event("engine", notice, {} if step is None else {"step": step})
+
+
 def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
@@ -106,6 +112,7 @@ def _step(c: Components, step: int) -> dict[str, float]:
     if decision := c.decisions.at_end_of(step, c.pool):
         message = f"after step {step + 1}: {decision['summary']}"
         c.tracker.event(EVENT, message, {"step": step, "decision": decision})
+    tell_notices(c.pool, c.tracker, step)
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from runner import checkpoint, preflight
 from runner.decisions import Decisions
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.folder import RunFolder, open_folder
 from runner.images import image_processor
-from runner.loop import Components, train
+from runner.loop import Components, tell_notices, train
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.rollout.collect import Collector, Interrupted
@@ -32,7 +33,7 @@ from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks import shows_images
 from runner.tasks.protocol import Task
-from runner.tracking.tracker import Tracker, build_tracker
+from runner.tracking.tracker import CompositeTracker, LateTracker, Tracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
 from runner.turns import Turns
 from runner.warm_start import warm_start
@@ -67,41 +68,101 @@ class StopSignal:
 
 
 def main(cfg: Config, overrides: list[str]) -> int:
-    """Run one experiment; returns the exit code: 0 completed, 1 failed or stopped by a rule, 130 interrupted."""
+    """Run one experiment; returns the exit code: 0 completed, 1 failed or stopped by a rule, 130 interrupted.
+
+    Raises UserError (exit code 2) for a mistake of the user. One that refuses a resume leaves the run as it was.
+    """
     preflight.check(cfg)
     tokenizer = load_tokenizer(cfg.model)
     ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
-    folder = open_folder(cfg, overrides)
-    with StopSignal().installed() as stop:
+    with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
-        tracker = build_tracker(cfg, folder.path, first_step=first_step)
-        outcome, message = "failed", ""
-        started = time.perf_counter()
-        try:
-            outcome = _supervise(cfg, folder, tokenizer, ends, tracker, stop)
-            message = _how_it_ended(outcome, folder.path)
-        except Interrupted:
-            outcome, message = "interrupted", "interrupted before the first step; nothing to resume"
-        except KeyboardInterrupt:
-            outcome, message = "interrupted", _how_it_ended("interrupted", folder.path)
-        except UserError as error:
-            message = str(error)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
+
+        def begin() -> CompositeTracker:
+            folder.keep_overrides(overrides)
+            opened = build_tracker(cfg, folder.path, first_step=first_step, check=folder.check)
+            for note in folder.notes:
+                opened.event("warning", note)
+            _say_where_samples_end(ends, tokenizer, opened)
+            return opened
+
+        tracker = LateTracker(begin)
+        if not folder.resumed_from:
+            tracker.open()
+        return _recorded(partial(_supervise, cfg, folder, tokenizer, ends, tracker, stop), folder, tracker)
+
+
+def _recorded(run: Callable[[], str], folder: RunFolder, tracker: LateTracker) -> int:
+    """The exit code of `run`; how it ended is said and written down. What the user has to mend is raised."""
+    outcome, message = "failed", ""
+    mistake: UserError | None = None
+    started = time.perf_counter()
+    try:
+        outcome = run()
+        message = _how_it_ended(outcome, folder.path)
+    except Interrupted:
+        outcome, message = "interrupted", "interrupted before the first step; nothing to resume"
+    except KeyboardInterrupt:
+        outcome, message = "interrupted", _how_it_ended("interrupted", folder.path)
+    except UserError as error:
+        if tracker.is_open:
+            _advise(error, folder.path)
+        message = str(error)
+        mistake = None if isinstance(error, Failure) else error
+    except OSError as error:
+        message = f"{type(error).__name__}: {error}"
+        if not _lost_its_disk(error, folder.path):
             raise
-        finally:
-            tracker.finish(outcome, {"seconds": time.perf_counter() - started}, message)
-    return {"completed": 0, "interrupted": 130}.get(outcome, 1)
+        message = str(_advise(Failure(f"cannot write the run's files: {error}", key="outputs_dir"), folder.path))
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        ended = _finish(tracker, outcome, {"seconds": time.perf_counter() - started}, message)
+    if mistake is not None:
+        raise mistake
+    return {"completed": 0, "interrupted": 130}.get(outcome, 1) if ended else 1
+
+
+def _finish(tracker: LateTracker, outcome: str, summary: dict[str, float], message: str) -> bool:
+    """Whether the end could be written down; said on stderr where not, so that it never hides why the run ended."""
+    if not tracker.is_open:
+        if message and outcome == "interrupted":
+            print(message, file=sys.stderr)
+        return True
+    try:
+        tracker.finish(outcome, summary, message)
+    except Exception as error:
+        print(f"error: how the run ended could not be written down: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _lost_its_disk(error: OSError, run_dir: Path) -> bool:
+    """Whether a disk filled up, turned read-only or went away, or a file of the run did: not a fault of ours."""
+    places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    inside = any(Path(place).resolve().is_relative_to(run_dir.resolve()) for place in places)
+    return inside or error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENODEV)
+
+
+def _advise(error: UserError, run_dir: Path) -> UserError:
+    """`error`, and how to go on from what there is."""
+    saved = checkpoint.complete(run_dir)
+    if saved:
+        advice = f"python -m runner resume={run_dir} goes on from {saved[-1].name}"
+    else:
+        advice = "start the run again: there is no checkpoint to resume from"
+    error.fix = f"{error.fix}; then {advice}" if error.fix else advice
+    return error
 
 
 def _supervise(
-    cfg: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, tracker: Tracker, stop: StopSignal
+    cfg: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, tracker: LateTracker, stop: StopSignal
 ) -> str:
     """The run, begun again from its last checkpoint when the trainer is lost, at most `trainer.max_restarts` times.
 
     The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
     """
-    _say_where_samples_end(ends, tokenizer, tracker)
     task = _build_task(cfg, tokenizer)
     trainer = _build_trainer(cfg)
     if takes_turns(cfg):
@@ -121,8 +182,12 @@ def _supervise(
         while True:
             try:
                 pool.load_state(untouched)
-                return _run(cfg, folder.path, begin, trainer, collector, tokenizer, ends, tracker, stop)
+                outcome = _run(cfg, folder, begin, trainer, collector, tokenizer, ends, tracker, stop)
+                folder.check()
+                return outcome
             except TrainerLost as error:
+                if not tracker.is_open:  # it never took up the checkpoint of a resume
+                    raise
                 restarts += 1
                 begin = _restart_point(cfg, folder.path, error, restarts, tracker)
             trainer.close()
@@ -132,6 +197,9 @@ def _supervise(
             if shared:
                 trainer = shared.replace_trainer(trainer)
     finally:
+        if tracker.is_open:
+            with suppress(UserError):  # why the run ends is known already
+                tell_notices(pool, tracker)
         pool.close()
         trainer.close()
 
@@ -166,7 +234,7 @@ def _restart_point(cfg: Config, run_dir: Path, error: TrainerLost, restarts: int
     if restarts > allowed:
         how_often = f"after {restarts - 1} of {allowed} restarts (trainer.max_restarts): " if allowed else ""
         raise TrainerLost(f"{how_often}{error.problem}", key=error.key, fix=error.fix) from error
-    begin = checkpoint.latest(run_dir) if checkpoint.complete(run_dir) else None
+    begin = checkpoint.latest(run_dir, partial(tracker.event, "warning")) if checkpoint.complete(run_dir) else None
     where = f"checkpoint {begin.name}" if begin else "the run's beginning: there is no checkpoint yet"
     message = f"restart {restarts} of {allowed} from {where}, because {error.problem}"
     tracker.event(RESTART, message, {"restarts": restarts, "from": begin.name if begin else None})
@@ -176,17 +244,18 @@ def _restart_point(cfg: Config, run_dir: Path, error: TrainerLost, restarts: int
 
 def _run(
     cfg: Config,
-    run_dir: Path,
+    folder: RunFolder,
     begin: Path | None,
     trainer: Trainer,
     collector: Collector,
     tokenizer: PreTrainedTokenizerBase,
     ends: EndTokens,
-    tracker: Tracker,
+    tracker: LateTracker,
     stop: StopSignal,
 ) -> str:
-    """Steps from checkpoint `begin` on, or from a warm start; returns the outcome."""
-    pool = collector.pool
+    """Steps from checkpoint `begin` on, or from a warm start; returns the outcome. A resume is accepted, and the tracker opened,
+    when its checkpoint has been taken up."""
+    pool, run_dir = collector.pool, folder.path
     probe = collector.task.eval_prompts(cfg.mismatch.probe_sequences) if cfg.mismatch.probe_sequences else []
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
@@ -197,6 +266,8 @@ def _run(
         pool.load_state(state["pool"])
         watcher.load_state(state["watch"])
         first_step = state["step"]
+        tracker.open()
+        checkpoint.set_aside(run_dir, after=begin)
     elif cfg.warm_start.enabled:
         untouched = pool.state()
         warm_start(cfg, trainer, collector, sync, tokenizer, ends.last, tracker, stop)

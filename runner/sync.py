@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from runner.errors import UserError
+from runner.errors import Failure
 from runner.images import PromptImage
 from runner.rollout.protocol import RolloutPool, SyncReport
 from runner.samples import Batch, Sample, Status
@@ -35,7 +35,7 @@ class WeightSync:
         self._batch = _probe_batch(probe, self.images) if probe else None
 
     def __call__(self) -> dict[str, float]:
-        """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises UserError naming the tensors."""
+        """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises Failure naming the tensors."""
         ours = None if self._batch is None else torch.cat(self.trainer.logprobs(self._batch, routes="own"))
         for attempt in range(ATTEMPTS):
             report = self.pool.update_weights(self.trainer.version, self.trainer.export("rollout"))
@@ -47,9 +47,9 @@ class WeightSync:
                 {"problems": report.problems[:20]},
             )
         listed = "\n".join(f"    - {problem}" for problem in report.problems[:10])
-        raise UserError(
+        raise Failure(
             f"the weights of version {report.version} did not arrive intact ({len(report.problems)} problems):\n{listed}",
-            fix="check the memory and the network of the machine; resume=<this run> continues from the last checkpoint",
+            fix="check the memory and the network of the machine",
         )
 
     def _probe_metrics(self, ours: torch.Tensor | None) -> dict[str, float]:

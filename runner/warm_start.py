@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from runner import __version__
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.images import PromptImage
 from runner.rollout.collect import Collector, Interrupted
 from runner.samples import SamplingParams
@@ -60,10 +60,10 @@ def warm_start(
     """Train on worked solutions until sampled success reaches `warm_start.stop_at_reward`, or load that from the cache."""
     folder = Path(cfg.outputs_dir) / ".warm_start" / cache_key(cfg)
     if cfg.warm_start.cache and (folder / "done.json").is_file():
-        trainer.load(folder)
+        summary = _load(trainer, folder)
         trainer.reset_optimizer()
         trainer.version = 0
-        tracker.event("warm_start", f"warm start loaded from {folder}", json.loads((folder / "done.json").read_text()))
+        tracker.event("warm_start", f"warm start loaded from {folder}", summary)
         return
     summary = _train(cfg, trainer, collector, sync, tokenizer, end_token_id, tracker, should_stop)
     trainer.reset_optimizer()
@@ -81,6 +81,25 @@ def warm_start(
             shutil.rmtree(partial, ignore_errors=True)
             if not (folder / "done.json").is_file():  # else another run of a sweep was first
                 tracker.event("warning", f"the warm start could not be cached under {folder}: {error.strerror}", {})
+
+
+def _load(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """What the warm start reached. A damaged one is refused: the trainer may have taken up half of it."""
+    try:
+        summary = json.loads((folder / "done.json").read_bytes())
+        if not isinstance(summary, dict):
+            raise ValueError("done.json is no mapping")
+        trainer.load(folder)
+    except Failure:
+        raise
+    except (UserError, OSError, ValueError, KeyError, RecursionError) as error:
+        problem = error.problem if isinstance(error, UserError) else str(error)
+        raise UserError(
+            f"the cached warm start {folder} is damaged: {problem}",
+            key="warm_start.cache",
+            fix="remove that folder: it is made again",
+        ) from error
+    return summary
 
 
 def _train(

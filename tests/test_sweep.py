@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runner import schema
+from runner import lock, schema
 from runner.cluster import sweep
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
@@ -224,3 +224,101 @@ def sweep_child_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from runner.lock import Lock
+from runner.tracking.folder import write_status
+run = Path(sys.argv[1])
+lock = Lock(run)
+write_status(run, "running", step=1)
+print("locked", flush=True)
+sys.stdin.readline()
+write_status(run, sys.argv[2], step=3)
+"""
+
+
+@pytest.mark.parametrize("ends", ["completed", "failed"])
+def test_a_job_that_another_process_runs_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A sweep that was killed leaves its running job: the same command must not run it a second time."""
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
+    JsonlTracker(jobs[0].folder).log(0, {"rollout/raw_reward": 0.5})
+    command = [sys.executable, "-c", HOLDER, str(jobs[0].folder), ends]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == "locked\n"
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        assert jobs[0].state == "running" and not (jobs[0].folder / "count").exists()
+        waits.append(seconds)
+        if len(waits) == 3:
+            assert other.stdin is not None
+            other.stdin.close()
+            other.wait()
+
+    monkeypatch.setattr(sweep.time, "sleep", wait)
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    shown = capsys.readouterr().out
+    assert f"waiting for process {other.pid} on host" in shown and len(waits) == 3
+    assert ("already completed, skipped" in shown) == (ends == "completed")
+    assert (jobs[0].folder / "count").exists() == (ends == "failed")  # it is run once the other one has failed
+
+
+def test_a_job_that_somebody_takes_first_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look at the lock and the start of the job's process, which is then refused with exit code 2."""
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32")
+    job = jobs[0].folder
+    script = f"""
+import subprocess, sys
+other = subprocess.Popen([sys.executable, "-c", {HOLDER!r}, {str(job)!r}, "completed"], stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE, text=True, start_new_session=True)
+other.stdout.readline()
+import os
+open({str(job / "pid")!r}, "w").write(str(other.pid))
+os._exit(2)
+"""
+    waits: list[float] = []
+    monkeypatch.setattr(sweep.time, "sleep", waits.append)  # the other one ends with its stdin, which its starter held
+    starts: list[str] = []
+
+    def command(started: sweep.Job) -> list[str]:
+        starts.append(started.name)
+        return [sys.executable, "-c", script]
+
+    assert sweep.Sweep(root, jobs, command).run() == 0
+    assert starts == [jobs[0].name] and jobs[0].state == "completed"
+
+
+def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
+    root.mkdir()
+    held = lock.Lock(root)
+    with pytest.raises(UserError, match=f"this sweep is being run by process {os.getpid()}"):
+        sweep.Sweep(root, jobs, fake_command({})).run()
+    held.release()
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+
+
+def test_a_damaged_job_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    (jobs[0].folder / "metrics.jsonl").write_bytes(b"\xff\n")
+    (jobs[1].folder / "status.json").write_bytes(b"")
+    capsys.readouterr()
+    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert f"{jobs[0].name} is left out of the summary" in capsys.readouterr().err
+    assert [row["reward"] for row in csv.DictReader((root / "summary.csv").open())] == ["", "0.064"]
+    assert len((jobs[1].folder / "count").read_text()) == 6  # nobody knew how it had ended
+
+
+def test_a_folder_in_the_way_of_a_job_stays_as_it_is(tmp_path: Path) -> None:
+    root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
+    jobs[0].folder.mkdir(parents=True)
+    (jobs[0].folder / "metrics.jsonl").write_text("somebody's")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        sweep.Sweep(root, jobs, fake_command({})).run()
+    assert (jobs[0].folder / "metrics.jsonl").read_text() == "somebody's"

@@ -30,6 +30,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 
+from runner import lock
 from runner.errors import UserError, UserErrors
 from runner.schema import Config
 from runner.tracking.charts import format_number
@@ -37,6 +38,7 @@ from runner.tracking.folder import atomic_write, plain_config, read_status, run_
 from runner.tracking.report import key_results, read_run, write_comparison
 
 MAX_NAME = 120  # characters of a job's folder name; a longer one is cut and hashed
+WAIT_SECONDS = 0.5  # between looks at a job that another process runs
 COLUMNS = (("reward", "reward"), ("eval", "best eval"), ("mismatch", "mismatch"), ("seconds", "seconds"))
 
 
@@ -154,18 +156,32 @@ class Sweep:
     def run(self) -> int:
         """0 when every job completed, 1 when one did not, 130 after Ctrl-C. The summary is written after every job.
 
-        Raises UserError where another process runs this sweep already.
+        A job that another process runs (one that a killed sweep left, or somebody's `resume=`) is waited for. Raises UserError
+        where another process runs this sweep already.
         """
         for job in self.jobs:
-            if job.state == "running":
+            if job.state == "running" and not lock.holder(job.folder):  # a run of before there were locks
                 pid = (read_status(job.folder) or {})["pid"]
-                raise UserError(f"{job.folder} is being run by process {pid}", fix="wait for that sweep, or stop it with Ctrl-C")
+                raise UserError(f"{job.folder} is being run by process {pid}", fix="wait for it, or stop it with Ctrl-C")
+        held = self._lock()
         # A batch system stops a job with SIGTERM: as with Ctrl-C, the running job saves first.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return self._run_all()
         finally:
             signal.signal(signal.SIGTERM, before)
+            held.release()
+
+    def _lock(self) -> lock.Lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return lock.Lock(self.folder)
+        except lock.Held as held:
+            raise UserError(
+                f"this sweep is being run by {held.by}, in {self.folder}", fix="wait for it, or stop it with Ctrl-C"
+            ) from None
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
 
     def _run_all(self) -> int:
         atomic_write(
@@ -176,6 +192,8 @@ class Sweep:
         interrupted = False
         for number, job in enumerate(self.jobs, 1):
             label = f"[{number}/{len(self.jobs)}] {job.name}"
+            if interrupted := not self._wait_for_another(job, label):
+                break
             if job.state in ("completed", "stopped"):
                 by_rule = f" by a watch rule (resume={job.folder} continues it)" if job.state == "stopped" else ""
                 print(f"{label}: already {job.state}{by_rule}, skipped", flush=True)
@@ -183,11 +201,31 @@ class Sweep:
             print(f"{label}: log in {job.log}", flush=True)
             started = time.monotonic()
             code, interrupted = self._run_job(job)
+            while code == 2 and not interrupted and lock.holder(job.folder):  # somebody else was faster
+                interrupted = not self._wait_for_another(job, label)
+                if not interrupted and job.state not in ("completed", "stopped"):
+                    code, interrupted = self._run_job(job)
+                else:
+                    code = 0
             print(f"{label}: {describe_end(job, code)} after {time.monotonic() - started:.1f} s", flush=True)
             write_summary(self.folder, self.jobs)
             if interrupted:
                 break
         return self._finish(interrupted)
+
+    def _wait_for_another(self, job: Job, label: str) -> bool:
+        """Until no other process runs the job; False after Ctrl-C, which leaves that process alone."""
+        shown = None
+        try:
+            while (holder := lock.holder(job.folder)) is not None:
+                if holder != shown:
+                    print(f"{label}: waiting for {holder}, which runs this job", flush=True)
+                    shown = holder
+                time.sleep(WAIT_SECONDS)
+        except KeyboardInterrupt:
+            print(f"\n{shown or 'the job'} goes on", file=sys.stderr)
+            return False
+        return True
 
     def _run_job(self, job: Job) -> tuple[int, bool]:
         """(exit code, whether Ctrl-C came). The child has a session of its own, so that a Ctrl-C on the terminal reaches
@@ -196,12 +234,11 @@ class Sweep:
         log = job.log
         command = self.command(job)
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
+            claim(job)
+            log.parent.mkdir(exist_ok=True)
             output = log.open("a")
         except OSError as error:
-            raise UserError(
-                f"cannot write {log}: {error.strerror}", key="outputs_dir", fix="outputs_dir=<a writable folder>"
-            ) from error
+            raise _not_writable(log, error) from error
         with output:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -218,7 +255,7 @@ class Sweep:
 
     def _finish(self, interrupted: bool) -> int:
         write_summary(self.folder, self.jobs)
-        started = [job.folder for job in self.jobs if (job.folder / "metrics.jsonl").exists()]
+        started = [job.folder for job in self.jobs if job_results(job)]
         if started:
             write_comparison(started, self.folder / "comparison.html", self.folder.name)
         print("\n" + (self.folder / "summary.md").read_text())
@@ -234,15 +271,42 @@ class Sweep:
         return 0
 
 
+def claim(job: Job) -> None:
+    """The job's folder, made by this program; UserError where something else lies there."""
+    from runner.checkpoint import complete
+    from runner.folder import claim
+
+    if not complete(job.folder):
+        claim(job.folder)
+
+
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror}", key="outputs_dir", fix="outputs_dir=<a writable folder>")
+
+
 def describe_end(job: Job, code: int) -> str:
     """A job's end in words: its own state, and the exit code where the two do not fit."""
     state = job.state
     if state == "completed" and code == 0:
         return state
-    status = read_status(job.folder)
+    try:
+        status = read_status(job.folder)
+    except UserError:
+        status = None
     last_words = job.log.read_text(errors="replace").strip().splitlines()[-1:]
     message = status["message"].splitlines()[:1] if status and status["message"] else last_words
     return f"{state} (exit code {code})" + "".join(f": {line}" for line in message)
+
+
+def job_results(job: Job) -> dict[str, float]:
+    """Key results of a job; none before it has metrics, or where its files are damaged: one job does not hide the others."""
+    if not (job.folder / "metrics.jsonl").exists():
+        return {}
+    try:
+        return key_results(read_run(job.folder))
+    except UserError as error:
+        print(f"warning: {job.name} is left out of the summary: {error}", file=sys.stderr)
+        return {}
 
 
 def summary_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
@@ -250,8 +314,7 @@ def summary_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
     keys = list(jobs[0].point)
     rows = []
     for job in jobs:
-        started = (job.folder / "metrics.jsonl").exists()
-        results = key_results(read_run(job.folder)) if started else {}
+        results = job_results(job)
         cells = [format_number(results[key]) if key in results else "" for key, _ in COLUMNS]
         rows.append([*job.point.values(), job.state, *cells])
     return [*keys, "state", *(title for _, title in COLUMNS)], rows
@@ -264,7 +327,7 @@ def seed_rows(jobs: list[Job]) -> tuple[list[str], list[list[str]]]:
     for job in jobs:
         results = groups.setdefault(tuple(job.point[key] for key in keys), [])
         if job.state == "completed":
-            results.append(key_results(read_run(job.folder)))
+            results.append(job_results(job))
     rows = []
     for values, results in groups.items():
         cells = []

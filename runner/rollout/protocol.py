@@ -62,6 +62,10 @@ class RolloutPool(Protocol):
         """`rollout/spec_*` and `perf/*` counters since the last call."""
         ...
 
+    def notices(self) -> list[str]:
+        """What a reader of the run must know and no metric says, since the last call: engines that ended, were started again."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """Decisions (speculation switched off) and what they will be made from; a copy, JSON-serializable."""
         ...

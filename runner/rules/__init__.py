@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from runner.errors import UserError
-from runner.rules import checkpoint, loop, megatron, numbers, parallelism, precision, sglang, vision
+from runner.rules import checkpoint, loop, megatron, names, numbers, parallelism, precision, sglang, vision
 from runner.schema import Config
 
 Rule = Callable[[Config], Iterator[UserError]]
 RULES: tuple[Rule, ...] = (
+    *names.RULES,
     *numbers.RULES,
     *checkpoint.RULES,
     *precision.RULES,

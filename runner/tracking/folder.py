@@ -6,6 +6,7 @@ rename) or line by line, and none of them ever holds a secret or the machine's n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from typing import Any
 import psutil
 import yaml
 
+from runner import lock
 from runner.cores import available_cores
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.schema import Config
 
 REDACTED = "<redacted>"
@@ -62,19 +65,25 @@ def plain_config(cfg: Config) -> dict[str, Any]:
     return redact(plain(dataclasses.asdict(cfg)))
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a kill at any moment, sees the old file or the new one and nothing between.
+def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write `text` so that a reader, or a kill at any moment, sees the old file or the new one and nothing between. `durable`:
+    a power cut, too.
 
-    Raises UserError where the file cannot be written (full disk, read-only folder).
+    Raises Failure where the file cannot be written (full disk, read-only folder).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
+        with contextlib.suppress(OSError):  # a read-only file system refuses this, too
+            temporary.unlink(missing_ok=True)
+        raise Failure(
             f"cannot write {path}: {error.strerror}", fix="free some space or set outputs_dir=<a writable folder>"
         ) from error
 
@@ -154,11 +163,14 @@ STATES = ("running", "completed", "failed", "interrupted", "stopped")
 
 
 def write_status(run_dir: Path, state: str, *, step: int, message: str = "", summary: dict[str, float] | None = None) -> None:
-    """status.json. `step`: steps done. Keeps the first start; `active_seconds` adds up over resumed attempts."""
+    """status.json. `step`: steps done. Keeps the first start; `active_seconds` adds up over resumed attempts. A damaged file
+    counts as none."""
     if state not in STATES:
         raise ValueError(f"state {state!r} is none of {', '.join(STATES)}")
     now = time.time()
-    before = read_status(run_dir) or {}
+    before: dict[str, Any] = {}
+    with contextlib.suppress(UserError):
+        before = read_status(run_dir) or {}
     same_process = before.get("pid") == os.getpid() and before.get("state") == "running"
     attempt_started = before["attempt_started"] if same_process else now
     earlier = before.get("earlier_seconds", 0.0) if same_process else before.get("active_seconds", 0.0)
@@ -178,25 +190,44 @@ def write_status(run_dir: Path, state: str, *, step: int, message: str = "", sum
     atomic_write(run_dir / "status.json", json.dumps(status, indent=2) + "\n")
 
 
+_STATUS = {"state": str, "step": int, "message": str, "pid": int, "attempt": int, "summary": dict} | dict.fromkeys(
+    ("started", "attempt_started", "updated", "earlier_seconds", "active_seconds"), (int, float)
+)
+
+
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """The content of status.json, or None where there is none. A run that was killed still says "running": see `run_state`."""
+    """The content of status.json, or None where there is none. A run that was killed still says "running": see `run_state`.
+
+    Raises UserError for a file that is damaged.
+    """
     path = run_dir / "status.json"
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", fix="remove that file; the run can still be resumed") from error
+        found = json.loads(path.read_bytes())
+        wrong = [key for key, kind in _STATUS.items() if not isinstance(found[key], kind)]
+        if wrong or found["state"] not in STATES or not all(map(math.isfinite, (found["started"], found["attempt_started"]))):
+            raise ValueError(f"{wrong[0] if wrong else 'state or a time'} makes no sense")
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise UserError(f"{path} cannot be read: {what}", fix="remove that file") from error
+    return found
 
 
 def run_state(run_dir: Path) -> str:
-    """The state for people: as in status.json, but "killed" for a run that says running and whose process is gone."""
-    status = read_status(run_dir)
+    """The state for people: as in status.json, but "killed" for a run that says running and whose process is gone, and "unknown"
+    where status.json is damaged."""
+    try:
+        status = read_status(run_dir)
+    except UserError:
+        return "unknown"
     if status is None:
         return "not started"
-    if status["state"] == "running" and not _is_same_process(status["pid"], status["attempt_started"]):
-        return "killed"
-    return status["state"]
+    if status["state"] == "running" and not lock.holder(run_dir):
+        # no lock at all: a run of before there were any
+        unlocked = not (run_dir / lock.NAME).exists()
+        return "running" if unlocked and _is_same_process(status["pid"], status["attempt_started"]) else "killed"
+    return str(status["state"])
 
 
 def _is_same_process(pid: int, alive_at: float) -> bool:
@@ -222,24 +253,71 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     A last line cut short by a kill is left out; a damaged line elsewhere raises UserError with its number.
     """
     steps: dict[int, dict[str, float]] = {}
-    for row in read_jsonl(run_dir / "metrics.jsonl"):
+    for row in read_jsonl(run_dir / "metrics.jsonl", metrics_problem):
         steps.setdefault(int(row["step"]), {}).update({key: float(value) for key, value in row.items()})
     return [steps[step] for step in sorted(steps)]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file of ours; [] where there is no file."""
+def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of rollouts/step_N.jsonl by step; whatever else lies there is not ours."""
+    named = ((re.fullmatch(r"step_(\d{1,18})\.jsonl", path.name), path) for path in (run_dir / "rollouts").glob("step_*.jsonl"))
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_file())
+
+
+Problem = Callable[[dict[str, Any]], str | None]  # what is wrong with a row
+
+
+def metrics_problem(row: dict[str, Any]) -> str | None:
+    if problem := step_problem(row):
+        return problem
+    for key, value in row.items():
+        try:
+            float(value)
+        except (TypeError, ValueError, OverflowError):
+            return f"{key!r} is no number"
+    return None
+
+
+def event_problem(row: dict[str, Any]) -> str | None:
+    kinds = {"kind": str, "message": str, "attempt": int, "data": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(row.get(key), kind)]
+    return f"{wrong[0]!r} is missing or of another kind" if wrong else step_problem(row)
+
+
+def step_problem(row: dict[str, Any]) -> str | None:
+    step = row.get("step")
+    return None if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else "it has no step"
+
+
+def read_jsonl(path: Path, problem: Problem | None = None) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of ours; [] where there is no file. UserError with the line that is damaged."""
+    rows, damaged = salvage_jsonl(path, problem)
+    if damaged:
+        raise UserError(damaged[0], key=str(path), fix="remove that line")
+    return rows
+
+
+def salvage_jsonl(path: Path, problem: Problem | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, what is wrong with each damaged line) of a JSONL file of ours; a last line cut short by a kill is neither."""
     if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    rows = []
+        return [], []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    rows, damaged = [], []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            wrong = (problem(row) if problem else None) if isinstance(row, dict) else "it is no object"
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: the process was killed while writing
                 break
-            raise UserError(f"line {number} is damaged: {error}", key=str(path), fix="remove that line") from error
-    return rows
+            wrong = str(error) or type(error).__name__
+        if wrong:
+            damaged.append(f"line {number} is damaged: {wrong}")
+        else:
+            rows.append(row)
+    return rows, damaged

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,7 @@ import yaml
 from runner.errors import UserError
 from runner.tracking import page
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
-from runner.tracking.folder import atomic_write, read_jsonl, read_metrics, read_status, run_state
+from runner.tracking.folder import atomic_write, event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
 KEY_STEPS = 5  # steps at the start and at the end over which the key results are means
 SHOWN_SAMPLE_STEPS = 4
@@ -142,20 +142,40 @@ def read_run(folder: Path) -> RunData:
     """Raises UserError where the folder is no run."""
     if not (folder / "metrics.jsonl").exists() and not (folder / "status.json").exists():
         raise UserError(f"{folder} is not a run's folder: it has neither metrics.jsonl nor status.json", fix="ls outputs")
-    resolved, environment = folder / "resolved.yaml", folder / "environment.json"
-    steps = sorted((int(path.stem.removeprefix("step_")), path) for path in (folder / "rollouts").glob("step_*.jsonl"))
+    steps = rollout_files(folder)
     if len(steps) > SHOWN_SAMPLE_STEPS:  # first, last and evenly between
         steps = [steps[round(i * (len(steps) - 1) / (SHOWN_SAMPLE_STEPS - 1))] for i in range(SHOWN_SAMPLE_STEPS)]
     return RunData(
         folder=folder,
         state=run_state(folder),
-        status=read_status(folder) or {},
-        config=yaml.safe_load(resolved.read_text()) if resolved.exists() else {},
-        environment=json.loads(environment.read_text()) if environment.exists() else {},
+        status=_status(folder),
+        config=_mapping(folder / "resolved.yaml", yaml.safe_load),
+        environment=_mapping(folder / "environment.json", json.loads),
         metrics=read_metrics(folder),
-        events=read_jsonl(folder / "events.jsonl"),
+        events=read_jsonl(folder / "events.jsonl", event_problem),
         samples=[(step, row) for step, path in steps for row in read_jsonl(path)[:SHOWN_SAMPLES]],
     )
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    """{} where status.json is damaged: the state then says "unknown"."""
+    try:
+        return read_status(folder) or {}
+    except UserError:
+        return {}
+
+
+def _mapping(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+    """A file that is a mapping; {} where there is none, UserError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        found = parse(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}", fix="remove that file") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it is no mapping", fix="remove that file")
+    return found
 
 
 # ---- key results
@@ -292,7 +312,8 @@ def write_report(run_dir: Path) -> Path:
 def config_line(config: dict[str, Any]) -> list[str]:
     """The names of the groups that say what the run is about."""
     groups = ("model", "precision", "algorithm", "task", "trainer", "rollout", "router_replay", "speculative", "cluster")
-    return [f"{group}={config[group]['name']}" for group in groups if group in config]
+    named = ((group, config.get(group)) for group in groups)
+    return [f"{group}={part['name']}" for group, part in named if isinstance(part, dict) and "name" in part]
 
 
 # ---- several runs

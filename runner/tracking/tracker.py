@@ -6,19 +6,27 @@ The driver alone tracks. Trackers that are not wanted are absent from the list, 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.errors import UserError
+from runner.decisions import EVENT
+from runner.errors import Failure, UserError
 from runner.schema import Config
 from runner.tracking.folder import (
+    Problem,
     atomic_write,
     encode_number,
+    event_problem,
+    metrics_problem,
     plain_config,
     read_jsonl,
+    read_status,
+    rollout_files,
+    salvage_jsonl,
     write_environment,
     write_resolved,
     write_status,
@@ -68,7 +76,9 @@ class SilentProgress:
 
 
 class BaseTracker:
-    """Does nothing: trackers override what concerns them."""
+    """Does nothing: trackers override what concerns them. `in_folder`: writes files of the run's folder."""
+
+    in_folder = False
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         return
@@ -95,30 +105,68 @@ class JsonlTracker(BaseTracker):
 
     `first_step` is the step that a resumed run does next: lines of that step and later are dropped, because the run
     stopped after its last checkpoint and is about to do them again. Events are history and stay, with their attempt.
+    Damaged lines are left out; `notes` says so, and the file as it was stays beside the new one.
     """
+
+    in_folder = True
 
     def __init__(self, run_dir: Path, first_step: int = 0, *, resumed: bool = False) -> None:
         self.run_dir = run_dir
-        events = read_jsonl(run_dir / "events.jsonl") if resumed else []
+        self.notes: list[str] = []
+        self._sizes: dict[str, int] = {}  # of each file when this process wrote to it last
+        (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        events = self._intact("events.jsonl", _event_problem) if resumed else []
         self.attempt = 1 + max((row["attempt"] for row in events), default=0)
-        atomic_write(run_dir / "events.jsonl", "".join(json.dumps(row) + "\n" for row in events))
-        self.rewind(first_step)
+        self._rewrite("events.jsonl", events)
+        self._go_back(first_step, self._intact("metrics.jsonl", metrics_problem))
+        if resumed:
+            self._note_lost_steps(first_step)
+
+    def _intact(self, name: str, problem: Problem) -> list[dict[str, Any]]:
+        path = self.run_dir / name
+        rows, damaged = salvage_jsonl(path, problem)
+        if damaged:
+            kept = path.with_name(f"{name}.damaged_{time.time_ns()}")
+            path.rename(kept)
+            more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            self.notes.append(f"{path}: {damaged[0]}{more}; left out, the file as it was is {kept.name}")
+        return rows
+
+    def _note_lost_steps(self, first_step: int) -> None:
+        there = {row["step"] for row in read_jsonl(self.run_dir / "metrics.jsonl")}
+        if lost := first_step - len(there):
+            self.notes.append(f"{self.run_dir / 'metrics.jsonl'} has no line of {lost} of the {first_step} steps before this one")
 
     def rewind(self, first_step: int) -> None:
+        self._go_back(first_step, read_jsonl(self.run_dir / "metrics.jsonl", metrics_problem))
+
+    def _go_back(self, first_step: int, rows: list[dict[str, Any]]) -> None:
         self.step = first_step  # the step an event belongs to: the one that is being done
-        kept = [row for row in read_jsonl(self.run_dir / "metrics.jsonl") if row["step"] < first_step]
-        atomic_write(self.run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        for path in (self.run_dir / "rollouts").glob("step_*.jsonl"):
-            if int(path.stem.removeprefix("step_")) >= first_step:
+        self._rewrite("metrics.jsonl", [row for row in rows if row["step"] < first_step])
+        for step, path in rollout_files(self.run_dir):
+            if step >= first_step:
                 path.unlink()
 
+    def _rewrite(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        atomic_write(self.run_dir / name, text)
+        self._sizes[name] = len(text)
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        """The file is opened, not made: one that is gone, or shorter than it was, lost lines that no later one makes up for."""
         path = self.run_dir / name
         try:
-            with path.open("a") as file:  # closed, hence flushed, after every line
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+            line = (json.dumps(row, allow_nan=False) + "\n").encode()
+            with open(path, "ab", opener=_existing) as file:  # closed, hence flushed, after every line
+                size = os.fstat(file.fileno()).st_size
+                if size < self._sizes[name]:
+                    raise Failure(f"{path} was cut short while the run went on", key="outputs_dir")
+                file.write(line)
+            self._sizes[name] = size + len(line)
+        except FileNotFoundError:
+            raise Failure(f"{path} was deleted while the run went on", key="outputs_dir") from None
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}", fix="free some space, then resume the run") from error
+            raise Failure(f"cannot write {path}: {error.strerror or error}", fix="free some space") from error
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.step = step + 1
@@ -135,11 +183,30 @@ class JsonlTracker(BaseTracker):
         self._append("events.jsonl", row | {"data": data})
 
 
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
+
+
+def _event_problem(row: dict[str, Any]) -> str | None:
+    """A decision that is repeated must be whole."""
+    if (problem := event_problem(row)) or row["kind"] != EVENT:
+        return problem
+    whole = isinstance(row["data"].get("step"), int) and isinstance(row["data"].get("decision"), dict)
+    return None if whole else "it has no decision"
+
+
 class StatusTracker(BaseTracker):
     """status.json after every step."""
 
+    in_folder = True
+
     def __init__(self, run_dir: Path, first_step: int = 0) -> None:
         self.run_dir = run_dir
+        self.notes: list[str] = []
+        try:
+            read_status(run_dir)
+        except UserError as error:
+            self.notes.append(f"{error.problem}; it is written anew")
         self.rewind(first_step)
 
     def rewind(self, first_step: int) -> None:
@@ -156,6 +223,8 @@ class StatusTracker(BaseTracker):
 
 class ReportTracker(BaseTracker):
     """report.html, refreshed while the run goes on and complete at its end."""
+
+    in_folder = True
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -177,25 +246,33 @@ class ReportTracker(BaseTracker):
         self.next_write = now + max(REPORT_INTERVAL_SECONDS, (now - started) / REPORT_TIME_SHARE)
 
 
-class CompositeTracker:
-    """Passes every call to each tracker in turn."""
+def _nothing() -> None:
+    return
 
-    def __init__(self, trackers: list[Tracker]) -> None:
-        self.trackers = trackers
+
+class CompositeTracker:
+    """Passes every call to each tracker in turn. `check` raises when the folder is no longer the run's, and is asked first."""
+
+    def __init__(self, trackers: list[BaseTracker], check: Callable[[], None] = _nothing) -> None:
+        self.trackers, self.check = trackers, check
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.check()
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
     def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self.check()
         for tracker in self.trackers:
             tracker.log_samples(step, rows)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
+        self.check()
         for tracker in self.trackers:
             tracker.event(kind, message, data)
 
     def rewind(self, first_step: int) -> None:
+        self.check()
         for tracker in self.trackers:
             tracker.rewind(first_step)
 
@@ -205,15 +282,61 @@ class CompositeTracker:
             yield _Together([stack.enter_context(tracker.progress(label, total)) for tracker in self.trackers])
 
     def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
-        """Every tracker is finished even if one fails; the first failure is raised afterwards."""
+        """Every tracker is finished even if one fails; the first failure is raised afterwards. Nothing is written into a folder
+        that is no longer the run's."""
         failures: list[Exception] = []
-        for tracker in self.trackers:
+        trackers = self.trackers
+        try:
+            self.check()
+        except Failure as error:
+            failures.append(error)
+            trackers = [tracker for tracker in trackers if not tracker.in_folder]
+        for tracker in trackers:
             try:
                 tracker.finish(status, summary, message)
             except Exception as error:  # a full disk must not leave the terminal or wandb open
                 failures.append(error)
         if failures:
             raise failures[0]
+
+
+class LateTracker:
+    """A tracker that is built by `open`. Until then nothing is written: a resume that is refused leaves the run as it was."""
+
+    def __init__(self, build: Callable[[], CompositeTracker]) -> None:
+        self._build = build
+        self._built: CompositeTracker | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._built is not None
+
+    def open(self) -> None:
+        """Safe to call again."""
+        self._built = self._built or self._build()
+
+    def _tracker(self) -> CompositeTracker:
+        assert self._built is not None, "tracked before it was opened"
+        return self._built
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._tracker().log(step, metrics)
+
+    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        self._tracker().log_samples(step, rows)
+
+    def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
+        self._tracker().event(kind, message, data)
+
+    def rewind(self, first_step: int) -> None:
+        self._tracker().rewind(first_step)
+
+    def progress(self, label: str, total: int) -> Any:
+        return self._tracker().progress(label, total)
+
+    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+        if self._built is not None:
+            self._built.finish(status, summary, message)
 
 
 class _Together:
@@ -225,10 +348,11 @@ class _Together:
             part.advance(amount, note)
 
 
-def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0) -> CompositeTracker:
+def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0, check: Callable[[], None] = _nothing) -> CompositeTracker:
     """Open the run's folder for tracking: writes resolved.yaml, environment.json and status.json, then opens each tracker.
 
-    `first_step`: the step done next, 0 in a fresh run, the checkpoint's step count in a resumed one.
+    `first_step`: the step done next, 0 in a fresh run, the checkpoint's step count in a resumed one. `check`: see
+    CompositeTracker.
     """
     from runner.tracking.console import build_console
 
@@ -237,14 +361,13 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0) -> Composi
     write_environment(run_dir, cfg)
     # The report comes after the status that it shows; wandb last, so that its sync line is the last one printed.
     resumed = bool(cfg.resume)
-    trackers: list[Tracker] = [
-        JsonlTracker(run_dir, first_step, resumed=resumed),
-        StatusTracker(run_dir, first_step),
-        ReportTracker(run_dir),
-        build_console(cfg, run_dir, first_step),
-    ]
+    lines, status = JsonlTracker(run_dir, first_step, resumed=resumed), StatusTracker(run_dir, first_step)
+    trackers: list[BaseTracker] = [lines, status, ReportTracker(run_dir), build_console(cfg, run_dir, first_step)]
     if cfg.tracking.wandb_mode != "disabled":
         from runner.tracking.wandb_tracker import WandbTracker
 
         trackers.append(WandbTracker(cfg, plain_config(cfg), run_dir, resumed=resumed))
-    return CompositeTracker(trackers)
+    tracker = CompositeTracker(trackers, check)
+    for note in (*lines.notes, *status.notes):
+        tracker.event("warning", note)
+    return tracker

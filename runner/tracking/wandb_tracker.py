@@ -8,6 +8,7 @@ were done twice after a kill lie on top of each other.
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import time
 from pathlib import Path
@@ -56,8 +57,9 @@ class WandbTracker(BaseTracker):
 
     def _run_id(self, resumed: bool) -> str:
         path = self.run_dir / "wandb_id"
-        if resumed and path.exists():
-            return path.read_text().strip()
+        known = path.read_bytes().decode(errors="replace").strip() if resumed and path.is_file() else ""
+        if re.fullmatch(r"[0-9A-Za-z_-]{1,64}", known):  # else it is damaged, and wandb begins a run of its own
+            return known
         run_id = hashlib.blake2b(f"{self.run_dir.resolve()}/{time.time_ns()}".encode(), digest_size=6).hexdigest()
         atomic_write(path, run_id + "\n")
         return run_id

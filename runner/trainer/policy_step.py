@@ -12,7 +12,7 @@ import torch
 
 from runner.algorithms import aggregation, correction, losses
 from runner.algorithms.aggregation import LossWeights
-from runner.errors import UserError
+from runner.errors import Failure
 from runner.samples import Batch
 from runner.schema import AlgorithmConfig, Config, LossAggregation
 from runner.trainer.microbatch import MicroBatch
@@ -135,13 +135,13 @@ class NanGuard:
         self.in_a_row = 0
 
     def skipped(self, cause: str) -> None:
-        """Raises UserError naming the cause at the last allowed step in a row."""
+        """Raises Failure naming the cause at the last allowed step in a row."""
         self.in_a_row += 1
         self.total += 1
         self.causes[cause] += 1
         if self.in_a_row >= self.max_in_a_row:
-            raise UserError(
+            raise Failure(
                 f"{self.in_a_row} optimizer steps in a row were not finite; the last one: {cause}",
                 key="trainer.max_nan_steps",
-                fix="lower trainer.optimizer.lr, look at train/grad_norm before this step, or resume from an earlier checkpoint",
+                fix="lower trainer.optimizer.lr, and look at train/grad_norm before this step",
             )

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from runner.errors import UserError
+from runner.errors import Failure
 from runner.images import PromptImage
 from runner.samples import Batch, WeightStream
 
@@ -15,7 +15,7 @@ Weights = Literal["quantized", "master"]
 Routes = Literal["replayed", "own"]
 
 
-class TrainerLost(UserError):
+class TrainerLost(Failure):
     """The processes of a trainer are gone, and with them all it learned since the last checkpoint. Another trainer can be built
     and take up that checkpoint."""
 

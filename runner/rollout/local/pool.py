@@ -145,6 +145,9 @@ class LocalPool:
         metrics["perf/rollout_prefill_tokens"] = counters["prefill_tokens"]
         return metrics
 
+    def notices(self) -> list[str]:
+        return []
+
     def state(self) -> dict[str, Any]:
         return {"speculation": self.engine.speculation.state()}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label, version_of_label
@@ -43,6 +43,7 @@ class Fleet:
         self.weights: WeightSet | None = None
         self.updates = 0  # finished weight updates; grows always, versions of the trainer may start anew
         self.counters: dict[str, float] = defaultdict(float)
+        self.notices: deque[str] = deque()  # for the run's events
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
         self._changed = asyncio.Condition()
@@ -231,18 +232,22 @@ class Fleet:
         if self.router and self.router.up and not self.router.process.alive() and not self._closing:
             self.router.up = False
             self.counters["restarts"] += 1
-            print(f"sglang-router is started again: {self.router.process.failure()}", file=sys.stderr, flush=True)
+            self._tell(f"sglang-router is started again: {self.router.process.failure()}")
             self.router.restarting = asyncio.create_task(self._revive_router(self.router))
         for engine in [target] if isinstance(target, Engine) else self.engines:
             if engine.up and not engine.server.alive():
                 self._restart(engine, f"it ended: {engine.server.failure()}")
+
+    def _tell(self, notice: str) -> None:
+        print(notice, file=sys.stderr, flush=True)
+        self.notices.append(notice)
 
     def _restart(self, engine: Engine, reason: str) -> None:
         if self._closing or not engine.up or (engine.restarting and not engine.restarting.done()):
             return  # `_revive` sees for itself that the engine ended
         engine.up, engine.synced = False, 0
         self.counters["restarts"] += 1
-        print(f"SGLang server {engine.server.index} is started again: {reason}", file=sys.stderr, flush=True)
+        self._tell(f"SGLang server {engine.server.index} is started again: {reason}")
         engine.restarting = asyncio.create_task(self._revive(engine))
 
     async def _revive_router(self, router: Router) -> None:
@@ -268,14 +273,15 @@ class Fleet:
                 await self._start_with_weights(engine)
             except (UserError, EngineFailure, Refused, OSError) as error:
                 problem = error
-                print(f"SGLang server {engine.server.index} did not come back: {error}", file=sys.stderr, flush=True)
+                self._tell(f"SGLang server {engine.server.index} did not come back: {error}")
             else:
                 await self._notify()
                 return
         await asyncio.to_thread(engine.server.kill)
         engine.up = False
-        engine.broken = problem if isinstance(problem, UserError) else UserError(str(problem), key="rollout")
-        print(f"SGLang server {engine.server.index} stays down", file=sys.stderr, flush=True)
+        why = (problem.problem, problem.fix) if isinstance(problem, UserError) else (str(problem), None)
+        engine.broken = Failure(why[0], key="rollout", fix=why[1])
+        self._tell(f"SGLang server {engine.server.index} stays down")
         await self._notify()
 
     async def _start_with_weights(self, engine: Engine) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from runner import folder
+from runner import folder, scratch
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.precision import cpu_matmul
@@ -60,7 +60,8 @@ class SglangPool:
         self._tokens, self._seconds, self._stall = 0, 0.0, 0.0
         for line in arguments.warnings(cfg):
             print(f"warning: {line}", file=sys.stderr)
-        self._scratch = Path(tempfile.mkdtemp(prefix="runner-sglang-"))
+        self._scratch = scratch.make("runner-sglang-")
+        self._own_logs = None if folder.logs_of_this_run() else Path(tempfile.mkdtemp(prefix="runner-logs-"))  # outside of a run
         write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
         self._writer: WeightWriter | DeltaWriter | None = None
@@ -90,7 +91,16 @@ class SglangPool:
                 started_with["base_gpu_id"] = index * common["tp_size"]
             log = logs / f"sglang_{index}.log"
             servers.append(
-                Server(index, started_with, host=self._host, api_key=api_key, log=log, threads=threads, variables=variables)
+                Server(
+                    index,
+                    started_with,
+                    host=self._host,
+                    api_key=api_key,
+                    log=log,
+                    threads=threads,
+                    variables=variables,
+                    scratch=self._scratch,
+                )
             )
         return servers
 
@@ -127,7 +137,7 @@ class SglangPool:
             ) from error
 
     def _logs(self) -> Path:
-        return folder.logs_of_this_run() or self._scratch
+        return self._own_logs or folder.logs_of_this_run() or self._scratch
 
     def _audit(self) -> None:
         """The engines quantize what the plan says, in every server, or the run does not start."""
@@ -333,6 +343,12 @@ class SglangPool:
         counters.clear()
         return metrics
 
+    def notices(self) -> list[str]:
+        found = []
+        while self._fleet.notices:  # the event loop's thread may append meanwhile
+            found.append(self._fleet.notices.popleft())
+        return found
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -354,8 +370,9 @@ class SglangPool:
         self._loop.close()
         if self._writer is not None:
             self._writer.close()
-        if not keep_logs:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        scratch.remove(self._scratch)
+        if self._own_logs and not keep_logs:
+            shutil.rmtree(self._own_logs, ignore_errors=True)
 
     def _need_weights(self) -> None:
         if self.version < 0:

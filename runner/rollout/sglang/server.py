@@ -10,6 +10,7 @@ from runner.cores import available_cores
 from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.process import Child, free_ports
+from runner.scratch import environment as temporary_files_in
 
 STUBS = Path(__file__).parent / "stubs"
 
@@ -27,10 +28,13 @@ class Server(Child):
         log: Path,
         threads: int,
         variables: dict[str, str],
+        scratch: Path | None = None,
     ) -> None:
-        """`variables`: environment variables beside those that every server gets."""
+        """`variables`: environment variables beside those that every server gets. `scratch`: where its temporary files and
+        sockets lie, removed by whoever made it."""
         super().__init__(host=host, api_key=api_key, log=log)
-        self.index, self.arguments, self.threads, self.variables = index, arguments, threads, variables
+        self.index, self.arguments, self.threads = index, arguments, threads
+        self.variables, self.scratch = variables, scratch
         self.title = f"SGLang server {index}"
 
     def start(self) -> None:
@@ -47,6 +51,8 @@ class Server(Child):
 
     def environment(self) -> dict[str, str]:
         env = super().environment()
+        if self.scratch is not None:
+            env |= temporary_files_in(self.scratch)
         env |= {
             "RUNNER_SGLANG_SERVER": "1",
             "SGLANG_PLUGINS": env.get("SGLANG_PLUGINS", "runner"),

@@ -6,8 +6,6 @@ the current version stays until the next one is complete, for engines that have 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from runner import scratch
 from runner.checkpoint import sync_to_disk
 from runner.errors import UserError
 from runner.rollout.local.weights import changed
@@ -30,7 +29,6 @@ from runner.weights.stream import SealedTensor, seal, wire_bytes
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
 PREFIX = "runner-weights-"
-LOCK = ".lock"
 BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
 
 
@@ -142,7 +140,7 @@ class WeightWriter:
                 os.fsync(opened.fileno())
 
     def close(self) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        scratch.remove(self.root)
 
 
 def shared_memory_folder(needed_bytes: int) -> Path:
@@ -151,34 +149,7 @@ def shared_memory_folder(needed_bytes: int) -> Path:
     root: str | None = None
     if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 3 * needed_bytes:
         root = str(shared)
-    _remove_abandoned(Path(root or tempfile.gettempdir()))
-    made = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-    _held.append(_locked(made))
-    return made
-
-
-_held: list[int | None] = []  # file descriptors whose locks last as long as this process
-
-
-def _locked(folder: Path) -> int | None:
-    """A descriptor of the folder's lock; None when a living process has it. Process ids would not do: shared memory may be
-    shared with containers whose processes are not to be seen."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Folders of drivers that were killed: shared memory is not given back by itself."""
-    for folder in root.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or removed by now
-            if folder.stat().st_uid == os.getuid() and (lock := _locked(folder)) is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(lock)
+    return scratch.make(PREFIX, Path(root or tempfile.gettempdir()))
 
 
 def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.models.build import save_config
 from runner.trainer.megatron import untrusted
 from runner.trainer.megatron.masters import STATES, Owned
@@ -84,9 +84,7 @@ def _saying_what_failed(folder: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointException, CheckpointingException) as error:
-        raise UserError(
-            f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space, then resume=<this run>"
-        ) from None
+        raise Failure(f"cannot save a checkpoint under {folder}: {_first_line(error)}", fix="free space") from None
 
 
 def _begin(worker: Worker, folder: Path) -> Sharded:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.trainer.megatron import wire
 
 PART_BYTES = 64 << 20  # tensors of a stream that travel in one message
@@ -93,7 +93,7 @@ def _stream(connection: Connection, items: Iterator[Any]) -> None:
 
 def _failure(error: BaseException) -> wire.Failure:
     if isinstance(error, UserError):
-        return wire.Failure(error.problem, error.fix, error.key, None)
+        return wire.Failure(error.problem, error.fix, error.key, None, isinstance(error, Failure))
     return wire.Failure(f"{type(error).__name__}: {error}", None, None, traceback.format_exc())
 
 

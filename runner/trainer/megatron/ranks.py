@@ -7,14 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from runner.errors import UserError
+from runner import scratch
+from runner.errors import Failure, UserError
 from runner.folder import logs_of_this_run
 from runner.precision import cpu_matmul
 from runner.schema import Config
@@ -38,13 +38,13 @@ class LocalRanks:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.timeout = arguments.trainer_config(cfg).rank_timeout_seconds
-        self._scratch = tempfile.TemporaryDirectory(prefix="runner-ranks-")
+        self._scratch = scratch.make("runner-ranks-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
             for rank in range(arguments.world_size(cfg)):
                 self._spawn(rank)
-            rendezvous = f"file://{self._scratch.name}/rendezvous"
+            rendezvous = f"file://{self._scratch}/rendezvous"
             for rank, connection in enumerate(self._connections):
                 wire.send(connection, (cfg, rank, rendezvous, rank))
             self._collect("starting")
@@ -57,7 +57,10 @@ class LocalRanks:
         with theirs, self.log(rank).open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
-                env=os.environ | arguments.environment(self.cfg) | cpu_matmul.environment(self.cfg.precision.cpu_matmul),
+                env=os.environ
+                | scratch.environment(self._scratch)
+                | arguments.environment(self.cfg)
+                | cpu_matmul.environment(self.cfg.precision.cpu_matmul),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -69,7 +72,7 @@ class LocalRanks:
 
     def log(self, rank: int) -> Path:
         """Everything that a rank printed; in the run's logs/ where there is a run."""
-        return (logs_of_this_run() or Path(self._scratch.name)) / f"trainer_rank_{rank}.log"
+        return (logs_of_this_run() or self._scratch) / f"trainer_rank_{rank}.log"
 
     @property
     def pids(self) -> list[int]:
@@ -144,8 +147,9 @@ class LocalRanks:
             self._lost(dead, name)
         self.close()
         if failure.traceback is None:
-            raise UserError(failure.problem, fix=failure.fix, key=failure.key)
-        raise RankFailure(f"trainer rank {rank} failed in {name}: {failure.problem}\n{failure.traceback}", fix=RESUME)
+            kind = Failure if failure.broke else UserError
+            raise kind(failure.problem, fix=failure.fix, key=failure.key)
+        raise RankFailure(f"trainer rank {rank} failed in {name}: {failure.problem}\n{failure.traceback}")
 
     def _dead_rank(self, besides: int) -> int | None:
         deadline = time.monotonic() + 1.0  # a killed process takes a moment to be reaped
@@ -165,7 +169,7 @@ class LocalRanks:
             how = "closed its connection"
         output = self._tail(rank)
         self.close()
-        raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}", fix=RESUME)
+        raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}")
 
     def _tail(self, rank: int) -> str:
         return _lines(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
@@ -181,7 +185,6 @@ class LocalRanks:
             f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
             f"all were ended. Rank {ranks[0]} was in:{_lines(stack.splitlines()[1 : 1 + LOG_LINES])}",
             key="trainer.rank_timeout_seconds",
-            fix=RESUME,
         )
 
     def close(self) -> None:
@@ -194,11 +197,8 @@ class LocalRanks:
                 process.kill()  # a stopped or hung rank would not notice that its connection closed
             process.wait()
         self._processes = []
-        self._scratch.cleanup()
+        scratch.remove(self._scratch)
 
 
 def _lines(lines: list[str]) -> str:
     return "".join(f"\n    {line}" for line in lines)
-
-
-RESUME = "resume=<this run> continues from its last complete checkpoint"

@@ -19,12 +19,14 @@ _AS_BYTES = torch.uint8
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank's call failed. `fix` and `key` of a UserError; `traceback` of anything else."""
+    """Why a rank's call failed. `fix` and `key` of a UserError, which is no mistake of the user where `broke` says so;
+    `traceback` of anything else."""
 
     problem: str
     fix: str | None
     key: str | None
     traceback: str | None
+    broke: bool = False
 
 
 Rows = dict[int, torch.Tensor]  # sample index -> [R]
