@@ -43,7 +43,8 @@ def open_folder(cfg: Config, overrides: list[str]) -> RunFolder:
                 _remove(path / name)
         for name in ("logs", ".hydra", "checkpoints", "rollouts"):
             (path / name).mkdir(parents=True, exist_ok=True)
-        (path / ".hydra" / "overrides.yaml").write_text("".join(f"- {json.dumps(item)}\n" for item in overrides) or "[]\n")
+        text = "".join(f"- {json.dumps(item, ensure_ascii=False)}\n" for item in overrides)
+        (path / ".hydra" / "overrides.yaml").write_text(text or "[]\n", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write the run's folder {path}: {error.strerror}", key="outputs_dir", fix="outputs_dir=<a writable folder>"

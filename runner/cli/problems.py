@@ -22,6 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from runner import limits
+from runner.cli.overrides import command, shell, typed
 from runner.errors import UserError
 from runner.schema import Config
 
@@ -40,11 +42,6 @@ class Diagnosis:
     def source_of(self, key: str | None) -> str | None:
         """Where the value of a key was last set; for a group, what chose its option. Follows no interpolation."""
         return self.sources.get(key) if key else None
-
-
-def override_key(text: str) -> str:
-    """`+model.x=1` -> `model.x`."""
-    return text.partition("=")[0].lstrip("+~").strip()
 
 
 def nearest(word: str, known: list[str]) -> str | None:
@@ -99,18 +96,22 @@ def _parse(overrides: list[str], problems: list[UserError]) -> Iterator[Override
     for text in overrides:
         try:
             item = parser.parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError):  # of Python's own: an integer of thousands of digits
             bare = text.lstrip("-")
-            fix = f"{bare}=<value>" if "=" not in text else "quote it for the shell, e.g. 'key=\"a b\"' or 'key=[1,2]'"
+            name, equals, value = text.partition("=")
+            fix = f"as a text, quoted for the shell: {shell(typed(name, value))}" if equals else f"{bare}=<value>"
             problems.append(UserError(f"cannot read {text!r} as key=value", key=bare.partition("=")[0] or text, fix=fix))
             continue
         if item.is_sweep_override():
+            fix = command("-m", text)
+            if limits.is_text(limits.typed_keys(Config).get(item.key_or_group)):
+                fix += f", or as one text {shell(typed(item.key_or_group, item.get_value_string()))}"
             problems.append(
                 UserError(
                     f"{text!r} holds several values, which only a sweep can run",
                     key=item.key_or_group,
                     where=COMMAND_LINE,
-                    fix=f"python -m runner -m {text}",
+                    fix=fix,
                 )
             )
             continue
