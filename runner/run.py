@@ -17,7 +17,7 @@ import torch
 from hydra.utils import get_class
 from transformers import PreTrainedTokenizerBase
 
-from runner import checkpoint, preflight
+from runner import checkpoint, continuation, preflight
 from runner.decisions import Decisions
 from runner.errors import UserError
 from runner.folder import RunFolder, open_folder
@@ -98,6 +98,7 @@ def _supervise(cfg: Config, folder: RunFolder, tracker: Tracker, stop: StopSigna
     """
     tokenizer = load_tokenizer(cfg.model)
     task = _build_task(cfg, tokenizer)
+    continuation.keep_schedule(cfg, folder.resumed_from)
     trainer = _build_trainer(cfg)
     if takes_turns(cfg):
         trainer.sleep()  # the engines fill the GPUs when they start
@@ -173,8 +174,10 @@ def _run(
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
     first_step = 0
-    if begin:
-        state = checkpoint.read_state(begin)
+    state = checkpoint.read_state(begin) if begin else None
+    for note in continuation.go_on(cfg, collector, state):
+        tracker.event("warning", note)
+    if begin and state:
         trainer.load(begin / "trainer")
         pool.load_state(state["pool"])
         watcher.load_state(state["watch"])

@@ -170,6 +170,7 @@ class OptimizerConfig:
     lr: float = number(gt=0, le=10)
     lr_schedule: str = one_of("constant", "linear", "cosine")
     lr_warmup_steps: int = number(ge=0, le=10**9)
+    lr_decay_steps: Optional[int] = number(ge=1, le=10**15)  # optimizer steps of linear and cosine; null: the run's, as it began
     lr_min_ratio: float = number(ge=0, le=1)  # of lr, where linear and cosine end
     weight_decay: float = number(ge=0, le=10)
     beta1: float = number(ge=0, le=1)
