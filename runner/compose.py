@@ -34,6 +34,7 @@ from runner.cli.overrides import (
 )
 from runner.cli.problems import Diagnosis, diagnose
 from runner.errors import UserError, UserErrors
+from runner.redaction import remember_environment, restored
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_NAME = "config"
@@ -117,6 +118,7 @@ def compose_raw(overrides: list[str]) -> DictConfig:
 def to_config(raw: DictConfig) -> schema.Config:
     """The typed config, as the program uses it. Raises OmegaConf's errors for missing and unresolvable values."""
     config = cast(schema.Config, OmegaConf.to_object(raw))
+    remember_environment(raw)
     for _, holder, field in limits.walk(config):
         value = getattr(holder, field.name)
         if isinstance(value, str) and field.metadata.get(limits.PATH):
@@ -155,7 +157,7 @@ def with_resumed(overrides: list[str]) -> list[str]:
     file = run / ".hydra" / "overrides.yaml"
     old = cast(list[Any], OmegaConf.to_container(OmegaConf.load(file)))
     replaced = {override_key(item) for item in overrides}
-    kept = [joined_surrogates(str(item)) for item in old if override_key(str(item)) not in replaced]
+    kept = restored([joined_surrogates(str(item)) for item in old if override_key(str(item)) not in replaced])
     return [*kept, *(item for item in overrides if override_key(item) != "resume"), override("resume", str(run))]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner import checkpoint
+from runner.cli.overrides import shell, typed
 from runner.errors import UserError
 from runner.schema import Config
 
@@ -35,7 +36,7 @@ def open_folder(cfg: Config, overrides: list[str]) -> RunFolder:
         raise UserError(
             f"{path} already holds a run with checkpoints",
             key="run_name",
-            fix=f"resume={path} continues it; another run_name starts a new one",
+            fix=f"{shell(typed('resume', str(path)))} continues it; another run_name starts a new one",
         )
     try:
         if path.exists():  # an attempt that died before its first checkpoint
@@ -67,7 +68,7 @@ def find_run(name: str, outputs_dir: str) -> Path:
     known = sorted(path.name for path in root.iterdir() if (path / ".hydra").is_dir()) if root.is_dir() else []
     close = difflib.get_close_matches(name, known, n=3) or known[-3:]
     hint = (
-        f"resume={close[0]}" + (f" (or {', '.join(close[1:])})" if close[1:] else "")
+        shell(typed("resume", close[0])) + (f" (or {', '.join(close[1:])})" if close[1:] else "")
         if close
         else f"no run lies under {root} yet"
     )

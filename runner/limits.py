@@ -98,7 +98,7 @@ def typed_keys(cls: type, prefix: str = "") -> dict[str, Any]:
     hints = get_type_hints(cls)
     for item in fields(cls):
         kind = hints[item.name]
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             for option in _with_subclasses(kind):
                 found |= typed_keys(option, f"{prefix}{item.name}.")
         else:
@@ -115,5 +115,6 @@ def is_text_list(kind: Any) -> bool:
     return kind == list[str]
 
 
-def _with_subclasses(cls: type) -> list[type]:
-    return [cls, *(below for sub in cls.__subclasses__() for below in _with_subclasses(sub))]
+def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
+    subclasses: list[type[Any]] = cls.__subclasses__()
+    return [cls, *(below for option in subclasses for below in _with_subclasses(option))]

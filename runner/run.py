@@ -18,6 +18,7 @@ from hydra.utils import get_class
 from transformers import PreTrainedTokenizerBase
 
 from runner import checkpoint, continuation, preflight
+from runner.cli.overrides import command, typed
 from runner.decisions import Decisions
 from runner.errors import UserError
 from runner.folder import RunFolder, open_folder
@@ -208,9 +209,9 @@ def _seed_everything(seed: int) -> None:
 
 
 def _how_it_ended(outcome: str, folder: Path) -> str:
-    saved = checkpoint.complete(folder)
+    saved, again = checkpoint.complete(folder), command(typed("resume", str(folder)))
     if outcome == "interrupted" and saved:
-        return f"interrupted; checkpoint {saved[-1].name} is complete. Continue with: python -m runner resume={folder}"
+        return f"interrupted; checkpoint {saved[-1].name} is complete. Continue with: {again}"
     if outcome == "stopped":
-        return f"stopped by a watch rule; continue with: python -m runner resume={folder} (and what you change)"
+        return f"stopped by a watch rule; continue with: {again} (and what you change)"
     return outcome

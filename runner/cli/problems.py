@@ -228,7 +228,7 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
                 break
             if not add:  # watch.rules, rollout.server_args
                 parent = ".".join(parts[:depth])
-                fix = f"to add it, +{key}={_shown(value)}"
+                fix = f"to add it, {_typed(f'+{key}', value)}"
                 return UserError(f"{parent} has no entry {part!r}", key=key, where=where, fix=fix)
             if not is_dataclass(node._metadata.element_type):
                 return None
@@ -239,9 +239,8 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
         return None
     known = [*all_keys(result.raw), *(choices if "." not in key else ())]
     close = nearest(key, known)
-    shown = _shown(value) if not isinstance(value, dict) else "..."
     if where == COMMAND_LINE:
-        fix = f"did you mean {close}={shown}?" if close else "python -m runner --cfg job lists every key"
+        fix = f"did you mean {_typed(close, value)}?" if close else "python -m runner --cfg job lists every key"
     else:
         fix = f"did you mean {close}?" if close else "runner/schema.py lists every key"
     return UserError("no such key", key=key, where=where, fix=fix)
@@ -329,6 +328,13 @@ def _file_of(error: Exception, config_dir: Path) -> str | None:
         file = config_dir / f"{name}.yaml"
         return shown_path(file, config_dir) if file.is_file() else None
     return None
+
+
+def _typed(key: str, value: Any) -> str:
+    """`key=value` quoted for the shell."""
+    if isinstance(value, dict):
+        return f"{key}=..."
+    return shell(typed(key, value) if isinstance(value, str) else f"{key}={_shown(value)}")
 
 
 def _shown(value: Any) -> str:

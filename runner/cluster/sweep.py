@@ -33,6 +33,7 @@ from hydra.errors import HydraException
 
 from runner.cli.overrides import override, override_key, readable, shell, typed
 from runner.errors import UserError, UserErrors
+from runner.redaction import shown
 from runner.schema import Config
 from runner.tracking.charts import format_number
 from runner.tracking.folder import atomic_write, plain_config, read_status, run_state
@@ -149,7 +150,7 @@ def plan(overrides: list[str], load: Callable[[list[str]], Config]) -> tuple[Pat
                 problems.setdefault(str(one), one)
     if problems:
         raise UserErrors(list(problems.values()))
-    identity = json.dumps([sorted(overrides), [plain_config(cfg) for cfg in configs]], sort_keys=True)
+    identity = json.dumps([sorted(overrides), [plain_config(cfg, secrets=True) for cfg in configs]], sort_keys=True)
     keys = "+".join(key.lstrip("+~") for key in points[0][0]) or "single"
     name = f"sweep_{re.sub(r'[^A-Za-z0-9_.+-]+', '_', keys)[:80]}_{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     folder = Path(configs[0].outputs_dir) / name
@@ -202,7 +203,7 @@ class Sweep:
     def _run_all(self) -> int:
         atomic_write(
             self.folder / "sweep.json",
-            json.dumps([{"name": job.name, "overrides": job.overrides} for job in self.jobs], indent=2) + "\n",
+            json.dumps([{"name": job.name, "overrides": shown(job.overrides)} for job in self.jobs], indent=2) + "\n",
         )
         print(f"sweep of {len(self.jobs)} jobs in {self.folder}", flush=True)
         interrupted = False

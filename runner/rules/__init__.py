@@ -29,8 +29,8 @@ def check(cfg: Config) -> list[UserError]:
     its place and are not asked about its key.
     """
     found: dict[str, UserError] = {}
-    for rule in numbers.RULES:
-        for error in rule(cfg):
+    for alone in numbers.RULES:
+        for error in alone(cfg):
             found.setdefault(str(error), error)
     known = {error.key for error in found.values()}
     allowed = numbers.within_ranges(cfg)

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from runner.cli.overrides import shell, typed
 from runner.errors import UserError
 from runner.samples import Sample
 from runner.schema import JsonlTaskConfig
@@ -47,7 +48,9 @@ class JsonlTask:
         self.tokenizer = tokenizer
         if "{question}" not in cfg.prompt_template:
             raise UserError(
-                "the template has no {question}", key="task.prompt_template", fix='for example task.prompt_template="{question}"'
+                "the template has no {question}",
+                key="task.prompt_template",
+                fix=f"for example {shell(typed('task.prompt_template', '{question}'))}",
             )
         if cfg.train_path is None:
             raise UserError(
