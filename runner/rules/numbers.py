@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -70,11 +72,7 @@ def targets(cfg: Config) -> Iterator[UserError]:
     from runner.compose import CONFIG_DIR
 
     for group in ("trainer", "rollout", "task"):
-        target, ours = getattr(cfg, group)._target_, {}
-        for file in sorted((CONFIG_DIR / group).glob("*.yaml")):
-            named = (yaml.safe_load(file.read_text()) or {}).get("_target_")
-            if isinstance(named, str) and named.startswith("runner."):
-                ours[named] = file.stem
+        target, ours = getattr(cfg, group)._target_, _targets_of(CONFIG_DIR / group)
         if target not in ours:
             key, options = f"{group}._target_", " or ".join(f"{group}={name}" for name in ours.values())
             if target.startswith("runner."):
@@ -82,6 +80,17 @@ def targets(cfg: Config) -> Iterator[UserError]:
             else:
                 problem = f"{target} is not a part of runner"
             yield UserError(problem, key=key, fix=f"choose an option of {group} instead: {options}")
+
+
+@cache
+def _targets_of(folder: Path) -> dict[str, str]:
+    """`_target_` of this project -> the option that names it first."""
+    ours: dict[str, str] = {}
+    for file in sorted(folder.glob("*.yaml")):
+        named = (yaml.safe_load(file.read_text()) or {}).get("_target_")
+        if isinstance(named, str) and named.startswith("runner."):
+            ours.setdefault(named, file.stem)
+    return ours
 
 
 RULES = (ranges, choices, texts, targets)
