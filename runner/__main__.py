@@ -175,10 +175,10 @@ def _start(command: Command) -> int:
         raise UserError(f"{command.verb} does not sweep", fix="python -m runner -m key=a,b,c runs a sweep")
     loaded = compose.load(command.overrides)
     if command.verb == "run":
-        from runner import preflight
+        from runner import preflight, redaction
 
         preflight.check(loaded.config)  # before torch is imported: a machine that cannot run it hears so at once
-        return _call("run", loaded.config, loaded.overrides)
+        return _call("run", loaded.config, redaction.recorded(loaded.overrides))
     return _call(command.verb, loaded.config, *command.words)
 
 

@@ -7,7 +7,6 @@ loaded.raw       the same as a DictConfig, interpolations kept
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
@@ -22,9 +21,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner import schema
-from runner.cli.problems import Diagnosis, diagnose, override_key
+from runner import limits, schema
+from runner.cli.overrides import (
+    expand_home,
+    given,
+    is_unicode,
+    joined_surrogates,
+    override,
+    override_key,
+    readable,
+    with_newlines,
+)
+from runner.cli.problems import Diagnosis, diagnose
 from runner.errors import UserError, UserErrors
+from runner.redaction import remember_environment, restored
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_NAME = "config"
@@ -56,7 +66,10 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
 
     Raises UserErrors with every problem: misspelt keys and options, wrong types, missing values, broken rules.
     """
-    overrides = with_resumed(overrides)
+    not_text = [item for item in overrides if not is_unicode(item)]
+    if not_text:
+        raise UserErrors([UserError("the value is not UTF-8", key=override_key(ascii(item))) for item in not_text])
+    overrides = readable(with_resumed(overrides))
     diagnosis: Diagnosis | None = None
     try:
         raw = compose_raw(overrides)
@@ -103,8 +116,16 @@ def compose_raw(overrides: list[str]) -> DictConfig:
 
 
 def to_config(raw: DictConfig) -> schema.Config:
-    """The typed config. Raises OmegaConf's errors for missing and unresolvable values."""
-    return cast(schema.Config, OmegaConf.to_object(raw))
+    """The typed config, as the program uses it. Raises OmegaConf's errors for missing and unresolvable values."""
+    config = cast(schema.Config, OmegaConf.to_object(raw))
+    remember_environment(raw)
+    for _, holder, field in limits.walk(config):
+        value = getattr(holder, field.name)
+        if isinstance(value, str) and field.metadata.get(limits.PATH):
+            setattr(holder, field.name, expand_home(value))
+    if isinstance(config.task, schema.JsonlTaskConfig):
+        config.task.prompt_template = with_newlines(config.task.prompt_template)
+    return config
 
 
 def hydra_settings(overrides: list[str]) -> DictConfig:
@@ -126,16 +147,16 @@ def diagnosed(overrides: list[str]) -> Diagnosis:
 
 def with_resumed(overrides: list[str]) -> list[str]:
     """With `resume=<run>` among them: that run's own overrides first; a new override replaces an old one of the same key."""
-    target = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "resume"]
-    if not target or target[-1] in ("", "null"):
+    target = given(overrides, "resume")
+    if not target:
         return overrides
     from runner.folder import find_run, read_overrides
 
-    outputs_dir = [item.partition("=")[2].strip("'\"") for item in overrides if item.partition("=")[0] == "outputs_dir"]
-    run = find_run(target[-1], (outputs_dir or [default_outputs_dir()])[-1])
+    outputs_dir = given(overrides, "outputs_dir") or default_outputs_dir()
+    run = find_run(expand_home(target), expand_home(outputs_dir))
     replaced = {override_key(item) for item in overrides}
-    kept = [item for item in read_overrides(run) if override_key(item) not in replaced]
-    return [*kept, *(item for item in overrides if override_key(item) != "resume"), f"resume={json.dumps(str(run))}"]
+    kept = restored([joined_surrogates(item) for item in read_overrides(run) if override_key(item) not in replaced])
+    return [*kept, *(item for item in overrides if override_key(item) != "resume"), override("resume", str(run))]
 
 
 def default_outputs_dir() -> str:
@@ -188,11 +209,12 @@ def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None
     """
     if not multirun and not any(item.startswith(("recipe=", "hydra.")) for item in overrides):
         return None
+    overrides = readable(overrides)
     parser = OverridesParser.create()
     try:
         swept = [item for item in overrides if parser.parse_override(item).is_sweep_override()]
         settings = hydra_settings([item for item in overrides if item not in swept])
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         if multirun:
             return overrides  # every problem is reported when the jobs are composed
         return None

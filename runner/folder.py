@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from runner import checkpoint
+from runner.cli.overrides import shell, typed
 from runner.errors import Failure, UserError
 from runner.lock import NAME as LOCK
 from runner.lock import Held, Lock
@@ -168,7 +169,9 @@ def _clear(path: Path) -> list[str]:
         raise UserError(
             f"{path} already holds a run with {'checkpoints' if saved else 'damaged checkpoints'}",
             key="run_name",
-            fix=f"resume={path} continues it; another run_name starts a new one" if saved else "another run_name",
+            fix=f"{shell(typed('resume', str(path)))} continues it; another run_name starts a new one"
+            if saved
+            else "another run_name",
         )
     found = [name for name in CLEARED if (path / name).exists()]
     for name in found:
@@ -211,7 +214,7 @@ def find_run(name: str, outputs_dir: str) -> Path:
     known = sorted(path.name for path in root.iterdir() if (path / ".hydra").is_dir()) if root.is_dir() else []
     close = difflib.get_close_matches(name, known, n=3) or known[-3:]
     hint = (
-        f"resume={close[0]}" + (f" (or {', '.join(close[1:])})" if close[1:] else "")
+        shell(typed("resume", close[0])) + (f" (or {', '.join(close[1:])})" if close[1:] else "")
         if close
         else f"no run lies under {root} yet"
     )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from runner import mismatch
+from runner import continuation, mismatch
 from runner.algorithms.advantages import compute_advantages
 from runner.checkpoint import Checkpoints
 from runner.decisions import EVENT, Decisions
@@ -82,7 +82,8 @@ def train(c: Components, first_step: int) -> str:
 
 def _save(c: Components, step: int) -> None:
     """Checkpoint after this many finished steps."""
-    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state()})
+    kept = continuation.remembered(c.cfg, c.collector, step)
+    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state(), **kept})
 
 
 def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -> None:

@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from runner.cli.overrides import command
 from runner.errors import UserError, UserErrors
 from runner.models.config_file import CONFIG, architectures_of, check_model, read_json
 from runner.rollout.sglang.arguments import takes_turns
 from runner.rollout.sglang.interface import listen_address
-from runner.schema import Config, Format, JsonlTaskConfig, Role, SglangRolloutConfig
+from runner.schema import Config, Format, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
 from runner.weights import transfer_engine
 
 PACKAGES = {  # option -> (module, what installs it, what needs it)
@@ -26,7 +29,7 @@ REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCaus
 
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
-    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg), *_engines(cfg)]
+    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg), *_engines(cfg), *_memory(cfg)]
     if missing:
         raise UserErrors(missing, advice=_instead(cfg))
 
@@ -100,7 +103,7 @@ def _engines(cfg: Config) -> list[UserError]:
             UserError(
                 f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
                 key="precision.roles",
-                fix="precision=fp8 or bf16, rollout=local, or precision.roles=[routed_expert] on a mixture of experts",
+                fix="precision=fp8 or bf16, rollout=local, or 'precision.roles=[routed_expert]' on a mixture of experts",
             )
         )
     if cfg.rollout.weight_transport == "p2p" and (missing := transfer_engine.obstacles(cfg.rollout.transfer_protocol)):
@@ -195,7 +198,7 @@ def _files(cfg: Config) -> list[UserError]:
     if isinstance(cfg.task, JsonlTaskConfig):
         paths |= {"task.train_path": cfg.task.train_path, "task.eval_path": cfg.task.eval_path}
     for key, path in paths.items():
-        if path and _is_local(path) and not Path(path).expanduser().exists():
+        if path and _is_local(path) and not _exists(path):
             errors.append(UserError(f"{path} does not exist", key=key, fix=f"{key}=<an existing path>"))
     return errors
 
@@ -212,6 +215,35 @@ def _checkpoint(cfg: Config) -> list[UserError]:
     return []
 
 
+def _memory(cfg: Config) -> list[UserError]:
+    """What the in-process engine would allocate at its first request, on a CPU: its KV cache, and logits of every draft token."""
+    rollout, model = cfg.rollout, cfg.model
+    if not isinstance(rollout, LocalRolloutConfig) or rollout.device == "cuda" or visible_gpus():
+        return []
+    width = 2 if cfg.precision.base_dtype == "bfloat16" else 4
+    tokens = cfg.task.max_prompt_tokens + max(
+        cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
+    )
+    cache = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
+    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != "none" else 0
+    there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cache + (drafts + 1) * model.vocab_size * 4)
+    if wanted <= there:
+        return []
+    fits = max(1, rollout.max_concurrency * there // (2 * wanted))
+    problem = (
+        f"{rollout.max_concurrency} sequences of {tokens} tokens, {drafts} of them drafts, take {wanted / 2**30:,.1f} GiB; "
+        f"this machine has {there / 2**30:,.1f} GiB"
+    )
+    return [UserError(problem, key="rollout.max_concurrency", fix=f"rollout.max_concurrency={fits}")]
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # a name that is too long, a home that is not there
+        return False
+
+
 def _is_local(path: str) -> bool:
     """A path of this machine, as against a hub id `owner/name`."""
     return (
@@ -224,12 +256,10 @@ def _instead(cfg: Config) -> list[str]:
     choices = [f"{group}={getattr(cfg, group).name}" for group in ("precision", "model")]
     if cfg.recipe != "none":
         choices = [f"recipe={cfg.recipe}"]
-    shown = " ".join(choices)
-    lines = [f"python -m runner plan {shown}    # what it needs and whether it fits; works here"]
+    lines = [f"{command('plan', *choices)}    # what it needs and whether it fits; works here"]
     if cfg.scale != "laptop" and not cfg.model.name.startswith("tiny"):
-        lines.append(f"python -m runner {shown} scale=laptop    # the same run at toy size, on this machine")
+        lines.append(f"{command(*choices, 'scale=laptop')}    # the same run at toy size, on this machine")
     elif cfg.trainer.name != "torch" or cfg.rollout.name != "local" or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
-        lines.append(
-            f"python -m runner {shown} trainer=torch rollout=local parallelism=single cluster=local    # on this machine"
-        )
+        here = ("trainer=torch", "rollout=local", "parallelism=single", "cluster=local")
+        lines.append(f"{command(*choices, *here)}    # on this machine")
     return lines

@@ -18,7 +18,8 @@ import torch
 from hydra.utils import get_class
 from transformers import PreTrainedTokenizerBase
 
-from runner import checkpoint, preflight
+from runner import checkpoint, continuation, preflight
+from runner.cli.overrides import command, typed
 from runner.decisions import Decisions
 from runner.errors import Failure, UserError
 from runner.folder import RunFolder, open_folder
@@ -164,6 +165,7 @@ def _supervise(
     The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
     """
     task = _build_task(cfg, tokenizer)
+    continuation.keep_schedule(cfg, folder.resumed_from)
     trainer = _build_trainer(cfg)
     if takes_turns(cfg):
         trainer.sleep()  # the engines fill the GPUs when they start
@@ -260,8 +262,10 @@ def _run(
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
     first_step = 0
-    if begin:
-        state = checkpoint.read_state(begin)
+    state = checkpoint.read_state(begin) if begin else None
+    for note in continuation.go_on(cfg, collector, state):
+        tracker.event("warning", note)
+    if begin and state:
         trainer.load(begin / "trainer")
         pool.load_state(state["pool"])
         watcher.load_state(state["watch"])
@@ -294,9 +298,9 @@ def _seed_everything(seed: int) -> None:
 
 
 def _how_it_ended(outcome: str, folder: Path) -> str:
-    saved = checkpoint.complete(folder)
+    saved, again = checkpoint.complete(folder), command(typed("resume", str(folder)))
     if outcome == "interrupted" and saved:
-        return f"interrupted; checkpoint {saved[-1].name} is complete. Continue with: python -m runner resume={folder}"
+        return f"interrupted; checkpoint {saved[-1].name} is complete. Continue with: {again}"
     if outcome == "stopped":
-        return f"stopped by a watch rule; continue with: python -m runner resume={folder} (and what you change)"
+        return f"stopped by a watch rule; continue with: {again} (and what you change)"
     return outcome

@@ -1,8 +1,9 @@
 """The typed schema of every config group: field names, types and units. No defaults live here.
 
 Every field is mandatory (`MISSING`) so that the one place for a default is `conf/`; the comment beside a
-field says what it means. Hydra composes `conf/` on top of these classes, which is why a misspelt key
-in any YAML file fails. This module imports neither torch nor ray: tab completion and `--cfg job` load it.
+field says what it means, and `number(...)`, `one_of(...)`, `path()` beside its type what it allows (limits.py).
+Hydra composes `conf/` on top of these classes, which is why a misspelt key in any YAML file fails.
+This module imports neither torch nor ray: tab completion and `--cfg job` load it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from enum import Enum, StrEnum
 from typing import Any, Optional
 
 from omegaconf import MISSING
+
+from runner.limits import LONGEST_SECONDS, number, one_of, path
 
 # OmegaConf matches enums by member NAME, so members are spelt as users type them.
 
@@ -99,41 +102,43 @@ class WatchAction(Enum):
 class ModelConfig:
     name: str = MISSING
     family: str = MISSING  # a file of runner/models: qwen3, qwen3_moe, deepseek, mimo, qwen3_vl
-    hf_checkpoint: Optional[str] = MISSING  # a folder or hub id; null: random start (tiny models)
-    num_layers: int = MISSING
-    hidden_size: int = MISSING
-    ffn_size: int = MISSING  # of a dense mlp
-    num_heads: int = MISSING
-    num_kv_heads: int = MISSING
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    max_context_tokens: int = MISSING
-    rope_theta: float = MISSING
-    norm_eps: float = MISSING
+    hf_checkpoint: Optional[str] = path()  # a folder or hub id; null: random start (tiny models)
+    num_layers: int = number(ge=1, le=1024)
+    hidden_size: int = number(ge=1, le=2**17)
+    ffn_size: int = number(ge=0, le=2**20)  # of a dense mlp
+    num_heads: int = number(ge=1, le=4096)
+    num_kv_heads: int = number(ge=1, le=4096)
+    head_dim: int = number(ge=1, le=4096)
+    vocab_size: int = number(ge=1, le=2**22)
+    max_context_tokens: int = number(ge=1, le=2**24)
+    rope_theta: float = number(gt=0, le=1e12)
+    norm_eps: float = number(gt=0, le=1)
     tied_embeddings: bool = MISSING
     attention_bias: bool = MISSING
     qk_norm: bool = MISSING
-    initializer_range: float = MISSING
+    initializer_range: float = number(ge=0, le=10)
     # mixture of experts; num_experts 0 is a dense model
-    num_experts: int = MISSING
-    experts_top_k: int = MISSING
-    expert_ffn_size: int = MISSING
-    num_shared_experts: int = MISSING
-    num_dense_layers: int = MISSING  # first layers without experts
-    router_score: str = MISSING  # softmax or sigmoid
+    num_experts: int = number(ge=0, le=2**14)
+    experts_top_k: int = number(ge=0, le=2**14)
+    expert_ffn_size: int = number(ge=0, le=2**20)
+    num_shared_experts: int = number(ge=0, le=1024)
+    num_dense_layers: int = number(ge=0, le=1024)  # first layers without experts
+    router_score: str = one_of("softmax", "sigmoid")
     router_bias: bool = MISSING  # selection bias of aux-loss-free balancing
-    routed_scaling_factor: float = MISSING
-    expert_groups: int = MISSING  # the router first chooses groups of experts (DeepSeek-V3: 4 of 8); 1: it does not
-    expert_groups_top_k: int = MISSING
+    routed_scaling_factor: float = number(gt=0, le=1000)
+    expert_groups: int = number(
+        ge=1, le=2**14
+    )  # the router first chooses groups of experts (DeepSeek-V3: 4 of 8); 1: it does not
+    expert_groups_top_k: int = number(ge=1, le=2**14)
     # multi-head latent attention; kv_lora_rank 0 is plain attention
-    q_lora_rank: int = MISSING  # 0: no low-rank query
-    kv_lora_rank: int = MISSING
-    qk_nope_head_dim: int = MISSING
-    qk_rope_head_dim: int = MISSING
-    v_head_dim: int = MISSING
-    num_mtp_layers: int = MISSING
+    q_lora_rank: int = number(ge=0, le=2**17)  # 0: no low-rank query
+    kv_lora_rank: int = number(ge=0, le=2**17)
+    qk_nope_head_dim: int = number(ge=0, le=4096)
+    qk_rope_head_dim: int = number(ge=0, le=4096)
+    v_head_dim: int = number(ge=0, le=4096)
+    num_mtp_layers: int = number(ge=0, le=64)
     vision: bool = MISSING
-    int4_group_size: int = MISSING  # default of precision.group_size under precision=int4_*
+    int4_group_size: int = number(ge=-1, le=2**20)  # default of precision.group_size under precision=int4_*
     toy_twin: str = MISSING  # the tiny model that scale=laptop puts in this one's place
 
 
@@ -142,23 +147,23 @@ class GridConfig:
     """A weight format and its grid on one side of the loop."""
 
     format: Format = MISSING
-    group_size: int = MISSING  # weights along the input dimension that share a scale; -1: per output channel
+    group_size: int = number(ge=-1, le=2**20)  # weights along the input dimension that share a scale; -1: per output channel
     convention: Convention = MISSING
 
 
 @dataclass
 class PrecisionConfig:
     name: str = MISSING
-    group_size: int = MISSING  # the one knob: train.group_size and rollout.group_size follow it
+    group_size: int = number(ge=-1, le=2**20)  # the one knob: train.group_size and rollout.group_size follow it
     convention: Convention = MISSING  # likewise
     roles: Optional[list[Role]] = MISSING  # null: routed experts of a MoE model, the mlp of a dense one
     train: GridConfig = field(default_factory=GridConfig)
     rollout: GridConfig = field(default_factory=GridConfig)
     qat_placement: QatPlacement = MISSING
-    base_dtype: str = MISSING  # of everything that is not quantized: bfloat16, or float32 for tests
-    kv_cache: str = MISSING  # bf16 or fp8_e4m3
+    base_dtype: str = one_of("bfloat16", "float32")  # of everything that is not quantized: bfloat16, or float32 for tests
+    kv_cache: str = one_of("bf16", "fp8_e4m3")
     fp8_backward: bool = MISSING  # precision=fp8: quantize gradients in the backward too
-    fp8_matmul: str = MISSING  # precision=fp8: simulated (in bf16) or scaled_mm (trainer=torch on a Hopper GPU)
+    fp8_matmul: str = one_of("simulated", "scaled_mm")  # precision=fp8: in bf16, or by trainer=torch on a Hopper GPU
     fp8_param_gather: bool = MISSING  # Megatron: all-gather parameters in FP8
     cpu_matmul: CpuMatmul = MISSING  # how a CPU multiplies bf16 matrices
 
@@ -166,32 +171,33 @@ class PrecisionConfig:
 @dataclass
 class ParallelismConfig:
     name: str = MISSING
-    gpus: int = MISSING  # of the trainer, over all nodes; 0: the CPU of this machine
-    ranks: int = MISSING  # trainer processes; equals gpus where there are any
-    tp: int = MISSING
-    pp: int = MISSING
-    cp: int = MISSING
-    ep: int = MISSING
-    etp: int = MISSING
+    gpus: int = number(ge=0, le=2**17)  # of the trainer, over all nodes; 0: the CPU of this machine
+    ranks: int = number(ge=1, le=2**17)  # trainer processes; equals gpus where there are any
+    tp: int = number(ge=1, le=2**17)
+    pp: int = number(ge=1, le=2**17)
+    cp: int = number(ge=1, le=2**17)
+    ep: int = number(ge=1, le=2**17)
+    etp: int = number(ge=1, le=2**17)
     sequence_parallel: bool = MISSING
-    last_stage_layers: Optional[int] = MISSING  # null: an even split
-    gpus_per_engine: int = MISSING
-    engine_ep: int = MISSING
-    rollout_gpus: int = MISSING  # equals gpus when colocated; 0: the CPU
+    last_stage_layers: Optional[int] = number(ge=1, le=1024)  # null: an even split
+    gpus_per_engine: int = number(ge=0, le=2**17)
+    engine_ep: int = number(ge=1, le=2**17)
+    rollout_gpus: int = number(ge=0, le=2**17)  # equals gpus when colocated; 0: the CPU
     colocate: bool = MISSING  # trainer and rollout take turns on the same GPUs
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = MISSING
-    lr_schedule: str = MISSING  # constant, linear or cosine
-    lr_warmup_steps: int = MISSING
-    lr_min_ratio: float = MISSING  # of lr, where linear and cosine end
-    weight_decay: float = MISSING
-    beta1: float = MISSING
-    beta2: float = MISSING
-    eps: float = MISSING
-    clip_grad_norm: float = MISSING
+    lr: float = number(gt=0, le=10)
+    lr_schedule: str = one_of("constant", "linear", "cosine")
+    lr_warmup_steps: int = number(ge=0, le=10**9)
+    lr_decay_steps: Optional[int] = number(ge=1, le=10**15)  # optimizer steps of linear and cosine; null: the run's, as it began
+    lr_min_ratio: float = number(ge=0, le=1)  # of lr, where linear and cosine end
+    weight_decay: float = number(ge=0, le=10)
+    beta1: float = number(ge=0, le=1)
+    beta2: float = number(ge=0, le=1)
+    eps: float = number(gt=0, le=1)
+    clip_grad_norm: float = number(gt=0, le=1e9)
     cpu_offload: bool = MISSING
 
 
@@ -200,17 +206,17 @@ class TrainerConfig:
     _target_: str = MISSING
     name: str = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    max_tokens_per_gpu: int = MISSING  # tokens of one micro-batch
-    recompute: str = MISSING  # none, selective or full
-    max_nan_steps: int = MISSING  # consecutive skipped steps after which the run stops
-    logprob_chunk_tokens: int = MISSING  # positions whose [tokens, vocab] fp32 logits exist at one time
-    threads: int = MISSING  # CPU threads; 0: all
+    max_tokens_per_gpu: int = number(ge=1, le=2**31)  # tokens of one micro-batch
+    recompute: str = one_of("none", "selective", "full")
+    max_nan_steps: int = number(ge=1, le=10**9)  # consecutive skipped steps after which the run stops
+    logprob_chunk_tokens: int = number(ge=1, le=2**31)  # positions whose [tokens, vocab] fp32 logits exist at one time
+    threads: int = number(ge=0, le=1024)  # CPU threads; 0: all
 
 
 @dataclass
 class TorchTrainerConfig(TrainerConfig):
     master_weights: bool = MISSING  # fp32 masters of bf16 weights; false: train base_dtype weights directly
-    device: str = MISSING  # auto, cpu, cuda
+    device: str = one_of("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -221,21 +227,21 @@ class MegatronTrainerConfig(TrainerConfig):
     gradient_accumulation_fusion: bool = MISSING
     precision_aware_optimizer: bool = MISSING
     router_fusion: bool = MISSING
-    moe_token_dispatcher: str = MISSING  # alltoall, allgather or flex
+    moe_token_dispatcher: str = one_of("alltoall", "allgather", "flex")
     resident_reference: bool = MISSING  # false: reference weights are swapped in from host memory
-    grad_bucket_elements: Optional[int] = MISSING  # parameters per communication bucket; null: Megatron's choice
-    rank_timeout_seconds: float = MISSING  # a rank that is silent for this long counts as dead
-    initial_checkpoint: Optional[str] = MISSING  # of another run, whose weights this one starts from; any layout
+    grad_bucket_elements: Optional[int] = number(ge=1, le=2**40)  # parameters per communication bucket; null: Megatron's choice
+    rank_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # a rank that is silent for this long counts as dead
+    initial_checkpoint: Optional[str] = path()  # of another run, whose weights this one starts from; any layout
     async_save: bool = MISSING  # write checkpoints beside the next steps, from processes forked at their moment
-    max_restarts: int = MISSING  # of all ranks from the last checkpoint after one died; 0: the run ends
+    max_restarts: int = number(ge=0, le=1000)  # of all ranks from the last checkpoint after one died; 0: the run ends
 
 
 @dataclass
 class SamplingConfig:
-    temperature: float = MISSING
-    top_p: float = MISSING
-    top_k: int = MISSING  # -1: all
-    max_response_tokens: int = MISSING
+    temperature: float = number(ge=0, le=100)
+    top_p: float = number(gt=0, le=1)
+    top_k: int = number(ge=-1, le=2**22)  # -1: all
+    max_response_tokens: int = number(ge=1, le=2**24)
 
 
 @dataclass
@@ -248,33 +254,33 @@ class RolloutConfig:
     _target_: str = MISSING
     name: str = MISSING
     sampling: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
-    max_concurrency: int = MISSING  # sequences decoded at one time, per engine
-    request_timeout_seconds: float = MISSING
+    max_concurrency: int = number(ge=1, le=2**16)  # sequences decoded at one time, per engine
+    request_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
 
 
 @dataclass
 class LocalRolloutConfig(RolloutConfig):
-    device: str = MISSING  # auto, cpu, cuda
-    kv_cache_tokens: int = MISSING  # slots over all running sequences; 0: from max_concurrency
-    prefill_chunk_tokens: int = MISSING
+    device: str = one_of("auto", "cpu", "cuda")
+    kv_cache_tokens: int = number(ge=0, le=2**31)  # slots over all running sequences; 0: from max_concurrency
+    prefill_chunk_tokens: int = number(ge=1, le=2**24)
 
 
 @dataclass
 class SglangRolloutConfig(RolloutConfig):
-    memory_fraction: float = MISSING  # of a GPU's memory, for weights and KV cache
+    memory_fraction: float = number(gt=0, le=1)  # of a GPU's memory, for weights and KV cache
     attention_backend: str = MISSING  # auto, or a name that SGLang knows
-    weight_transport: str = MISSING  # tensor, distributed, disk_full, disk_delta or p2p
-    transfer_protocol: str = MISSING  # of p2p: rdma, or tcp
+    weight_transport: str = one_of("tensor", "distributed", "disk_full", "disk_delta", "p2p")
+    transfer_protocol: str = one_of("rdma", "tcp")  # of p2p
     transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
-    pause_mode: str = MISSING  # abort, retract or in_place
-    startup_timeout_seconds: float = MISSING
-    health_interval_seconds: float = MISSING  # between looks at whether an engine still works; 0: never
-    cpu_engines: int = MISSING  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
-    cpu_tp: int = MISSING  # tensor-parallel ranks of each of them
-    max_retries: int = MISSING
+    pause_mode: str = one_of("abort", "retract", "in_place")
+    startup_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
+    health_interval_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # between looks at whether an engine still works; 0: never
+    cpu_engines: int = number(ge=1, le=1024)  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
+    cpu_tp: int = number(ge=1, le=1024)  # tensor-parallel ranks of each of them
+    max_retries: int = number(ge=0, le=1000)
     use_router: bool = MISSING
-    cuda_graph_max_batch: int = MISSING
-    chunked_prefill_tokens: int = MISSING
+    cuda_graph_max_batch: int = number(ge=1, le=2**16)
+    chunked_prefill_tokens: int = number(ge=1, le=2**24)
     server_args: dict[str, Any] = field(default_factory=dict)  # further SGLang options, checked by name
 
 
@@ -288,34 +294,34 @@ class RouterReplayConfig:
 @dataclass
 class SpeculativeConfig:
     name: str = MISSING
-    method: str = MISSING  # none, ngram, draft, mtp or eagle
-    num_draft_tokens: int = MISSING
-    ngram_min: int = MISSING  # shortest suffix that is looked up
-    ngram_max: int = MISSING
-    draft_model: Optional[str] = MISSING  # a folder with a model of the same vocabulary
+    method: str = one_of("none", "ngram", "draft", "mtp", "eagle")
+    num_draft_tokens: int = number(ge=0, le=64)
+    ngram_min: int = number(ge=1, le=1024)  # shortest suffix that is looked up
+    ngram_max: int = number(ge=1, le=1024)
+    draft_model: Optional[str] = path()  # a folder with a model of the same vocabulary
     online_training: bool = MISSING  # of the draft (MTP heads)
     auto_disable: bool = MISSING  # switch off, as a recorded decision, when slower than plain decoding
-    auto_disable_after_steps: int = MISSING  # engine steps of each kind that are measured first
-    mtp_loss_coef: float = MISSING
+    auto_disable_after_steps: int = number(ge=1, le=10**9)  # engine steps of each kind that are measured first
+    mtp_loss_coef: float = number(ge=0, le=1000)
 
 
 @dataclass
 class TaskConfig:
     _target_: str = MISSING
     name: str = MISSING
-    train_path: Optional[str] = MISSING  # a JSONL file or hub id
-    eval_path: Optional[str] = MISSING
-    max_prompt_tokens: int = MISSING
-    reward_timeout_seconds: float = MISSING
-    max_turns: int = MISSING
-    seed: int = MISSING  # of prompt order and generated problems; follows the run's seed
+    train_path: Optional[str] = path()  # a JSONL file or hub id
+    eval_path: Optional[str] = path()
+    max_prompt_tokens: int = number(ge=1, le=2**24)
+    reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
+    max_turns: int = number(ge=1, le=1000)
+    seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
 
 
 @dataclass
 class ArithmeticTaskConfig(TaskConfig):
-    operands: int = MISSING  # numbers that are added
-    digits: int = MISSING  # of each number, at most
-    eval_problems: int = MISSING  # held out from training
+    operands: int = number(ge=2, le=10)  # numbers that are added
+    digits: int = number(ge=1, le=100)  # of each number, at most
+    eval_problems: int = number(ge=1, le=10**6)  # held out from training
 
 
 @dataclass
@@ -323,66 +329,66 @@ class JsonlTaskConfig(TaskConfig):
     """gsm8k, dapo_math: a prompt and a reference answer per line."""
 
     prompt_template: str = MISSING
-    max_train_problems: int = MISSING  # 0: all
-    max_eval_problems: int = MISSING
+    max_train_problems: int = number(ge=0, le=10**12)  # 0: all
+    max_eval_problems: int = number(ge=0, le=10**12)
 
 
 @dataclass
 class VisualCountTaskConfig(TaskConfig):
-    grid: int = MISSING  # cells per side of the image
-    cell_pixels: int = MISSING  # side of a cell
-    colors: int = MISSING  # kinds of colour, of red, green, blue, yellow
-    shapes: int = MISSING  # kinds of shape, of square, triangle, circle
-    max_count: int = MISSING  # largest answer; answers are drawn evenly
-    clutter: float = MISSING  # share of the other cells that hold another shape
-    noise: int = MISSING  # gray levels by which a pixel may be off
-    eval_problems: int = MISSING  # held out from training
+    grid: int = number(ge=1, le=64)  # cells per side of the image
+    cell_pixels: int = number(ge=1, le=512)  # side of a cell
+    colors: int = number(ge=1, le=4)  # kinds of colour, of red, green, blue, yellow
+    shapes: int = number(ge=1, le=3)  # kinds of shape, of square, triangle, circle
+    max_count: int = number(ge=1, le=64**2)  # largest answer; answers are drawn evenly
+    clutter: float = number(ge=0, le=1)  # share of the other cells that hold another shape
+    noise: int = number(ge=0, le=255)  # gray levels by which a pixel may be off
+    eval_problems: int = number(ge=1, le=10**6)  # held out from training
 
 
 @dataclass
 class Geo3kTaskConfig(JsonlTaskConfig):
-    min_image_pixels: int = MISSING  # images are resized to whole tokens with this many pixels at least
-    max_image_pixels: int = MISSING  # and this many at most
+    min_image_pixels: int = number(ge=1, le=2**28)  # images are resized to whole tokens with this many pixels at least
+    max_image_pixels: int = number(ge=1, le=2**28)  # and this many at most
 
 
 @dataclass
 class CorrectionBounds:
-    low: float = MISSING
-    high: float = MISSING
+    low: float = number(ge=0, le=1e6)
+    high: float = number(gt=0, le=1e6)
 
 
 @dataclass
 class AlgorithmConfig:
     name: str = MISSING
     estimator: Estimator = MISSING
-    samples_per_prompt: int = MISSING
-    prompts_per_step: int = MISSING
-    updates_per_rollout: int = MISSING  # optimizer steps made from one rollout's samples
+    samples_per_prompt: int = number(ge=1, le=2**16)
+    prompts_per_step: int = number(ge=1, le=2**20)
+    updates_per_rollout: int = number(ge=1, le=2**20)  # optimizer steps made from one rollout's samples
     normalize_by_std: bool = MISSING  # GRPO divides advantages by the group's standard deviation
-    clip_low: float = MISSING
-    clip_high: float = MISSING
-    dual_clip: float = MISSING  # bounds the loss of a negative advantage at this ratio; 0: it does not
+    clip_low: float = number(ge=0, le=1)
+    clip_high: float = number(ge=0, le=1000)
+    dual_clip: float = number(ge=0, le=1000)  # bounds the loss of a negative advantage at this ratio; 0: it does not
     loss_aggregation: LossAggregation = MISSING
-    kl_coef: float = MISSING  # 0: no reference model
-    kl_estimator: str = MISSING  # k1, k2 or k3
-    entropy_coef: float = MISSING
+    kl_coef: float = number(ge=0, le=1000)  # 0: no reference model
+    kl_estimator: str = one_of("k1", "k2", "k3")
+    entropy_coef: float = number(ge=0, le=1000)
     dynamic_sampling: bool = MISSING  # drop groups of equal reward and draw others
-    max_resample_rounds: int = MISSING
-    oversample_prompts: int = MISSING  # prompts asked for at a time; 0: prompts_per_step
+    max_resample_rounds: int = number(ge=0, le=1000)
+    oversample_prompts: int = number(ge=0, le=2**20)  # prompts asked for at a time; 0: prompts_per_step
     correction: Correction = MISSING
-    correction_low: float = MISSING
-    correction_high: float = MISSING
+    correction_low: float = number(ge=0, le=1e6)
+    correction_high: float = number(gt=0, le=1e6)
     correction_bounds: dict[str, CorrectionBounds] = field(default_factory=dict)  # where those two are not given
 
 
 @dataclass
 class ClusterConfig:
     name: str = MISSING
-    launcher: str = MISSING  # local, ray, slurm or k8s
-    nodes: int = MISSING
-    gpus_per_node: int = MISSING  # 0: a machine without GPUs
-    gpu_memory_gib: float = MISSING
-    host_memory_gib: float = MISSING
+    launcher: str = one_of("local", "ray", "slurm", "k8s")
+    nodes: int = number(ge=1, le=2**17)
+    gpus_per_node: int = number(ge=0, le=1024)  # 0: a machine without GPUs
+    gpu_memory_gib: float = number(gt=0, le=1e6)
+    host_memory_gib: float = number(gt=0, le=1e7)
     address: Optional[str] = MISSING
     interface: Optional[str] = MISSING  # a network interface or an IPv4 address, for servers and weight broadcasts
 
@@ -390,7 +396,7 @@ class ClusterConfig:
 @dataclass
 class TrackingConfig:
     name: str = MISSING
-    wandb_mode: str = MISSING  # offline, online or disabled
+    wandb_mode: str = one_of("offline", "online", "disabled")
     project: str = MISSING
     entity: Optional[str] = MISSING
     group: Optional[str] = MISSING
@@ -402,34 +408,34 @@ class WarmStartConfig:
     """Supervised steps on worked solutions before RL, cached under outputs/ by what they depend on."""
 
     enabled: bool = MISSING
-    max_steps: int = MISSING
-    batch_size: int = MISSING
-    lr: float = MISSING
-    stop_at_reward: float = MISSING  # ends as soon as sampled success reaches this
-    check_interval_steps: int = MISSING
+    max_steps: int = number(ge=1, le=10**6)
+    batch_size: int = number(ge=1, le=2**16)
+    lr: float = number(gt=0, le=10)
+    stop_at_reward: float = number(ge=0, le=1)  # ends as soon as sampled success reaches this
+    check_interval_steps: int = number(ge=1, le=10**9)
     cache: bool = MISSING
 
 
 @dataclass
 class EvalConfig:
-    interval_steps: int = MISSING  # 0: never
-    num_prompts: int = MISSING
-    samples_per_prompt: int = MISSING  # also the k of pass@k
+    interval_steps: int = number(ge=0, le=10**9)  # 0: never
+    num_prompts: int = number(ge=1, le=10**6)
+    samples_per_prompt: int = number(ge=1, le=2**16)  # also the k of pass@k
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 @dataclass
 class CheckpointConfig:
-    interval_steps: int = MISSING  # 0: only at the end
-    keep: int = MISSING  # complete checkpoints that stay
+    interval_steps: int = number(ge=0, le=10**9)  # 0: only at the end
+    keep: int = number(ge=1, le=10**9)  # complete checkpoints that stay
 
 
 @dataclass
 class MismatchConfig:
-    decompose_interval_steps: int = MISSING  # 0: never
-    decompose_samples: int = MISSING
-    probe_sequences: int = MISSING  # fixed sequences scored on both sides after every weight sync
-    residency_tensors: int = MISSING  # tensors compared per sync with what is resident (all at the first)
+    decompose_interval_steps: int = number(ge=0, le=10**9)  # 0: never
+    decompose_samples: int = number(ge=0, le=10**6)
+    probe_sequences: int = number(ge=0, le=10**6)  # fixed sequences scored on both sides after every weight sync
+    residency_tensors: int = number(ge=0, le=10**9)  # tensors compared per sync with what is resident (all at the first)
 
 
 @dataclass
@@ -437,35 +443,35 @@ class WatchRuleConfig:
     """Compare a metric with a bound or with its own running mean."""
 
     metric: str = MISSING
-    above: Optional[float] = MISSING
-    below: Optional[float] = MISSING
-    jump_ratio: Optional[float] = MISSING  # value over its running mean of earlier steps; under 1: fires below it
-    jump_floor: Optional[float] = MISSING  # a jump to less than this is noise
-    drop_against_baseline: Optional[float] = MISSING  # absolute, against `baseline_run` at the same step
-    patience_steps: int = MISSING  # consecutive steps that must break the rule
+    above: Optional[float] = number(ge=-1e30, le=1e30)
+    below: Optional[float] = number(ge=-1e30, le=1e30)
+    jump_ratio: Optional[float] = number(gt=0, le=1e30)  # value over its running mean of earlier steps; under 1: fires below it
+    jump_floor: Optional[float] = number(ge=0, le=1e30)  # a jump to less than this is noise
+    drop_against_baseline: Optional[float] = number(ge=0, le=1e30)  # absolute, against `baseline_run` at the same step
+    patience_steps: int = number(ge=1, le=10**9)  # consecutive steps that must break the rule
     action: WatchAction = MISSING
     enabled: bool = MISSING
 
 
 @dataclass
 class WatchConfig:
-    baseline_run: Optional[str] = MISSING  # a run folder
-    window_steps: int = MISSING
+    baseline_run: Optional[str] = path()  # a run folder
+    window_steps: int = number(ge=1, le=10**6)
     rules: dict[str, WatchRuleConfig] = field(default_factory=dict)
 
 
 @dataclass
 class ConvertConfig:
-    source: Optional[str] = MISSING
-    target: Optional[str] = MISSING
-    method: str = MISSING  # rtn or gptq
+    source: Optional[str] = path()
+    target: Optional[str] = path()
+    method: str = one_of("rtn", "gptq")
     format: Optional[str] = MISSING  # null: the precision's rollout format; else bf16, int8, fp8_channel, fp8_tensor
-    workers: int = MISSING
-    calibration: Optional[str] = MISSING  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
-    calibration_samples: int = MISSING
-    calibration_tokens: int = MISSING
-    damping: float = MISSING
-    gptq_python: str = MISSING  # the Python of the environment with llmcompressor; relative to the repository
+    workers: int = number(ge=1, le=1024)
+    calibration: Optional[str] = path()  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
+    calibration_samples: int = number(ge=1, le=10**7)
+    calibration_tokens: int = number(ge=1, le=2**24)
+    damping: float = number(gt=0, le=10)
+    gptq_python: str = path()  # the Python of the environment with llmcompressor; relative to the repository
 
 
 @dataclass
@@ -490,9 +496,9 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     recipe: str = MISSING  # the recipe's name, or none
-    scale: str = MISSING  # full or laptop
-    steps: int = MISSING  # rollouts, each followed by algorithm.updates_per_rollout optimizer steps
-    seed: int = MISSING
-    outputs_dir: str = MISSING
+    scale: str = one_of("full", "laptop")
+    steps: int = number(ge=1, le=10**9)  # rollouts, each followed by algorithm.updates_per_rollout optimizer steps
+    seed: int = number(ge=0, le=2**32 - 1)
+    outputs_dir: str = path()
     run_name: Optional[str] = MISSING  # null: time and the groups that differ from the default
-    resume: Optional[str] = MISSING  # a run folder or its name
+    resume: Optional[str] = path()  # a run folder or its name

@@ -36,7 +36,7 @@ FORMAT = 1  # raised when a change of code makes older caches wrong
 
 def cache_key(cfg: Config) -> str:
     """Hash of what the warm start depends on; nothing of rollout, speculation or tracking."""
-    config = plain_config(cfg)
+    config = plain_config(cfg, secrets=True)
     parts = {
         **{name: config[name] for name in ("model", "task", "precision", "trainer", "warm_start", "seed")},
         "sampling": config["rollout"]["sampling"],

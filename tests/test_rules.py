@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 
 from runner import compose
+from runner.cli.overrides import parse, readable, shell
 from runner.compose import load
 from runner.errors import UserError, UserErrors
 
@@ -180,6 +184,29 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
     assert about, f"no problem is about {key}:\n" + "\n".join(map(str, found))
     match = [error for error in about if problem in error.problem and fix in (error.fix or "")]
     assert match, "\n".join(map(str, about))
+
+
+OVERRIDE = re.compile(r"^\+?[a-z_]+(\.\w+)*=\S*")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "model=tiny_dense precision.roles=[routed_expert]",
+        "task=gsm8k model=qwen3_4b task.prompt_template=hello",
+        "rollout.server_args.x=[1,2] model=qwen3_30b",
+        "gruop_size=a(b",
+        "steps.x=1,2",
+    ],
+)
+def test_fixes_can_be_typed_into_a_shell(overrides: str) -> None:
+    """What a shell makes of the override in a fix is one word, and readable."""
+    for error in problems_of(overrides.split()):
+        words = [word for word in shlex.split(error.fix or "") if OVERRIDE.match(word)]
+        for word in words:
+            shown = word.rstrip("?,")
+            assert parse(readable([shown])[0]) is not None, error
+            assert shell(shown) in (error.fix or ""), error
 
 
 def test_everything_wrong_is_listed_at_once_with_its_source() -> None:

@@ -85,6 +85,19 @@ def test_expand_keeps_lists_and_quotes_whole() -> None:
     assert sweep.expand(["a=[1,2]"]) == [({}, ["a=[1,2]"])]
 
 
+def test_a_value_named_twice_is_one_run_and_a_key_swept_twice_takes_all_values() -> None:
+    assert [point for point, _ in sweep.expand(["seed=1,1"])] == [{"seed": "1"}]
+    assert [point["seed"] for point, _ in sweep.expand(["seed=1,2", "steps=3", "seed=2,4"])] == ["1", "2", "4"]
+    assert len(sweep.expand(["trainer.optimizer.lr=1e-4,0.0001,1.0e-4"])) == 1
+    assert [point["x"] for point, _ in sweep.expand(["x=true,1,'a',a"])] == ["True", "1", "'a'"]
+    assert [point["run_name"] for point, _ in sweep.expand(["run_name=1e5,100000.0"])] == ["'1e5'", "'100000.0'"]
+    assert sweep.merged(["seed=1,2", "x=3,4"]) == []
+    assert "seed names a value more than once" in sweep.merged(["seed=1,1"])[0]
+    assert "seed is swept 2 times; its values together: 1, 2, 3" in sweep.merged(["seed=1,2", "seed=3,1"])[0]
+    with pytest.raises(UserError, match="seed: is swept, and set to one value"):
+        sweep.expand(["seed=1,2", "seed=3"])
+
+
 @pytest.mark.parametrize("bad", ["a=glob(*)", "a=interval(0,1)", "a b", "a=[1"])
 def test_overrides_that_cannot_be_listed_are_refused(bad: str) -> None:
     with pytest.raises(UserError):

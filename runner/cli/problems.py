@@ -22,6 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from runner import limits
+from runner.cli.overrides import command, shell, typed
 from runner.errors import UserError
 from runner.schema import Config
 
@@ -41,11 +43,6 @@ class Diagnosis:
     def source_of(self, key: str | None) -> str | None:
         """Where the value of a key was last set; for a group, what chose its option. Follows no interpolation."""
         return self.sources.get(key) if key else None
-
-
-def override_key(text: str) -> str:
-    """`+model.x=1` -> `model.x`."""
-    return text.partition("=")[0].lstrip("+~").strip()
 
 
 def nearest(word: str, known: list[str]) -> str | None:
@@ -100,18 +97,22 @@ def _parse(overrides: list[str], problems: list[UserError]) -> Iterator[Override
     for text in overrides:
         try:
             item = parser.parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError):  # of Python's own: an integer of thousands of digits
             bare = text.lstrip("-")
-            fix = f"{bare}=<value>" if "=" not in text else "quote it for the shell, e.g. 'key=\"a b\"' or 'key=[1,2]'"
+            name, equals, value = text.partition("=")
+            fix = f"as a text, quoted for the shell: {shell(typed(name, value))}" if equals else f"{bare}=<value>"
             problems.append(UserError(f"cannot read {text!r} as key=value", key=bare.partition("=")[0] or text, fix=fix))
             continue
         if item.is_sweep_override():
+            fix = command("-m", text)
+            if limits.is_text(limits.typed_keys(Config).get(item.key_or_group)):
+                fix += f", or as one text {shell(typed(item.key_or_group, item.get_value_string()))}"
             problems.append(
                 UserError(
                     f"{text!r} holds several values, which only a sweep can run",
                     key=item.key_or_group,
                     where=COMMAND_LINE,
-                    fix=f"python -m runner -m {text}",
+                    fix=fix,
                 )
             )
             continue
@@ -228,7 +229,7 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
                 break
             if not add:  # watch.rules, rollout.server_args
                 parent = ".".join(parts[:depth])
-                fix = f"to add it, +{key}={_shown(value)}"
+                fix = f"to add it, {_typed(f'+{key}', value)}"
                 return UserError(f"{parent} has no entry {part!r}", key=key, where=where, fix=fix)
             if not is_dataclass(node._metadata.element_type):
                 return None
@@ -241,9 +242,8 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
         return UserError("no longer a key", key=key, where=where, fix=REMOVED[key])
     known = [*all_keys(result.raw), *(choices if "." not in key else ())]
     close = nearest(key, known)
-    shown = _shown(value) if not isinstance(value, dict) else "..."
     if where == COMMAND_LINE:
-        fix = f"did you mean {close}={shown}?" if close else "python -m runner --cfg job lists every key"
+        fix = f"did you mean {_typed(close, value)}?" if close else "python -m runner --cfg job lists every key"
     else:
         fix = f"did you mean {close}?" if close else "runner/schema.py lists every key"
     return UserError("no such key", key=key, where=where, fix=fix)
@@ -331,6 +331,13 @@ def _file_of(error: Exception, config_dir: Path) -> str | None:
         file = config_dir / f"{name}.yaml"
         return shown_path(file, config_dir) if file.is_file() else None
     return None
+
+
+def _typed(key: str, value: Any) -> str:
+    """`key=value` quoted for the shell."""
+    if isinstance(value, dict):
+        return f"{key}=..."
+    return shell(typed(key, value) if isinstance(value, str) else f"{key}={_shown(value)}")
 
 
 def _shown(value: Any) -> str:

@@ -22,16 +22,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
+from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 
 from runner import lock
+from runner.cli.overrides import override, override_key, readable, shell, typed
 from runner.errors import UserError, UserErrors
+from runner.redaction import shown
 from runner.schema import Config
 from runner.tracking.charts import format_number
 from runner.tracking.folder import atomic_write, plain_config, read_status, run_state
@@ -65,29 +68,64 @@ class Job:
 def expand(overrides: list[str]) -> list[tuple[dict[str, str], list[str]]]:
     """(swept keys and values, all overrides) of every job: the product of `a=1,2`, `a=choice(..)` and `a=range(..)`.
 
-    The last swept key varies fastest. Raises UserError for an override that does not parse or that cannot be listed.
+    The last swept key varies fastest. A value that is named twice, however it is spelt, is one value; a key that is swept twice
+    takes all its values. Raises UserError for an override that does not parse or cannot be listed, and for a key that is both
+    swept and set.
     """
-    parser = OverridesParser.create()
-    keys: list[str] = []
-    choices: list[list[str]] = []
-    fixed: list[str] = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            raise UserError(f"cannot read {text!r}: {str(error).splitlines()[0]}", fix="key=value,value,...") from error
-        if not override.is_sweep_override():
-            fixed.append(text)
-        elif override.is_discrete_sweep() and not isinstance(override.value(), Glob):
-            keys.append(override.get_key_element())
-            choices.append(list(override.sweep_string_iterator()))
-        else:
-            raise UserError(f"{text!r} cannot be listed", fix=f"name the values: {override.get_key_element()}=a,b,c")
+    swept, fixed = swept_values(overrides)
     jobs = []
-    for values in itertools.product(*choices):
-        point = dict(zip(keys, values, strict=True))
+    for values in itertools.product(*(choices.values() for choices in swept.values())):
+        point = dict(zip(swept, values, strict=True))
         jobs.append((point, [*fixed, *(f"{key}={value}" for key, value in point.items())]))
     return jobs
+
+
+def swept_values(overrides: list[str]) -> tuple[dict[str, dict[Any, str]], list[str]]:
+    """(swept key -> {what a value means: how it is written}, the overrides that are not swept)."""
+    swept: dict[str, dict[Any, str]] = {}
+    fixed: list[str] = []
+    for text, item in _parsed(overrides):
+        if not item.is_sweep_override():
+            fixed.append(text)
+        elif item.is_discrete_sweep() and not isinstance(item.value(), Glob):
+            choices = swept.setdefault(item.get_key_element(), {})
+            for value in item.sweep_iterator():
+                choices.setdefault(_meaning(value), Override._get_value_element_as_str(value))
+        else:
+            raise UserError(f"{text!r} cannot be listed", fix=f"name the values: {item.get_key_element()}=a,b,c")
+    for key in sorted({override_key(item) for item in fixed} & {override_key(key) for key in swept}):
+        raise UserError("is swept, and set to one value too", key=key, fix="leave one of the two out")
+    return swept, fixed
+
+
+def _parsed(overrides: list[str]) -> Iterator[tuple[str, Override]]:
+    parser = OverridesParser.create()
+    for text in readable(overrides):
+        try:
+            yield text, parser.parse_override(text)
+        except (HydraException, ValueError) as error:
+            raise UserError(f"cannot read {text!r}: {str(error).splitlines()[0]}", fix="key=value,value,...") from error
+
+
+def _meaning(value: Any) -> Any:
+    """Equal for spellings of one value: 1e-4 and 0.0001, a and 'a'; not for true and 1."""
+    plain = value.text if isinstance(value, QuotedString) else value
+    return (isinstance(plain, bool), plain) if isinstance(plain, Hashable) else repr(plain)
+
+
+def merged(overrides: list[str]) -> list[str]:
+    """What `expand` made of values named twice and keys swept twice, in words."""
+    named: dict[str, list[int]] = {}  # how many values each override of a key names
+    for _, item in _parsed(overrides):
+        if item.is_sweep_override():
+            named.setdefault(item.get_key_element(), []).append(sum(1 for _ in item.sweep_iterator()))
+    notes = []
+    for key, choices in swept_values(overrides)[0].items():
+        if len(named[key]) > 1:
+            notes.append(f"{key} is swept {len(named[key])} times; its values together: {', '.join(choices.values())}")
+        elif named[key][0] > len(choices):
+            notes.append(f"{key} names a value more than once, which is one run: {', '.join(choices.values())}")
+    return notes
 
 
 def job_name(point: dict[str, str]) -> str:
@@ -114,7 +152,7 @@ def plan(overrides: list[str], load: Callable[[list[str]], Config]) -> tuple[Pat
                 problems.setdefault(str(one), one)
     if problems:
         raise UserErrors(list(problems.values()))
-    identity = json.dumps([sorted(overrides), [plain_config(cfg) for cfg in configs]], sort_keys=True)
+    identity = json.dumps([sorted(overrides), [plain_config(cfg, secrets=True) for cfg in configs]], sort_keys=True)
     keys = "+".join(key.lstrip("+~") for key in points[0][0]) or "single"
     name = f"sweep_{re.sub(r'[^A-Za-z0-9_.+-]+', '_', keys)[:80]}_{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
     folder = Path(configs[0].outputs_dir) / name
@@ -125,26 +163,21 @@ def plan(overrides: list[str], load: Callable[[list[str]], Config]) -> tuple[Pat
     return folder, jobs
 
 
-def quoted(value: str) -> str:
-    """`value` as one Hydra string."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def run_command(job: Job) -> list[str]:
     """The process of a job: a new run in its folder, or the continuation of one that has a complete checkpoint."""
     from runner.checkpoint import complete
 
     start = [sys.executable, "-m", "runner", "run"]
     if complete(job.folder):
-        return [*start, f"resume={quoted(str(job.folder))}"]
+        return [*start, override("resume", str(job.folder))]
     # The sweep's folder is part of the name, not of outputs_dir: cached warm starts under outputs_dir stay shared.
-    return [*start, *job.overrides, f"run_name={quoted(f'{job.folder.parent.name}/{job.name}')}", *group_override(job)]
+    return [*start, *job.overrides, override("run_name", f"{job.folder.parent.name}/{job.name}"), *group_override(job)]
 
 
 def group_override(job: Job) -> list[str]:
     """The runs of a sweep are one wandb group, unless the user named one."""
     named = any(text.lstrip("+").startswith("tracking.group=") for text in job.overrides)
-    return [] if named else [f"tracking.group={quoted(job.folder.parent.name)}"]
+    return [] if named else [override("tracking.group", job.folder.parent.name)]
 
 
 class Sweep:
@@ -186,7 +219,7 @@ class Sweep:
     def _run_all(self) -> int:
         atomic_write(
             self.folder / "sweep.json",
-            json.dumps([{"name": job.name, "overrides": job.overrides} for job in self.jobs], indent=2) + "\n",
+            json.dumps([{"name": job.name, "overrides": shown(job.overrides)} for job in self.jobs], indent=2) + "\n",
         )
         print(f"sweep of {len(self.jobs)} jobs in {self.folder}", flush=True)
         interrupted = False
@@ -195,7 +228,9 @@ class Sweep:
             if interrupted := not self._wait_for_another(job, label):
                 break
             if job.state in ("completed", "stopped"):
-                by_rule = f" by a watch rule (resume={job.folder} continues it)" if job.state == "stopped" else ""
+                by_rule = (
+                    f" by a watch rule ({shell(typed('resume', str(job.folder)))} continues it)" if job.state == "stopped" else ""
+                )
                 print(f"{label}: already {job.state}{by_rule}, skipped", flush=True)
                 continue
             print(f"{label}: log in {job.log}", flush=True)
@@ -366,4 +401,6 @@ def main(overrides: list[str]) -> int:
     from runner.compose import load_config
 
     folder, jobs = plan(overrides, load_config)
+    for note in merged(overrides):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return Sweep(folder, jobs).run()

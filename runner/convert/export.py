@@ -51,14 +51,15 @@ class Request:
 def main(argv: list[str]) -> int:
     """Write the folder and print what it holds; returns 0. Raises UserError for a run, step or target that does not fit."""
     from runner import compose
+    from runner.cli.overrides import expand_home, given, override
     from runner.folder import find_run
 
     request = parse(argv)
     if request.target.exists():
         raise UserError(f"{request.target} is already there", key="target", fix="target=<a folder to be made>")
-    given = [item.partition("=")[2] for item in request.overrides if item.startswith("outputs_dir=")]
-    run = find_run(request.run, (given or [compose.default_outputs_dir()])[-1])
-    cfg = compose.load([*request.overrides, f"resume={json.dumps(str(run))}"]).config
+    outputs_dir = given(request.overrides, "outputs_dir") or compose.default_outputs_dir()
+    run = find_run(expand_home(request.run), expand_home(outputs_dir))
+    cfg = compose.load([*request.overrides, override("resume", str(run))]).config
     folder = _checkpoint(run, request.step) / "trainer"
     plan = plan_of(cfg, request.format)
     started = time.perf_counter()

@@ -91,7 +91,7 @@ class PrecisionPlan:
                 f"{tensor_format} would quantize nothing: model {model.name} has no weight with role "
                 f"{', '.join(sorted(role.name for role in chosen)) or 'in an empty list'}",
                 key="precision.roles",
-                fix=f"precision.roles=[{','.join(present)}]",
+                fix=f"'precision.roles=[{','.join(present)}]'",
             )
         return PrecisionPlan(tensors, parameters)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from runner.errors import UserError
 from runner.rollout.protocol import RolloutPool
 from runner.samples import Request, Sample, SamplingParams, Status, request_seed
 from runner.schema import Config
-from runner.tasks.protocol import Prompt, Task
+from runner.tasks.protocol import Prompt, Task, WalksThroughData
 from runner.tasks.rewards import score
 
 
@@ -76,7 +77,7 @@ class Collector:
             stop_token_ids=self.stop_token_ids,
         )
         wanted = algorithm.prompts_per_step
-        per_round = algorithm.oversample_prompts or wanted
+        per_round = self.prompts_per_round
         rounds = 1 + (algorithm.max_resample_rounds if algorithm.dynamic_sampling else 0)
         generated: list[Group] = []
         kept: list[Group] = []
@@ -100,6 +101,18 @@ class Collector:
                 fix="the messages above say why: the engine failed, or the task's reward function did",
             )
         return Rollout(kept, generated, _metrics(generated, rounds_used=number + 1))
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.cfg.algorithm.oversample_prompts or self.cfg.algorithm.prompts_per_step
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """Where training data stand after `step` steps; {} for a task that makes its problems up."""
+        return self.task.data_state(step, self.prompts_per_round) if isinstance(self.task, WalksThroughData) else {}
+
+    def continue_at(self, step: int, state: dict[str, Any] | None) -> str | None:
+        """Go on from `data_state`; returns what the user should know. None: a start, or a checkpoint that holds none."""
+        return self.task.continue_at(step, state) if isinstance(self.task, WalksThroughData) else None
 
     def generate(
         self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool

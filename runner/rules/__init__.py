@@ -14,7 +14,6 @@ from runner.schema import Config
 Rule = Callable[[Config], Iterator[UserError]]
 RULES: tuple[Rule, ...] = (
     *names.RULES,
-    *numbers.RULES,
     *checkpoint.RULES,
     *precision.RULES,
     *parallelism.RULES,
@@ -26,9 +25,19 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(cfg: Config) -> list[UserError]:
-    """Every broken rule, in the order of the groups, each text once."""
+    """Every broken rule, in the order of the groups, each text once.
+
+    A number out of its range, or a choice that does not exist, is reported alone: the rules between groups see an allowed one in
+    its place and are not asked about its key.
+    """
     found: dict[str, UserError] = {}
-    for rule in RULES:
-        for error in rule(cfg):
+    for alone in numbers.RULES:
+        for error in alone(cfg):
             found.setdefault(str(error), error)
+    known = {error.key for error in found.values()}
+    allowed = numbers.within_ranges(cfg)
+    for rule in RULES:
+        for error in rule(allowed):
+            if error.key not in known:
+                found.setdefault(str(error), error)
     return list(found.values())

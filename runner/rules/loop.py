@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.cli.overrides import shell, typed
 from runner.errors import UserError
 from runner.rules.parallelism import positive
 from runner.schema import (
@@ -269,7 +270,7 @@ def task(cfg: Config) -> Iterator[UserError]:
             yield UserError(
                 "the template has no {question}: every prompt would be the same",
                 key="task.prompt_template",
-                fix="put {question} into it",
+                fix=f"put {{question}} into it, for example {shell(typed('task.prompt_template', '{question}'))}",
             )
 
 

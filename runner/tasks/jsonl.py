@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from runner.cli.overrides import shell, typed
 from runner.errors import UserError
 from runner.samples import Sample
 from runner.schema import JsonlTaskConfig
@@ -61,12 +63,16 @@ class JsonlTask:
         self.encoder = TextEncoder(tokenizer)
         if "{question}" not in cfg.prompt_template:
             raise UserError(
-                "the template has no {question}", key="task.prompt_template", fix='for example task.prompt_template="{question}"'
+                "the template has no {question}",
+                key="task.prompt_template",
+                fix=f"for example {shell(typed('task.prompt_template', '{question}'))}",
             )
         if cfg.train_path is None:
             raise UserError(
                 f"task {self.name} needs data", key="task.train_path", fix="set it to a JSONL file, a folder or a hub id"
             )
+        self._origin = (0, 0)  # a step, and the problems drawn before it
+        self._contents = ""  # digest of the training problems
         self._train = self._load(cfg.train_path, "task.train_path", self.train_file, self.train_split, cfg.max_train_problems)
         self._eval: list[Prompt] | None = None
         if cfg.eval_path is not None:
@@ -87,7 +93,8 @@ class JsonlTask:
         """See Task. Round 0 walks through a fresh permutation of the problems per epoch; later rounds draw from those
         that earlier rounds of this step (of equal `count`) did not use, as long as there are any."""
         if round == 0:
-            indices = [self._at(step * count + offset) for offset in range(count)]
+            start = self._position(step, count)
+            indices = [self._at(start + offset) for offset in range(count)]
         else:
             used = {index for earlier in range(round) for index in self._indices_of(step, count, earlier)}
             rest = [index for index in range(len(self._train)) if index not in used] or list(range(len(self._train)))
@@ -104,6 +111,32 @@ class JsonlTask:
                 fix="set it, or evaluation.interval_steps=0",
             )
         return self._eval[:count]
+
+    def data_state(self, step: int, count: int) -> dict[str, Any]:
+        """See WalksThroughData."""
+        problems = {"problems": len(self._train), "contents": self._contents}
+        return {"position": self._position(step, count), "seed": self.cfg.seed, **problems}
+
+    def continue_at(self, step: int, state: dict[str, Any] | None) -> str | None:
+        """See WalksThroughData."""
+        self._origin = (0, 0)
+        if state is None:
+            return None
+        same_problems = state.get("contents") == self._contents
+        if same_problems and state["seed"] == self.cfg.seed:
+            self._origin = (step, state["position"])
+            return None
+        self._origin = (step, 0)
+        what = (
+            "the order of the problems is another" if same_problems else "the training data are not those that the run began with"
+        )
+        before = f"{state['position']} of {state['problems']} were drawn" if state else "none were read"
+        return f"{what} ({before} before step {step + 1}): the {len(self._train)} problems of now are drawn from their beginning"
+
+    def _position(self, step: int, count: int) -> int:
+        """Problems that the steps before `step` drew in their first rounds."""
+        first_step, drawn = self._origin
+        return drawn + (step - first_step) * count
 
     def _indices_of(self, step: int, count: int, round: int) -> list[int]:
         return [prompt.info["index"] for prompt in self.train_prompts(step, count, round)]
@@ -134,6 +167,8 @@ class JsonlTask:
                 break
         if not problems:
             raise UserError(f"'{source}' holds no problems", key=key, fix="give a file with one JSON object per line")
+        if key == "task.train_path":
+            self._contents = _digest(problems)
         return self._prompts(problems, key, split)
 
     def _prompts(self, problems: list[Problem], key: str, split: str) -> list[Prompt]:
@@ -200,6 +235,14 @@ class JsonlTask:
         except Exception as error:
             first = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise UserError(f"{problem.place}: {what}: {first}", key=key, fix="mend or remove this line") from error
+
+
+def _digest(problems: list[Problem]) -> str:
+    """Equal for equal problems in equal order, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    for problem in problems:
+        digest.update(json.dumps([problem.messages, problem.answer]).encode())
+    return digest.hexdigest()
 
 
 def _rows(source: str, key: str, file_name: str, split: str, hub_config: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -34,7 +34,7 @@ class Task(Protocol):
     def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
         """`count` training problems for this step; `round` > 0 asks for others (dynamic sampling).
 
-        A pure function of (seed, step, count, round): a resumed run draws the same data without any state.
+        A pure function of (seed, step, count, round), and of where a resumed run began: see WalksThroughData.
         """
         ...
 
@@ -44,6 +44,22 @@ class Task(Protocol):
 
     def reward(self, prompt: Prompt, text: str, sample: Sample | None) -> float:
         """The reward of one response. `text` is decoded without special tokens; model text is never run as code."""
+        ...
+
+
+@runtime_checkable
+class WalksThroughData(Protocol):
+    """A task whose training problems are finite: a resumed run goes on where it was, counted in problems and not in steps."""
+
+    def data_state(self, step: int, count: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps of `count` problems keeps: the place, and of which problems in which order."""
+        ...
+
+    def continue_at(self, step: int, state: dict[str, Any] | None) -> str | None:
+        """Draw for `step` and the steps after it from the place in `state`; None: `step` steps of equal size were drawn.
+
+        Other problems, or the same ones in another order, begin at their beginning; returns a text that says so, else None.
+        """
         ...
 
 

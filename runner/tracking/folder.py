@@ -27,31 +27,18 @@ import yaml
 from runner import lock
 from runner.cores import available_cores
 from runner.errors import Failure, UserError
+from runner.redaction import REDACTED as REDACTED
+from runner.redaction import redacted as redact
 from runner.schema import Config
 
-REDACTED = "<redacted>"
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
     "numpy", "numba", "triton", "megatron-core", "sglang", "flash-attn", "transformer-engine",
 )  # fmt: skip
-# The last word of a key decides: `hf_token` is a secret, `max_tokens_per_gpu` and `moe_token_dispatcher` are not.
-_SECRET_KEY = re.compile(r"(^|[_\-.])(token|passw(or)?d|secret|credentials?|api_?key|access_?key|private_?key)$", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]+:)[^/\s@]+@")
 
 
-def redact(value: Any, key: str = "") -> Any:
-    """A copy in which values under secret-looking keys, and passwords inside URLs, are replaced."""
-    if isinstance(value, dict):
-        return {k: redact(v, str(k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(v, key) for v in value]
-    if value not in (None, "") and _SECRET_KEY.search(key):
-        return REDACTED
-    return _URL_PASSWORD.sub(rf"\1{REDACTED}@", value) if isinstance(value, str) else value
-
-
-def plain_config(cfg: Config) -> dict[str, Any]:
-    """The config as dicts, lists and scalars (enums by name), secrets redacted."""
+def plain_config(cfg: Config, *, secrets: bool = False) -> dict[str, Any]:
+    """The config as dicts, lists and scalars (enums by name); secrets are redacted unless `secrets` (to make a hash of it)."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Enum):
@@ -62,7 +49,8 @@ def plain_config(cfg: Config) -> dict[str, Any]:
             return [plain(v) for v in value]
         return value
 
-    return redact(plain(dataclasses.asdict(cfg)))
+    config: dict[str, Any] = plain(dataclasses.asdict(cfg))
+    return config if secrets else redact(config)
 
 
 def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
@@ -90,7 +78,7 @@ def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
 
 def write_resolved(run_dir: Path, cfg: Config) -> None:
     """resolved.yaml: the whole config as it ran, secrets redacted."""
-    atomic_write(run_dir / "resolved.yaml", yaml.safe_dump(plain_config(cfg), sort_keys=False, width=120))
+    atomic_write(run_dir / "resolved.yaml", yaml.safe_dump(plain_config(cfg), sort_keys=False, width=120, allow_unicode=True))
 
 
 # ---- environment.json

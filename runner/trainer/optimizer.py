@@ -13,11 +13,17 @@ import torch
 from torch import nn
 
 from runner.errors import UserError
-from runner.schema import OptimizerConfig
+from runner.schema import Config, OptimizerConfig
 from runner.trainer.parking import tensors_of_optimizer
 
 CLIP_EPSILON = 1e-6
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def planned_steps(cfg: Config) -> int:
+    """Optimizer steps over which the learning rate falls: lr_decay_steps, or the whole run."""
+    planned = cfg.trainer.optimizer.lr_decay_steps
+    return planned if isinstance(planned, int) else cfg.steps * cfg.algorithm.updates_per_rollout
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

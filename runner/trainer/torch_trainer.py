@@ -29,7 +29,7 @@ from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
 from runner.trainer import attention, checkpoint, experts, microbatch, mtp, policy_step
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
-from runner.trainer.optimizer import MasterOptimizer, learning_rate
+from runner.trainer.optimizer import MasterOptimizer, learning_rate, planned_steps
 from runner.trainer.parking import Parking
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
@@ -326,8 +326,7 @@ class TorchTrainer:
         return norm
 
     def _learning_rate(self) -> float:
-        total = self.cfg.steps * self.cfg.algorithm.updates_per_rollout
-        return learning_rate(self.config.optimizer, self._schedule_step, total)
+        return learning_rate(self.config.optimizer, self._schedule_step, planned_steps(self.cfg))
 
     def sft_step(
         self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None

@@ -35,7 +35,7 @@ from runner.trainer.megatron.sources import open_weights
 from runner.trainer.megatron.wire import Rows, StepResult
 from runner.trainer.microbatch import TokenScores
 from runner.trainer.mtp import all_tokens, sequences_of
-from runner.trainer.optimizer import learning_rate
+from runner.trainer.optimizer import learning_rate, planned_steps
 from runner.trainer.parking import Parking, tensors_of_optimizer
 from runner.trainer.protocol import Routes, Weights
 
@@ -311,8 +311,7 @@ class Worker:
         self.optimizer.zero_grad()
 
     def _learning_rate(self) -> float:
-        total = self.cfg.steps * self.cfg.algorithm.updates_per_rollout
-        return learning_rate(self.config.optimizer, self.schedule_step, total)
+        return learning_rate(self.config.optimizer, self.schedule_step, planned_steps(self.cfg))
 
     def sft_step(self, samples: Sequences, lr: float) -> StepResult:
         """One supervised step: mean loss over response tokens. Collective."""
