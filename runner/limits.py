@@ -115,6 +115,6 @@ def is_text_list(kind: Any) -> bool:
     return kind == list[str]
 
 
-def _with_subclasses(cls: type[Any]) -> list[type[Any]]:
-    subclasses: list[type[Any]] = cls.__subclasses__()
+def _with_subclasses(cls: type) -> list[type]:
+    subclasses: list[type] = cls.__subclasses__()
     return [cls, *(below for option in subclasses for below in _with_subclasses(option))]
