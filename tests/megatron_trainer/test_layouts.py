@@ -115,9 +115,7 @@ DESCENT = {
         ("cp2", LossAggregation.sequence_mean_of_token_means, Estimator.gspo),
         ("cp2", LossAggregation.sequence_mean, Estimator.grpo),
         ("dp2", LossAggregation.sequence_mean_of_token_means, Estimator.grpo),
-        ("dp2", LossAggregation.constant_length, Estimator.cispo),
         ("tp2_sp", LossAggregation.constant_length, Estimator.grpo),
-        ("pp2", LossAggregation.sequence_mean_of_token_means, Estimator.reinforce_pp),
     ],
 )
 def test_a_divided_step_has_the_gradient_of_the_whole_one(
