@@ -29,6 +29,7 @@ REDACTED = "<redacted>"
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
     "numpy", "numba", "triton", "megatron-core", "sglang", "flash-attn", "transformer-engine",
+    "math-verify", "sympy",
 )  # fmt: skip
 # The last word of a key decides: `hf_token` is a secret, `max_tokens_per_gpu` and `moe_token_dispatcher` are not.
 _SECRET_KEY = re.compile(r"(^|[_\-.])(token|passw(or)?d|secret|credentials?|api_?key|access_?key|private_?key)$", re.IGNORECASE)
