@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -616,6 +617,103 @@ DAPO_WRONG = [
     ("2", "\\boxed{(2}"),
     ("34", "\\boxed{34} is wrong, \\boxed{33}"),
 ]
+
+
+MORE = [
+    (gsm8k, "18", "9+9=18\n#### 18\n\n**Note:** 9 per day", True),
+    (gsm8k, "18", "The answer is 18\n#### 18 eggs/day", True),
+    (gsm8k, "3", "#### 3 bolts", True),
+    (gsm8k, "18", "#### \u200e18", True),
+    (gsm8k, "18", "#### $ 18", True),
+    (gsm8k, "18", "#### 18$/day", True),
+    (gsm8k, "18", "#### $18/day", True),
+    (gsm8k, "18", "#### $18.00 per day.", True),
+    (gsm8k, "18", "#### 18 dollars per day at the farmers' market", True),
+    (gsm8k, "-18", "#### \u221218", True),
+    (gsm8k, "-18", "#### \\boxed{-18}", True),
+    (gsm8k, "18", "#### Answer\n\n\\boxed{18}", True),
+    (gsm8k, "18", "#### Final Answer: \\boxed{18}", True),
+    (gsm8k, "18", "#### **Final Answer:** 18", True),
+    (gsm8k, "18", "#### **Answer**: 18", True),
+    (gsm8k, "18", "####  **18 dollars**", True),
+    (gsm8k, "18", "#### 18 \U0001f600", True),
+    (gsm8k, "1080", "#### 1,080 grams", True),
+    (gsm8k, "18", "#### \\( \\boxed{18} \\)", True),
+    (gsm8k, "18", "#### $\\mathbf{18}$", True),
+    (gsm8k, "18", "#### $\\text{18 dollars}$", True),
+    (gsm8k, "18", "#### 18\\%", True),
+    (gsm8k, "18", "#### 18 (in dollars)", True),
+    (gsm8k, "18", "#### \u223c 18", False),
+    (gsm8k, "18", "#### 1 8 dollars", False),
+    (gsm8k, "118", "#### 1 18", False),
+    (gsm8k, "18", "#### 18, 20", False),
+    (gsm8k, "18", "#### 18 20 22", False),
+    (gsm8k, "1820", "#### 18 20", False),
+    (gsm8k, "18", "#### 18.5", False),
+    (gsm8k, "18", "#### 17.999", False),
+    (gsm8k, "1.234", "#### 1,234", False),
+    (gsm8k, "1234", "#### 1.234", False),
+    (gsm8k, "10", "#### 10,5", False),
+    (gsm8k, "105", "#### 10,5", False),
+    (dapo, "34", "\\boxed{34} \\text{ is the answer}", True),
+    (dapo, "34", "The answer is $\\boxed{34}$, i.e. Answer: 34.", True),
+    (dapo, "34", "Answer: 34\n\nLet me know if the answer helps!", True),
+    (dapo, "34", "Answer: \\$34", True),
+    (dapo, "34", "Answer: \\textbf{34}", True),
+    (dapo, "34", "Answer: \\boxed{34}.\n", True),
+    (dapo, "34", "$$\nAnswer: 34\n$$", True),
+    (dapo, "34", "Answer: 12\n...\nAnswer: 34", True),
+    (dapo, "34", "First answer: 12 is wrong.\n\\boxed{34}", True),
+    (dapo, "34", "\\boxed{\\mathbf{34}^{\\circ}}", True),
+    (dapo, "34", "\\boxed{34\\text{ degrees}}", True),
+    (dapo, "34", "\\boxed{34 \\, \\text{m/s}^2}", True),
+    (dapo, "34", "\\boxed{34\\ \\mathrm{cm}^{3}}", True),
+    (dapo, "34", "\\boxed{\\approx 34}", True),
+    (dapo, "34", "\\boxed{\\dfrac{340}{10}}", True),
+    (dapo, "34", "\\boxed{3.4\\times 10^{1}}", True),
+    (dapo, "1000000", "\\boxed{1\\,000\\,000}", True),
+    (dapo, "1000000", "\\boxed{1{,}000{,}000}", True),
+    (dapo, "1000000", "\\boxed{1,000,000}", True),
+    (dapo, "0.5", "\\boxed{50\\%}", True),
+    (dapo, "-1", "\\boxed{\u20131}", True),
+    (dapo, "-1/2", "\\boxed{\u2212\\frac{1}{2}}", True),
+    (dapo, "\\frac{1}{2}", "\\boxed{\\frac{1}{2}.}", True),
+    (dapo, "\\frac{17}{3}", "\\boxed{5\\frac{2}{3}}", True),
+    (dapo, "\\frac{17}{3}", "\\boxed{5\\,\\frac{2}{3}}", True),
+    (dapo, "\\frac{17}{3}", "\\boxed{5 2/3}", True),
+    (dapo, "52/3", "\\boxed{5 2/3}", False),
+    (dapo, "52/3", "\\boxed{5\\frac{2}{3}}", False),
+    (dapo, "10/3", "\\boxed{5\\frac{2}{3}}", False),
+    (dapo, "10/3", "\\boxed{5 \\cdot \\frac{2}{3}}", True),
+    (dapo, "7/2", "\\boxed{3+\\frac12}", True),
+    (dapo, "(3,4)", "\\boxed{(4,3)}", False),
+    (dapo, "34", "\\boxed{34} \n\n\\boxed{35}", False),
+    (dapo, "35", "\\boxed{34}\n\n\\boxed{35}", True),
+    (dapo, "34", "\\boxed{34}\\boxed{35}", False),
+    (dapo, "3435", "\\boxed{34}\\boxed{35}", False),
+    (dapo, "12", "\\boxed{1\\ 2}", False),
+    (dapo, "1234", "\\boxed{1 234}", False),
+    (dapo, "1", "{1}+{2}", False),
+    (dapo, "a}{b", "\\boxed{{a}{b}}", False),
+    (dapo, "34", "\\boxed{{34}}", True),
+    (dapo, "12", "\\boxed{{1}{2}}", False),
+    (dapo, "2", "\\boxed{2\\text{ or }3}", False),
+    (dapo, "34", "\\boxed{\\text{34 or 35}}", False),
+    (dapo, "34", "**Answer: 34 or 35**", False),
+    (dapo, "2/3", "\\boxed{\\frac{2}{3}\\text{ or }0.67}", False),
+    (dapo, "0.67", "\\boxed{\\frac23}", False),
+    (dapo, "100", "\\boxed{1e2}", True),
+    (dapo, "2\\sqrt{2}", "\\boxed{\\sqrt{8}}", True),
+    (dapo, "2\\sqrt{2}", "\\boxed{2.828}", False),
+    (dapo, "\\frac{\\pi}{2}", "\\boxed{\\pi/2}", True),
+    (dapo, "(1,3)", "\\boxed{[1,3]}", False),
+    (dapo, "x\\in[1,3]", "\\boxed{[1,3]}", True),
+]
+
+
+@pytest.mark.parametrize(("grade", "reference", "text", "right"), MORE)
+def test_further_answers(grade: Callable[[str, str], bool], reference: str, text: str, right: bool) -> None:
+    assert grade(reference, text) is right
 
 
 @pytest.mark.parametrize(("text", "value"), NUMBERS)

@@ -26,8 +26,8 @@ _ANSWER_LINE = re.compile(
 )
 _ANSWER_SENTENCE = re.compile(r"answer(?:\s+to\s[^.\n]{0,80})?\s+(?:(?:is|are)\s+|(?=\$|\\[(\[]))([^\n]+)", re.IGNORECASE)
 _PREFIX = re.compile(
-    r"^\W*(?:(?:so|thus|therefore|hence|and)\b,?\s*)*(?:the\s+)?(?:(?:final|correct|total|result|answer|solution|value|sum)\b\s*)+"
-    r"(?:is|are|was|equals|[:=\uff1a])+\s*",
+    r"^\W*(?:(?:so|thus|therefore|hence|and)\b,?\s*)*(?:the\s+)?(?:(?:final|correct|total|result|answer|solution|value|sum)\b[\s*_]*)+"
+    r"(?:is|are|was|equals|[:=\uff1a])+[\s*_]*",
     re.IGNORECASE,
 )
 _CONNECTIVE = re.compile(r"^\W*(?:so|thus|therefore|hence)\b,?\s*", re.IGNORECASE)

@@ -14,12 +14,15 @@ from fractions import Fraction
 MAX_DIGITS = 60  # longer "numbers" are compared as text: turning them into integers takes quadratic time
 MAX_LENGTH = 400  # of a text that is looked at
 MAX_EXPONENT = 60
-UNIT_WORDS = 6  # words after a number that may be its unit or a remark
+UNIT_WORDS = 12  # words after a number that may be its unit or a remark
 
 _DASHES = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
 _THIN = "\u2009\u202f\u2006\u2008"
 _GROUP_MARK = re.compile(rf"(?<=\d)(?:\{{,\}}|,?\\[,! ]|[{_THIN}]|\\thinspace ?)(?=\d{{3}}(?!\d))")
-_SPACING = re.compile(r"\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|\\[,;:! ]|~|[\u00a0\u2000-\u200b\u202f\u3000]")
+_SPACING = re.compile(
+    r"\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|\\[,;:! ]|~|"
+    r"[\u00a0\u2000-\u200f\u202f\u2060\u3000\ufe0f\ufeff\U0001f300-\U0001faff]"  # invisible characters and pictures
+)
 _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits)(?![a-zA-Z])|\\[()\[\]]|\\(?=\$)|\$"
 )
@@ -59,7 +62,7 @@ _SCALES = {
 }  # fmt: skip
 _SCALE = re.compile(rf"\s*\b({'|'.join(_SCALES)})s?\b\s*$", re.IGNORECASE)
 # What a unit may look like: words, their powers, `per` and `/`; no digit but an exponent's
-_UNIT_WORD = r"(?:[^\W\d_]+(?:['\u2019][a-z]+)?\.?(?:\s*\^\s*\{?\s*[23]\s*\}?|[\u00b2\u00b3]|(?<=m)[23])?)"
+_UNIT_WORD = r"(?:[^\W\d_]+(?:['\u2019][a-z]*)?\.?(?:\s*\^\s*\{?\s*[23]\s*\}?|[\u00b2\u00b3]|(?<=m)[23])?)"
 _UNIT_TAIL = re.compile(
     rf"(?P<gap>\s*[,/(]?\s*|-|\s+[-\u2014]+\s+(?=[a-z]{{3}}))"
     rf"(?P<words>{_UNIT_WORD}(?:[\s,/*\u00b7()-]+{_UNIT_WORD})*)[\s.)!]*$"

@@ -34,6 +34,7 @@ from runner.schema import Config
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
     "numpy", "numba", "triton", "megatron-core", "sglang", "flash-attn", "transformer-engine",
+    "math-verify", "sympy",
 )  # fmt: skip
 
 
