@@ -150,7 +150,7 @@ def _advise(error: UserError, run_dir: Path) -> UserError:
     """`error`, and how to go on from what there is."""
     saved = checkpoint.complete(run_dir)
     if saved:
-        advice = f"python -m runner resume={run_dir} goes on from {saved[-1].name}"
+        advice = f"{command(typed('resume', str(run_dir)))} goes on from {saved[-1].name}"
     else:
         advice = "start the run again: there is no checkpoint to resume from"
     error.fix = f"{error.fix}; then {advice}" if error.fix else advice
@@ -263,8 +263,7 @@ def _run(
     watcher = Watcher(cfg)
     first_step = 0
     state = checkpoint.read_state(begin) if begin else None
-    for note in continuation.go_on(cfg, collector, state):
-        tracker.event("warning", note)
+    notes = list(continuation.go_on(cfg, collector, state))
     if begin and state:
         trainer.load(begin / "trainer")
         pool.load_state(state["pool"])
@@ -272,6 +271,8 @@ def _run(
         first_step = state["step"]
         tracker.open()
         checkpoint.set_aside(run_dir, after=begin)
+        for note in notes:
+            tracker.event("warning", note)
     elif cfg.warm_start.enabled:
         untouched = pool.state()
         warm_start(cfg, trainer, collector, sync, tokenizer, ends.last, tracker, stop)
