@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from runner.convert.source import Source, open_shard, open_source
+from runner.convert.source import Source, open_shard, open_source, without_unused
 from runner.convert.stored import check, inputs_of, is_plain
 from runner.errors import UserError
 from runner.models.config_file import check_model
@@ -25,7 +25,7 @@ def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
     does not explain.
     """
     assert model.hf_checkpoint is not None
-    source = open_source(local_folder(model.hf_checkpoint), KEY)
+    source, _ = without_unused(open_source(local_folder(model.hf_checkpoint), KEY), model)
     check_model(model, source.config, source.folder)
     plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     check(source, plan, KEY)

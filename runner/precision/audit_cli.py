@@ -79,10 +79,10 @@ def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
 
 def _broken(folder: Path, model: ModelConfig) -> list[str]:
     """Where a folder's tensors differ from its own config.json: then they cannot be compared with anything else."""
-    from runner.convert.source import open_source
+    from runner.convert.source import open_source, without_unused
     from runner.convert.stored import problems
 
-    source = open_source(folder)
+    source, _ = without_unused(open_source(folder), model)
     try:
         own = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     except UserError:  # which the audit says as a difference
