@@ -543,5 +543,5 @@ def test_a_damaged_warm_start_is_refused_with_what_to_remove(tmp_path: Path, dam
     cached.mkdir(parents=True)
     (cached / "done.json").write_bytes(damage)
     with pytest.raises(UserError, match="warm start .* is damaged") as caught:
-        warm_start(cfg, Trainer(), *[None] * 4, lambda: False)  # type: ignore[arg-type]
+        warm_start(cfg, Trainer(), *[None] * 3, 1, None, lambda: False)  # type: ignore[arg-type]
     assert caught.value.fix == "remove that folder: it is made again"

@@ -142,7 +142,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("algorithm.oversample_prompts=64", "algorithm.oversample_prompts", "nothing is dropped", "dynamic_sampling=true"),
     ("algorithm.correction=tsi", "algorithm.correction", "none of", "algorithm.correction=tis"),
     ("algorithm.loss_aggregation=token", "algorithm.loss_aggregation", "none of", "algorithm.loss_aggregation=token_mean"),
-    ("algorithm.dual_clip=-1", "algorithm.dual_clip", "0 or more", "algorithm.dual_clip=0"),
+    ("algorithm.dual_clip=-1", "algorithm.dual_clip", "at least 0", "algorithm.dual_clip=0"),
     ("algorithm.dual_clip=0.9", "algorithm.dual_clip", "no gradient", "algorithm.dual_clip=3.0"),
     ("algorithm=gspo algorithm.dual_clip=3", "algorithm.dual_clip", "second clip", "algorithm.dual_clip=0"),
     ("algorithm.correction=mis algorithm.correction_low=1.5", "algorithm.correction_low", "outside", "correction_low=0.5"),

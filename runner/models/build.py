@@ -16,9 +16,18 @@ from runner.convert.source import Source
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.family import Family
-from runner.models.published import KEY, REACHABLE, checkpoint_config, config_values, copy_tokenizer, first_line, location
+from runner.models.published import (
+    KEY,
+    LOADING_ERRORS,
+    REACHABLE,
+    checkpoint_config,
+    config_values,
+    copy_tokenizer,
+    first_line,
+    location,
+)
 from runner.models.qwen3_vl import processor_config
-from runner.models.tokenizer import LOADING_ERRORS, byte_tokenizer, load_tokenizer
+from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import QUANTIZATION_KEYS, PrecisionPlan, nested_quantization_config
 from runner.schema import ModelConfig
 

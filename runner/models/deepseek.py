@@ -101,12 +101,11 @@ class DeepSeek(common.SparseFamily):
         }
 
 
-def _groups(reader: common.ConfigReader, key: str, absent: int) -> Any:
+def _groups(reader: common.ConfigReader, key: str, absent: int) -> int:
     """Groups of the router; `absent` is what transformers takes. It cannot compute with null."""
-    value = reader.config.get(key, absent)
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"config.json of {reader.name}: `{key}` is {value!r}, not a number of groups")
-    return value
+    if reader.config.get(key, absent) is None:
+        raise ValueError(f"config.json of {reader.name} has null as `{key}`")
+    return reader.optional_whole(key, absent, low=1, high=common.MAX_EXPERTS)
 
 
 def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -17,6 +18,8 @@ from runner.models import family_of, mimo_torch
 from runner.schema import ModelConfig
 
 KEY = "model.hf_checkpoint"
+# what transformers makes of a file with values that it does not expect
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 REACHABLE = "give a local folder or a hub id that this machine can reach"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # what belongs to a tokenizer, its chat template and the ends of its turns; code is found through tokenizer_config.json
@@ -61,7 +64,7 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
     checkpoint, family = str(model.hf_checkpoint), family_of(model)
     try:
         values, _ = PreTrainedConfig.get_config_dict(location(checkpoint))
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(f"cannot load '{checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
     architectures, model_type = values.get("architectures") or [], values.get("model_type", family.model_types[0])
     if not set(architectures) & set(family.architectures) or model_type not in family.model_types:
@@ -84,7 +87,7 @@ def checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
     values = family.hf_config(model) if model.hf_checkpoint is None else config_values(model)
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(
             f"config.json of '{model.hf_checkpoint}' is not one of {family.name}: {first_line(error)}",
             key=KEY,

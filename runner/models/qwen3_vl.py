@@ -60,14 +60,13 @@ def read_tower(vision: dict[str, Any], name: str) -> VisualTower:
     reader = common.ConfigReader(vision, name)
     reader.must_be("hidden_act", "gelu_pytorch_tanh", absent="gelu_pytorch_tanh")
     reader.must_be("in_channels", 3, absent=3)
-    numbers = {key: reader.optional(key, absent) for key, absent in TOWER_KEYS.items()}
-    for key, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
-            raise ValueError(f"config.json of {name}: `{key}` of vision_config is {value!r}, not a size")
+    numbers = {key: reader.optional_whole(key, absent, low=1, high=1 << 20) for key, absent in TOWER_KEYS.items()}
     deepstack = reader.optional("deepstack_visual_indexes", [8, 16, 24])
     layers = range(numbers["depth"])
     if not isinstance(deepstack, list) or any(index not in layers for index in deepstack):
-        raise ValueError(f"config.json of {name}: `deepstack_visual_indexes` is {deepstack!r}, not of {len(layers)} layers")
+        raise ValueError(
+            f"config.json of {name}: `deepstack_visual_indexes` is {common.short(deepstack)}, not of {len(layers)} layers"
+        )
     return VisualTower(
         hidden_size=numbers["hidden_size"],
         ffn_size=numbers["intermediate_size"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -22,8 +21,6 @@ from runner.models.published import (
 from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE, byte_characters
 from runner.schema import ModelConfig
 
-# what transformers makes of a file with values that it does not expect
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 

@@ -31,7 +31,8 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
             problem, fix = "must be above 0", None
         if problem is not None:
             advice = f"{key}={fix}" if fix is not None else f"a number {allowed if key not in ABOVE_ZERO else 'above 0'}"
-            yield key, allowed.inside(value) or 1.0, UserError(f"{value} {problem}", key=key, fix=advice)
+            asked = value if allowed.problem(value) is None else allowed.inside(value)
+            yield key, asked, UserError(f"{value} {problem}", key=key, fix=advice)
 
 
 def within_ranges(cfg: Config) -> Config:
