@@ -8,6 +8,8 @@ SGLANG := runner/rollout/sglang
 # The wheel of torch is chosen first: a wider range would let other packages pull a CUDA build of gigabytes.
 TORCH ?= torch==2.13.0
 # llmcompressor 0.14.0.1 wants an older transformers and a newer compressed-tensors than pyproject.toml pins.
+# Processes of `make test`, one per core; a test that needs several processes starts them itself.
+WORKERS ?= auto
 GPTQ_VENV ?= .venv-gptq
 GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
@@ -43,7 +45,7 @@ run: setup ## The main job: the whole low-precision RL loop on this machine (abo
 	$(BIN)/python -m runner
 
 test: setup ## The fast tests
-	$(BIN)/python -m pytest -m "not slow and not sglang and not megatron"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron"
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 	$(BIN)/python -m pytest -m slow
