@@ -292,7 +292,7 @@ def test_a_published_tower_computes_what_transformers_does(tmp_path: Path) -> No
     [
         ({"out_hidden_size": 32}, "out_hidden_size"),
         ({"deepstack_visual_indexes": [1, 9]}, "not of 6 layers"),
-        ({"depth": 0}, "`depth` of vision_config is 0"),
+        ({"depth": 0}, "(vision_config): `depth` is 0"),
         ({"hidden_act": "silu"}, "hidden_act"),
     ],
 )

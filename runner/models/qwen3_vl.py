@@ -57,7 +57,7 @@ def tower(model: ModelConfig) -> VisualTower:
 
 def read_tower(vision: dict[str, Any], name: str) -> VisualTower:
     """From `vision_config`; what is left out has transformers' value. ValueError naming what is not understood."""
-    reader = common.ConfigReader(vision, name)
+    reader = common.ConfigReader(vision, f"{name} (vision_config)")
     reader.must_be("hidden_act", "gelu_pytorch_tanh", absent="gelu_pytorch_tanh")
     reader.must_be("in_channels", 3, absent=3)
     numbers = {key: reader.optional_whole(key, absent, low=1, high=1 << 20) for key, absent in TOWER_KEYS.items()}
