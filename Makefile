@@ -15,7 +15,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang test-sglang setup-gptq run test test-slow test-megatron test-gptq lint format bench clean
+.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,7 +41,7 @@ $(STAMP_SGLANG): $(STAMP) $(SGLANG)/requirements.txt $(SGLANG)/sglang.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $(SGLANG)/sglang.txt
 	@touch $(STAMP_SGLANG)
 
-run: setup ## The main job: the whole low-precision RL loop on this machine (about two minutes)
+run: setup ## The main job: the whole low-precision RL loop on this machine (two to four minutes)
 	$(BIN)/python -m runner
 
 test: setup ## The fast tests
@@ -54,7 +54,10 @@ test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (els
 	$(BIN)/python -m pytest tests/test_convert_gptq.py
 
 test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about ten minutes)
-	$(BIN)/python -m pytest -m sglang
+	$(BIN)/python -m pytest -m "sglang and not night"
+
+test-night: setup-sglang ## What CI leaves out: drafts, the router and p2p with real SGLang servers (about a quarter of an hour)
+	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
 	$(BIN)/python -m pytest -m megatron

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 SMALL = [
     "rollout=sglang", "model=tiny_moe", "steps=2", "warm_start.enabled=false", "algorithm.prompts_per_step=8",
     "algorithm.samples_per_prompt=4", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=1",

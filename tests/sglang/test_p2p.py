@@ -27,7 +27,7 @@ from runner.weights.transfer_engine import Endpoint, TransferError
 
 HOST = "127.0.0.1"
 needs_mooncake = P2P.marks[0]
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]
 DTYPES = (torch.bfloat16, torch.int32, torch.float8_e4m3fn, torch.float32, torch.int64, torch.uint8)
 
 # Reads everything that is offered as one of RANKS ranks of an engine and prints a hash of every tensor.

@@ -24,7 +24,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.samples import ExportedTensor
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]
 MTP = "model.mtp_layers.0."
 
 

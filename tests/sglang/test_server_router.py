@@ -26,7 +26,7 @@ from cases import Running, by_key, config, exported, reference_logprobs, request
 from runner import folder
 from runner.rollout.sglang.interface import LOOPBACK, interfaces
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]
 pytest.importorskip("sglang_router", reason="sglang-router is not installed: make setup-sglang")
 OUTSIDE = next(
     ((name, ips[0]) for name, ips in interfaces().items() if not ips[0].startswith("127.")), ("lo", LOOPBACK)
