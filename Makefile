@@ -9,7 +9,7 @@ SGLANG := runner/rollout/sglang
 TORCH ?= torch==2.13.0
 # llmcompressor 0.14.0.1 wants an older transformers and a newer compressed-tensors than pyproject.toml pins.
 # Processes of `make test`, one per core; a test that needs several processes starts them itself.
-WORKERS ?= auto
+WORKERS ?= logical
 GPTQ_VENV ?= .venv-gptq
 GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
@@ -56,6 +56,7 @@ test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (els
 test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about ten minutes)
 	$(BIN)/python -m pytest -m "sglang and not night"
 
+# p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
 test-night: setup-sglang ## What CI leaves out: drafts, the router and p2p with real SGLang servers (about a quarter of an hour)
 	$(BIN)/python -m pytest -m night
 
