@@ -470,7 +470,7 @@ class ConvertConfig:
     calibration: Optional[str] = path()  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
     calibration_samples: int = number(ge=1, le=10**7)
     calibration_tokens: int = number(ge=1, le=2**24)
-    damping: float = number(gt=0, le=10)
+    damping: float = number(gt=0, le=1e9)
     gptq_python: str = path()  # the Python of the environment with llmcompressor; relative to the repository
 
 
