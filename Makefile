@@ -15,7 +15,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq lint format bench clean
+.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ test-night: setup-sglang ## What CI leaves out: drafts, the router and p2p with 
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
 	$(BIN)/python -m pytest -m megatron
+
+BASE ?= HEAD
+same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit
+	$(BIN)/python .ci/same.py $(BASE)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

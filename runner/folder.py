@@ -122,6 +122,9 @@ def _claim(path: Path) -> None:
     """Make the folder, or see that runner made it: nothing else is ever cleared."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file in its place is one of them
+        raise _not_writable(path, error) from error
+    try:
         path.mkdir()
     except FileExistsError:
         if not path.is_dir():
