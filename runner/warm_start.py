@@ -30,8 +30,9 @@ from runner.tracking.folder import plain_config
 from runner.tracking.tracker import Tracker
 from runner.trainer.protocol import Trainer
 
-CHECK_PROMPTS = 128  # training prompts sampled once each, at temperature 1, to measure success
-FORMAT = 1  # raised when a change of code makes older caches wrong
+CHECK_PROMPTS = 128  # training prompts sampled once each to measure success: its standard error is .04
+CONFIRM_PROMPTS = 512  # others, before it stops (.02): a lucky look must not end the warm start early
+FORMAT = 2  # raised when a change of code makes older caches wrong
 
 
 def cache_key(cfg: Config) -> str:
@@ -127,21 +128,24 @@ def _train(
             if should_stop():
                 raise Interrupted
             if steps % section.check_interval_steps == 0 or steps == section.max_steps:
-                reward = _success(cfg, collector, sync, steps)
+                sync()
+                reward = _success(cfg, collector, steps, CHECK_PROMPTS, 0)
+                if reward >= section.stop_at_reward:
+                    reward = _success(cfg, collector, steps, CONFIRM_PROMPTS, 1)
                 if reward >= section.stop_at_reward:
                     break
     return {"reward": reward, "steps": steps}
 
 
-def _success(cfg: Config, collector: Collector, sync: WeightSync, step: int) -> float:
-    sync()
+def _success(cfg: Config, collector: Collector, step: int, prompts: int, round: int) -> float:
+    """The mean reward of one sample each of `prompts` training prompts, with the weights that the engine has."""
     sampling = SamplingParams(
         temperature=cfg.rollout.sampling.temperature,
         max_response_tokens=cfg.rollout.sampling.max_response_tokens,
         stop_token_ids=collector.stop_token_ids,
     )
-    prompts = collector.task.train_prompts(step, CHECK_PROMPTS, 0)
-    samples = collector.generate(prompts, 1, sampling, step=-1_000_000 - step, capture_routes=False)
+    asked = collector.task.train_prompts(step, prompts, round)
+    samples = collector.generate(asked, 1, sampling, step=-1_000_000 - step, capture_routes=False)
     return sum(sample.reward or 0.0 for sample in samples) / len(samples)
 
 
