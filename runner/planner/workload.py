@@ -56,7 +56,3 @@ def route_bytes_per_step(cfg: Config) -> int:
     if not cfg.router_replay.rollout:
         return 0
     return samples_per_step(cfg) * (longest_sequence_tokens(cfg) - 1) * routes_per_token_bytes(cfg)
-
-
-def num_engines(cfg: Config) -> int:
-    return max(cfg.parallelism.rollout_gpus // max(cfg.parallelism.gpus_per_engine, 1), 1)
