@@ -110,6 +110,13 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b trainer.moe_token_dispatcher=allgather", "trainer.moe_token_dispatcher", "packed", "alltoall"),
     ("model=qwen3_30b trainer.distributed_optimizer=false", "trainer.overlap_param_gather", "distributed", "=false"),
     ("model=qwen3_30b precision.qat_placement=forward", "precision.qat_placement", "no main_grad", "in_place"),
+    ("trainer=megatron precision=nvfp4_qat", "precision", "a scale over a whole weight", "trainer=torch"),
+    (
+        "trainer=megatron rollout=sglang parallelism=cpu_etp2 precision.group_size=-1",
+        "parallelism.etp",
+        "cuts a group of 128",
+        "parallelism.etp=1",
+    ),
     ("model=qwen3_30b parallelism.tp=8", "parallelism.tp", "at least one", "parallelism.tp=4"),
     ("trainer=megatron precision=fp8 precision.fp8_param_gather=true", "precision.fp8_param_gather", "needs CUDA", "=false"),
     ("trainer=megatron precision=fp8 precision.fp8_matmul=scaled_mm", "precision.fp8_matmul", "of its own", "=simulated"),
