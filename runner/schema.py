@@ -313,7 +313,6 @@ class TaskConfig:
     eval_path: Optional[str] = path()
     max_prompt_tokens: int = number(ge=1, le=2**24)
     reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
-    max_turns: int = number(ge=1, le=1000)
     seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
 
 

@@ -311,7 +311,6 @@ def config(
             eval_path=None,
             max_prompt_tokens=1024,
             reward_timeout_seconds=10.0,
-            max_turns=1,
             seed=0,
         ),
         algorithm=schema.AlgorithmConfig(

@@ -30,7 +30,7 @@ def written(folder: Path, name: str, count: int) -> Path:
 def task(path: Path, **fields: Any) -> Gsm8kTask:
     base: dict[str, Any] = {
         "name": "gsm8k", "train_path": str(path), "eval_path": None, "max_prompt_tokens": 64, "reward_timeout_seconds": 1.0,
-        "max_turns": 1, "seed": 3, "prompt_template": "{question}", "max_train_problems": 0, "max_eval_problems": 0,
+        "seed": 3, "prompt_template": "{question}", "max_train_problems": 0, "max_eval_problems": 0,
     }  # fmt: skip
     return Gsm8kTask(JsonlTaskConfig(**(base | fields)), TOKENIZER)
 

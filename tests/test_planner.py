@@ -12,10 +12,18 @@ import pytest
 from planner_configs import MODELS, config, local, megatron, parallelism, precision, sglang, torch_trainer
 from rich.console import Console
 
+from runner.compose import load_config
 from runner.errors import UserError
 from runner.planner.cli import main, ranges
 from runner.planner.fit import largest_max_tokens, try_changes, what_would_fit
-from runner.planner.memory import activation_bytes, engine_weight_bytes, kv_bytes_per_token, plan_memory, state_shares
+from runner.planner.memory import (
+    CPU_PROCESS,
+    activation_bytes,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    plan_memory,
+    state_shares,
+)
 from runner.planner.parameters import BF16, Grid, stage_layers, stored_bytes, take_inventory
 from runner.planner.placement import coordinates, place, placement_problems
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
@@ -288,6 +296,20 @@ def test_cpu_run_is_one_process_with_everything_in_it() -> None:
     assert run.where == "host" and {"weights", "fp32 masters", "KV cache", "engine weights", "activations"} <= set(run.items)
     assert run.items["KV cache"] == 64 * 512 * 4 * 2 * 2 * 32 * 2
     assert not plan_memory(tiny(host_memory_gib=0.5), take_inventory(cfg)).fits
+
+
+def test_cpu_engines_are_counted_with_their_ranks() -> None:
+    """The pool starts cpu_engines servers of cpu_tp ranks, so that many processes, weights and readers are planned."""
+    base = ["rollout=sglang", "rollout.cpu_tp=2"]
+    one, four = (load_config([*base, f"rollout.cpu_engines={engines}"]) for engines in (1, 4))
+    inventory = take_inventory(one)
+    (alone,), (together,) = plan_memory(one, inventory).phases, plan_memory(four, inventory).phases
+    assert together.items["engine weights"] == 4 * alone.items["engine weights"] == 8 * engine_weight_bytes(four, inventory)
+    assert together.items["processes"] - alone.items["processes"] == 6 * CPU_PROCESS
+    assert kv_bytes_per_token(four) * 2 == kv_bytes_per_token(load_config(["rollout=sglang"])), "two ranks share the heads"
+    flows = {flow.what.split(", ")[1]: flow for flow in sync_flows(four, inventory)}
+    assert flows["tensor (configured)"].how.endswith("read by 4 engines")
+    assert flows["distributed"].size == 8 * stream_bytes(four, inventory), "each of 4 x 2 ranks receives every tensor"
 
 
 # ---- placement and traffic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 
 import pytest
 
@@ -24,6 +25,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("precision.gruop_size=64", "precision.gruop_size", "no such key", "precision.group_size=64"),
     ("group_size=64", "group_size", "no such key", "precision.group_size=64"),
     ("model.trust_remote_code=true", "model.trust_remote_code", "no longer a key", "leave it out"),
+    ("task.max_turns=4", "task.max_turns", "no longer a key", "leave it out"),
     ("trainer.optimizer.learning_rate=1", "trainer.optimizer.learning_rate", "no such key", ""),
     ("trainer.router_fusoin=true model=qwen3_30b", "trainer.router_fusoin", "no such key", "trainer.router_fusion=true"),
     ("+extra=1", "extra", "no such key", "lists every key"),
@@ -110,6 +112,13 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b trainer.moe_token_dispatcher=allgather", "trainer.moe_token_dispatcher", "packed", "alltoall"),
     ("model=qwen3_30b trainer.distributed_optimizer=false", "trainer.overlap_param_gather", "distributed", "=false"),
     ("model=qwen3_30b precision.qat_placement=forward", "precision.qat_placement", "no main_grad", "in_place"),
+    ("trainer=megatron precision=nvfp4_qat", "precision", "a scale over a whole weight", "trainer=torch"),
+    (
+        "trainer=megatron rollout=sglang parallelism=cpu_etp2 precision.group_size=-1",
+        "parallelism.etp",
+        "cuts a group of 128",
+        "parallelism.etp=1",
+    ),
     ("model=qwen3_30b parallelism.tp=8", "parallelism.tp", "at least one", "parallelism.tp=4"),
     ("trainer=megatron precision=fp8 precision.fp8_param_gather=true", "precision.fp8_param_gather", "needs CUDA", "=false"),
     ("trainer=megatron precision=fp8 precision.fp8_matmul=scaled_mm", "precision.fp8_matmul", "of its own", "=simulated"),
@@ -149,7 +158,6 @@ BAD: list[tuple[str, str, str, str]] = [
     ("algorithm.correction=tis algorithm.correction_high=0.5", "algorithm.correction_high", "outside", "correction_high=2.0"),
     ("model=tiny_dense router_replay=r3", "router_replay", "dense", "router_replay=none"),
     ("router_replay.trainer=false", "router_replay.trainer", "both or neither", "router_replay=none"),
-    ("model=qwen3_30b trainer.router_fusion=true", "trainer.router_fusion", "fused router", "router_fusion=false"),
     ("model=qwen3_30b rollout.pause_mode=retract", "rollout.pause_mode", "loses its routes", "pause_mode=abort"),
     ("speculative=draft", "speculative.draft_model", "needs a draft model", "draft_model=<folder>"),
     ("speculative.ngram_min=9", "speculative.ngram_min", "longer than the longest", "ngram_min=4"),
@@ -170,6 +178,16 @@ BAD: list[tuple[str, str, str, str]] = [
     ("mismatch.decompose_samples=0", "mismatch.decompose_samples", "0 samples", "decompose_interval_steps=0"),
 ]
 
+# Keys that a value of BAD breaks in more than one way; every other mistake is told once, by one rule.
+TWO_FACTS = {
+    "precision.group_size",  # no group size at all, and none of the in-process engine's
+    "precision.fp8_matmul",  # not this trainer's, and not these shapes
+    "parallelism.tp",  # divides neither processes nor heads; cuts several kinds of weights
+    "parallelism.ep",  # divides neither processes nor experts
+    "parallelism.engine_ep",
+    "parallelism.gpus_per_engine",
+}
+
 
 def problems_of(overrides: list[str]) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
@@ -182,6 +200,8 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
     found = problems_of(overrides.split())
     about = [error for error in found if error.key == key]
     assert about, f"no problem is about {key}:\n" + "\n".join(map(str, found))
+    told = Counter(error.key for error in found)
+    assert {key for key, times in told.items() if times > 1} <= TWO_FACTS, "\n".join(map(str, found))
     match = [error for error in about if problem in error.problem and fix in (error.fix or "")]
     assert match, "\n".join(map(str, about))
 

@@ -28,7 +28,10 @@ from runner.errors import UserError
 from runner.schema import Config
 
 COMMAND_LINE = "the command line"
-REMOVED = {"model.trust_remote_code": "leave it out: code of a checkpoint is never run; what only it can read is refused"}
+REMOVED = {
+    "model.trust_remote_code": "leave it out: code of a checkpoint is never run; what only it can read is refused",
+    "task.max_turns": "leave it out: a sample is one response to its prompt; nothing generates a second turn",
+}
 HIDDEN_GROUPS = ("shared", "scale/twin", "hydra")  # building blocks, not choices of a user
 
 

@@ -22,10 +22,10 @@ from runner.planner.workload import (
     is_megatron,
     longest_sequence_tokens,
     micro_batch_tokens,
-    num_engines,
     one_process,
     route_bytes_per_step,
 )
+from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
 from runner.schema import (
     Config,
     Format,
@@ -76,7 +76,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class KvCache:
-    """The KV cache of one engine. `bytes_per_token` is on one GPU; tokens and sequences are the engine's."""
+    """The KV cache of one engine. `bytes_per_token` is on one rank; tokens and sequences are the engine's."""
 
     bytes_per_token: int
     tokens: int
@@ -93,7 +93,7 @@ class KvCache:
 class MemoryPlan:
     phases: tuple[Phase, ...]
     kv: KvCache
-    engine_weights: int  # on one GPU
+    engine_weights: int  # on one rank
     trainer_weights: int  # of the fullest rank
     micro_batch_tokens: int
 
@@ -261,30 +261,29 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
 
 
 def engine_weight_bytes(cfg: Config, inventory: Inventory) -> int:
-    """Weights of one engine GPU in rollout format: attention and dense parts over its GPUs, experts over engine_ep."""
-    par = cfg.parallelism
-    return _engine_bytes(inventory, max(par.gpus_per_engine, 1), max(par.engine_ep, 1), base_bytes(cfg))
+    """Weights of one engine rank in rollout format: attention and dense parts over its ranks, experts over engine_ep."""
+    return _engine_bytes(inventory, ranks_per_engine(cfg), max(cfg.parallelism.engine_ep, 1), base_bytes(cfg))
 
 
 @functools.lru_cache(maxsize=64)
-def _engine_bytes(inventory: Inventory, gpus: int, ep: int, base: int) -> int:
+def _engine_bytes(inventory: Inventory, ranks: int, ep: int, base: int) -> int:
     total = 0.0
     for group in inventory.groups:
         kv_heads = inventory.model.num_kv_heads
-        share = shard(group, tp=gpus, ep=ep, etp=max(gpus // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
+        share = shard(group, tp=ranks, ep=ep, etp=max(ranks // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
         total += stored_bytes(group.shape, group.rollout, base) * group.count * share
     return int(total)
 
 
 def kv_bytes_per_token(cfg: Config) -> int:
-    """On one GPU. Grouped-query attention: k and v of its heads (one head at least); latent attention: the compressed
-    vector and the rope key, whole on every GPU (DeepSeek-V2, arXiv 2405.04434). MTP layers keep a cache too when they draft."""
+    """On one rank. Grouped-query attention: k and v of its heads (one head at least); latent attention: the compressed
+    vector and the rope key, whole on every rank (DeepSeek-V2, arXiv 2405.04434). MTP layers keep a cache too when they draft."""
     model = cfg.model
     value = 1 if cfg.precision.kv_cache == "fp8_e4m3" else base_bytes(cfg)
     layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == "mtp" else 0)
     if model.kv_lora_rank:
         return layers * (model.kv_lora_rank + model.qk_rope_head_dim) * value
-    heads = ceil(model.num_kv_heads / max(cfg.parallelism.gpus_per_engine, 1))
+    heads = ceil(model.num_kv_heads / ranks_per_engine(cfg))
     return layers * 2 * heads * model.head_dim * value
 
 
@@ -351,7 +350,7 @@ def cpu_processes(
     """Trainer ranks and engine processes of a laptop run, all in one machine's memory."""
     par = cfg.parallelism
     per_stage = max(par.ranks // par.pp, 1)
-    engine_processes = num_engines(cfg) * max(par.gpus_per_engine, 1)
+    engine_processes = num_engines(cfg) * ranks_per_engine(cfg)
     items = {"processes": (par.ranks + engine_processes) * CPU_PROCESS, "routes of a step": routes}
     for device, host in ranks:
         for name, size in (*device.items(), *host.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.planner.workload import num_engines
+from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
 from runner.schema import Config
 
 
@@ -61,7 +61,7 @@ def place(cfg: Config) -> list[Place]:
     """Every GPU in use, in order: trainer ranks from GPU 0; engines on the same GPUs, or after the trainer's."""
     par, per_node = cfg.parallelism, max(cfg.cluster.gpus_per_node, 1)
     first_engine_gpu = 0 if par.colocate else par.gpus
-    engine_gpus = num_engines(cfg) * par.gpus_per_engine if par.rollout_gpus else 0
+    engine_gpus = num_engines(cfg) * ranks_per_engine(cfg) if par.rollout_gpus else 0
     places = []
     for gpu in range(gpus_needed(cfg)):
         rank = gpu if gpu < par.gpus else None

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from runner.planner.memory import state_shares
 from runner.planner.parameters import Grid, Inventory, stored_bytes
-from runner.planner.workload import base_bytes, num_engines, route_bytes_per_step, route_itemsize, routes_per_token_bytes
+from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
+from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
 from runner.schema import Config, Format, MegatronTrainerConfig, SglangRolloutConfig
 
 
@@ -37,16 +38,16 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     stream, engines = stream_bytes(cfg, inventory), num_engines(cfg)
     if not isinstance(cfg.rollout, SglangRolloutConfig):
         return [Flow("weight sync, in process", stream, "one copy in rollout format, within the process")]
-    gpus = engines * max(cfg.parallelism.gpus_per_engine, 1)
+    ranks = engines * ranks_per_engine(cfg)
     flows = {
         "tensor": (stream * (1 + engines), f"written once into the host's shared memory, read by {engines} engines"),
-        "distributed": (stream * gpus, f"broadcast: every one of {gpus} engine GPUs receives every tensor"),
+        "distributed": (stream * ranks, f"broadcast: every one of {ranks} engine ranks receives every tensor"),
         "disk_full": (stream * (1 + engines), f"written once, read by {engines} engines"),
         "disk_delta": (
             stream // 100 * (1 + engines),
             "for each 1% of the bytes that changed; written once, read by every engine",
         ),
-        "p2p": (stream * engines, "the GPUs of an engine read one copy together and exchange it among themselves"),
+        "p2p": (stream * engines, "the ranks of an engine read one copy together and exchange it among themselves"),
     }
     chosen = cfg.rollout.weight_transport
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]

@@ -24,9 +24,8 @@ def base_bytes(cfg: Config) -> int:
 
 
 def longest_sequence_tokens(cfg: Config) -> int:
-    """Prompt and responses of every turn at their limits, within the context."""
-    turns = max(cfg.task.max_turns, 1)
-    return min(cfg.task.max_prompt_tokens + cfg.rollout.sampling.max_response_tokens * turns, cfg.model.max_context_tokens)
+    """Prompt and response at their limits, within the context."""
+    return min(cfg.task.max_prompt_tokens + cfg.rollout.sampling.max_response_tokens, cfg.model.max_context_tokens)
 
 
 def micro_batch_tokens(cfg: Config) -> int:
@@ -56,7 +55,3 @@ def route_bytes_per_step(cfg: Config) -> int:
     if not cfg.router_replay.rollout:
         return 0
     return samples_per_step(cfg) * (longest_sequence_tokens(cfg) - 1) * routes_per_token_bytes(cfg)
-
-
-def num_engines(cfg: Config) -> int:
-    return max(cfg.parallelism.rollout_gpus // max(cfg.parallelism.gpus_per_engine, 1), 1)

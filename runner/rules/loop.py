@@ -13,7 +13,6 @@ from runner.schema import (
     Correction,
     Estimator,
     JsonlTaskConfig,
-    MegatronTrainerConfig,
     SglangRolloutConfig,
 )
 
@@ -193,12 +192,6 @@ def router_replay(cfg: Config) -> Iterator[UserError]:
         return
     if cfg.model.num_experts == 0:
         yield UserError(f"{cfg.model.name} is dense: it has no routes to replay", key="router_replay", fix="router_replay=none")
-    if isinstance(cfg.trainer, MegatronTrainerConfig) and cfg.trainer.router_fusion:
-        yield UserError(
-            "the fused router computes its own top-k and cannot be given routes",
-            key="trainer.router_fusion",
-            fix="trainer.router_fusion=false, or router_replay=none",
-        )
     if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.rollout.pause_mode == "retract":
         yield UserError(
             "a retracted request loses its routes",
@@ -276,10 +269,6 @@ def task(cfg: Config) -> Iterator[UserError]:
 
 def optimizer(cfg: Config) -> Iterator[UserError]:
     trainer = cfg.trainer
-    if isinstance(trainer, MegatronTrainerConfig) and not trainer.distributed_optimizer:
-        for key in ("overlap_param_gather", "precision_aware_optimizer"):
-            if getattr(trainer, key):
-                yield UserError("needs the distributed optimizer", key=f"trainer.{key}", fix=f"trainer.{key}=false")
     for key in ("beta1", "beta2"):
         if getattr(trainer.optimizer, key) == 1.0:
             yield UserError("1.0 never forgets", key=f"trainer.optimizer.{key}", fix=f"trainer.optimizer.{key}=0.9")

@@ -55,6 +55,12 @@ def quantization(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_param_gather",
             fix="precision.fp8_param_gather=false",
         )
+    if precision.train.format is Format.nvfp4:
+        yield UserError(
+            "NVFP4 has a scale over a whole weight, which Megatron fuses and divides",
+            key="precision",
+            fix="precision=mxfp4_qat or int4_qat, or trainer=torch",
+        )
     forward = precision.train.format is not Format.bf16 and precision.qat_placement is QatPlacement.forward
     if forward and cfg.parallelism.gpus and trainer.gradient_accumulation_fusion:
         yield UserError(

@@ -105,7 +105,8 @@ def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
 
 
 def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
-    if grid.format is Format.bf16 or grid.group_size < 1:
+    per_channel = grid.group_size < 1  # one scale for all inputs; an engine takes it as it is, a trainer computes it itself
+    if grid.format is Format.bf16 or (per_channel and side == "engine"):
         return
     cut: dict[tuple[str, int, int, int, bool], list[str]] = {}
     for parameter in sharded_weights(cfg):
@@ -117,7 +118,7 @@ def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards
             shards = min(shards, cfg.model.num_kv_heads)
         row = projection in ROW_PARALLEL
         size = parameter.shape[1] if row else parameter.shape[0]
-        unit = grid.group_size if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
+        unit = (size if per_channel else grid.group_size) if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
         if shards > 1 and size % (shards * unit):
             cut.setdefault((parameter.role.name, size, shards, unit, row), []).append(projection)
     for (role, size, shards, unit, row), projections in cut.items():

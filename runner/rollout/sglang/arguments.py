@@ -71,10 +71,9 @@ def takes_turns(cfg: Config) -> bool:
 
 
 def num_engines(cfg: Config) -> int:
-    """Servers of the run."""
-    rollout = _rollout(cfg)
-    if on_cpu(cfg):
-        return rollout.cpu_engines
+    """Engines of the run; 1 for the in-process one."""
+    if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg):
+        return cfg.rollout.cpu_engines
     return max(1, cfg.parallelism.rollout_gpus // max(1, cfg.parallelism.gpus_per_engine))
 
 
