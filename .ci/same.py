@@ -29,7 +29,7 @@ RUNS = {
     "default": ["steps=3"],
     "vision": ["steps=2", "model=tiny_vlm", "precision=bf16"],
     "dense": ["steps=2", "model=tiny_mtp", "precision=fp8", "algorithm=reinforce_pp"],
-    "megatron": ["steps=2", "trainer=megatron", "parallelism=cpu_tp2"],
+    "megatron": ["steps=2", "trainer=megatron", "parallelism.ranks=2", "parallelism.tp=2", "parallelism.sequence_parallel=true"],
     "sglang": ["steps=2", "rollout=sglang"],
 }
 

@@ -175,6 +175,8 @@ def register() -> None:
             store.store(group=group, name=name, node=node)
     OmegaConf.register_new_resolver("gpus_needed", _gpus_needed, replace=True)
     OmegaConf.register_new_resolver("nodes_needed", _nodes_needed, replace=True)
+    OmegaConf.register_new_resolver("at_least_one", lambda number: max(1, int(number)), replace=True)
+    OmegaConf.register_new_resolver("above_one", lambda number: int(number) > 1, replace=True)
 
 
 def _gpus_needed(parallelism: DictConfig) -> int:

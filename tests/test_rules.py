@@ -122,7 +122,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b parallelism.tp=8", "parallelism.tp", "at least one", "parallelism.tp=4"),
     ("trainer=megatron precision=fp8 precision.fp8_param_gather=true", "precision.fp8_param_gather", "needs CUDA", "=false"),
     ("trainer=megatron precision=fp8 precision.fp8_matmul=scaled_mm", "precision.fp8_matmul", "of its own", "=simulated"),
-    ("trainer=megatron precision=fp8 parallelism=cpu_tp2", "parallelism.tp", "cuts a group of 128", "parallelism.tp=1"),
+    ("trainer=megatron precision=fp8 parallelism=cpu2", "parallelism.tp", "cuts a group of 128", "parallelism.tp=1"),
     ("trainer=megatron trainer.precision_aware_optimizer=true", "trainer.precision_aware_optimizer", "needs CUDA", "=false"),
     # the loop
     ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p", "whole distribution", "top_p=1.0"),

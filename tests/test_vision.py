@@ -498,7 +498,7 @@ def test_what_is_transparent_is_white_and_pictures_are_upright() -> None:
     ("overrides", "key", "said", "fix"),
     [
         ("task=visual_count", "model", "tiny_moe has no visual tower", "model=tiny_vlm"),
-        ("model=tiny_vlm trainer=megatron parallelism=cpu_tp2", "model", "no vision towers", "trainer=torch"),
+        ("model=tiny_vlm trainer=megatron parallelism=cpu2", "model", "no vision towers", "trainer=torch"),
         ("model=tiny_vlm rollout=sglang speculative=none", "rollout", "tokens, not images", "rollout=local"),
         ("model=tiny_vlm speculative=draft speculative.draft_model=x", "speculative", "does not see", "speculative=ngram"),
         ("model=tiny_vlm model.vision=false", "model.vision", "has a visual tower", "model.vision=true"),

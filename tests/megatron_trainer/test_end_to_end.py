@@ -28,7 +28,7 @@ def _runner(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 def test_run_resume_export_audit(tmp_path: Path) -> None:
     overrides = [
-        "trainer=megatron", "parallelism=cpu_tp2", "tracking=none", f"outputs_dir={tmp_path}", "run_name=tp2", "steps=2",
+        "trainer=megatron", "parallelism=cpu2", "tracking=none", f"outputs_dir={tmp_path}", "run_name=tp2", "steps=2",
         "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "checkpoint.interval_steps=1",
         "warm_start.max_steps=10", "warm_start.check_interval_steps=10", "warm_start.stop_at_reward=0.0",
         "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=1", "mismatch.decompose_samples=4",
@@ -70,7 +70,7 @@ def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
     _runner("export", f"run={tmp_path / 'start'}", f"target={tmp_path / 'hf'}", "format=bf16")
     first = ["steps=3", "algorithm.prompts_per_step=8", "algorithm.samples_per_prompt=8", "warm_start.enabled=false"]
     rows = []
-    for name, choice in (("torch", ["trainer=torch"]), ("megatron", ["trainer=megatron", "parallelism=cpu_tp2"])):
+    for name, choice in (("torch", ["trainer=torch"]), ("megatron", ["trainer=megatron", "parallelism=cpu2"])):
         _runner(f"run_name={name}", *choice, *common, *first, f"model.hf_checkpoint={tmp_path / 'hf'}")
         rows.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
     assert rows[0][0]["rollout/zero_std"] < 1 and rows[0][0]["train/grad_norm"] > 0.05, "nothing to learn from"

@@ -61,7 +61,7 @@ def test_one_rank_computes_what_the_torch_trainer_computes(model: str) -> None:
 
 
 def test_int4_with_replay_follows_the_torch_trainer() -> None:
-    """The first steps of `parallelism=cpu_tp2`. bf16: logprobs differ by rounding of two implementations, about 2e-2 at most on
+    """The first steps of `parallelism=cpu2`. bf16: logprobs differ by rounding of two implementations, about 2e-2 at most on
     this model, gradient norms by 2%; the integers by what such gradients move."""
     changes: dict[str, object] = {"format": "int4", "router_replay.trainer": True, "trainer.optimizer.lr": 1e-3}
     cfg = megatron_config("moe", "tp2_sp", **changes)

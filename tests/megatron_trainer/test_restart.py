@@ -39,7 +39,7 @@ sys.exit(main())
 
 def _run(outputs: Path, name: str, kills: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-c", PROGRAM, kills, "trainer=megatron", "parallelism=cpu_tp2", "tracking=none",
+        sys.executable, "-c", PROGRAM, kills, "trainer=megatron", "parallelism=cpu2", "tracking=none",
         f"outputs_dir={outputs}", f"run_name={name}", f"steps={STEPS}", f"checkpoint.interval_steps={INTERVAL}",
         "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "evaluation.interval_steps=2",
         "evaluation.num_prompts=4", "warm_start.max_steps=10", "warm_start.check_interval_steps=10",
