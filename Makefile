@@ -45,7 +45,7 @@ run: setup ## The main job: the whole low-precision RL loop on this machine (two
 	$(BIN)/python -m runner
 
 test: setup ## The fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron and not night"
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 	$(BIN)/python -m pytest -m slow
@@ -57,7 +57,7 @@ test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's
 	$(BIN)/python -m pytest -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
-test-night: setup-sglang ## What CI leaves out: drafts, the router and p2p with real SGLang servers (about a quarter of an hour)
+test-night: setup-sglang ## What CI leaves out: random runs; drafts, the router and p2p with real SGLang servers (about twenty minutes)
 	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
