@@ -193,10 +193,11 @@ def _hydra_app(argv: list[str]) -> int:
     import hydra
 
     from runner import compose
+    from runner.searchpath import CONFIG_DIR
 
     compose.register()
 
-    @hydra.main(config_path=str(compose.CONFIG_DIR), config_name=compose.CONFIG_NAME, version_base=compose.VERSION_BASE)
+    @hydra.main(config_path=str(CONFIG_DIR), config_name=compose.CONFIG_NAME, version_base=compose.VERSION_BASE)
     def application(cfg: Any) -> None:
         raise AssertionError("Hydra was asked to show something, not to run")
 

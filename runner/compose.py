@@ -8,7 +8,6 @@ loaded.raw       the same as a DictConfig, interpolations kept
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import cast
 
 from hydra import compose, initialize_config_dir
@@ -17,11 +16,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner import limits, schema
+from runner import limits, schema, searchpath
 from runner.cli.overrides import (
     expand_home,
     given,
@@ -36,7 +35,6 @@ from runner.cli.problems import Diagnosis, diagnose
 from runner.errors import UserError, UserErrors
 from runner.redaction import remember_environment, restored
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
 # Options with keys of their own put their schema first in their defaults list, under these names.
@@ -69,18 +67,18 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
     not_text = [item for item in overrides if not is_unicode(item)]
     if not_text:
         raise UserErrors([UserError("the value is not UTF-8", key=override_key(ascii(item))) for item in not_text])
-    overrides = readable(with_resumed(overrides))
+    overrides = composed = readable(with_resumed(overrides))
     diagnosis: Diagnosis | None = None
     try:
-        raw = compose_raw(overrides)
+        raw, composed = _with_twin(overrides)
         if OmegaConf.missing_keys(raw):
             raise OmegaConfBaseException("missing values")
         if any(item.startswith(("+", "~")) for item in overrides):  # Hydra lets these past the schema
-            diagnosis = diagnosed(overrides)
+            diagnosis = diagnosed(composed)
             raw = diagnosis.raw if diagnosis.problems else raw
         config = to_config(raw)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        diagnosis = diagnosed(overrides)
+        diagnosis = diagnosed(composed)
         if not diagnosis.problems:
             diagnosis.problems.append(UserError(str(error).strip()))
         raw = diagnosis.raw
@@ -94,7 +92,7 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
 
         broken = rules.check(config)
         if broken:
-            diagnosis = diagnosis or diagnosed(overrides)
+            diagnosis = diagnosis or diagnosed(composed)
             for problem in broken:
                 problem.where = problem.where or diagnosis.source_of(problem.key)
             problems += broken
@@ -109,10 +107,27 @@ def load_config(overrides: list[str]) -> schema.Config:
 
 
 def compose_raw(overrides: list[str]) -> DictConfig:
-    """What Hydra makes of the overrides; raises Hydra's and OmegaConf's own errors."""
+    """What Hydra makes of the overrides, with scale=laptop of the model's toy twin; raises Hydra's and OmegaConf's own errors."""
+    return _with_twin(overrides)[0]
+
+
+def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
+    place, in the run that the model itself chose."""
+    raw = _composed(overrides)
+    if raw.scale == "laptop" and raw.model.toy_twin != raw.model.name:
+        kept = [item for item in overrides if override_key(item) not in ("model", "run")]
+        overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
+        raw = _composed(overrides)
+    with open_dict(raw):
+        del raw["hydra"]
+    return raw, overrides
+
+
+def _composed(overrides: list[str]) -> DictConfig:
     register()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
-        return compose(CONFIG_NAME, overrides=overrides)
+    with initialize_config_dir(str(searchpath.CONFIG_DIR), version_base=VERSION_BASE):
+        return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
 
 
 def to_config(raw: DictConfig) -> schema.Config:
@@ -130,19 +145,16 @@ def to_config(raw: DictConfig) -> schema.Config:
 
 def hydra_settings(overrides: list[str]) -> DictConfig:
     """The `hydra` node of the composition: sweep mode and parameters, which a recipe may set."""
-    register()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
-        cfg = compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
-    return cast(DictConfig, cfg.hydra)
+    return cast(DictConfig, _composed(overrides).hydra)
 
 
 def diagnosed(overrides: list[str]) -> Diagnosis:
     """Every problem of the overrides and of the YAML files they select, found by replaying the composition key by key."""
     register()
-    with initialize_config_dir(str(CONFIG_DIR), version_base=VERSION_BASE):
+    with initialize_config_dir(str(searchpath.CONFIG_DIR), version_base=VERSION_BASE):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        return diagnose(hydra.config_loader, CONFIG_DIR, CONFIG_NAME, overrides)
+        return diagnose(hydra.config_loader, CONFIG_NAME, overrides)
 
 
 def with_resumed(overrides: list[str]) -> list[str]:
@@ -161,11 +173,12 @@ def with_resumed(overrides: list[str]) -> list[str]:
 
 def default_outputs_dir() -> str:
     """`outputs_dir` of conf/config.yaml, read without composing anything."""
-    return str(cast(DictConfig, OmegaConf.load(CONFIG_DIR / f"{CONFIG_NAME}.yaml")).outputs_dir)
+    return str(cast(DictConfig, OmegaConf.load(searchpath.CONFIG_DIR / f"{CONFIG_NAME}.yaml")).outputs_dir)
 
 
 def register() -> None:
     """Put the schema into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again."""
+    searchpath.register()
     store = ConfigStore.instance()
     if "schema.yaml" in store.repo:
         return

@@ -6,6 +6,7 @@ RUNNER_UPDATE_GOLDEN=1 pytest tests/test_compose.py writes the golden files anew
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,20 @@ import yaml
 from omegaconf import OmegaConf
 
 from runner import compose, preflight
-from runner.cli.problems import groups
-from runner.errors import UserErrors
-from runner.schema import Convention, Correction, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
+from runner.errors import UserError, UserErrors
+from runner.schema import (
+    Convention,
+    Correction,
+    Format,
+    LocalRolloutConfig,
+    MegatronTrainerConfig,
+    ModelConfig,
+    SglangRolloutConfig,
+)
+from runner.searchpath import CONFIG_DIR, groups
 
 GOLDEN = Path(__file__).parent / "golden"
-OPTIONS = groups(compose.CONFIG_DIR)
+OPTIONS = groups()
 RECIPES = [name for name in OPTIONS["recipe"] if name != "none"]
 BIG = [name for name in OPTIONS["model"] if not name.startswith("tiny")]
 # The published engine of 4 GPUs would cut blocks of 128 of Moonlight's shared experts, and the rule says so.
@@ -149,6 +158,48 @@ def test_laptop_puts_the_toy_twin_in_a_models_place(model: str) -> None:
     preflight.check(cfg)  # a laptop can run it
 
 
+def test_the_twin_is_the_one_that_the_key_names() -> None:
+    assert compose.load(["model=qwen3_30b", "model.toy_twin=tiny_mla", "scale=laptop"]).config.model.name == "tiny_mla"
+    with pytest.raises(UserErrors, match="no_such_model"):
+        compose.load(["model=qwen3_30b", "model.toy_twin=no_such_model", "scale=laptop"])
+
+
+def test_laptop_means_toy_sizes_whatever_the_model_chose() -> None:
+    cfg = compose.load(["model=tiny_vlm", "scale=laptop"]).config
+    assert cfg.model.name == "tiny_vlm" and cfg.task.name == "arithmetic"
+    assert (cfg.trainer.optimizer.lr, cfg.algorithm.prompts_per_step) == (8.0e-4, 32)  # those of run/toy_vision suit its task
+
+
+@pytest.mark.parametrize("model", OPTIONS["model"])
+def test_a_model_file_holds_an_architecture_and_names_its_run(model: str) -> None:
+    text = yaml.safe_load((CONFIG_DIR / "model" / f"{model}.yaml").read_text())
+    entries = [item for item in text.pop("defaults") if item not in ("/shared/model@_here_", "_self_")]
+    assert [list(item) for item in entries] in ([], [["override /run@_global_.run"]])
+    assert text.keys() <= {field.name for field in fields(ModelConfig)}
+
+
+def test_options_of_the_users_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(
+        (CONFIG_DIR / "model" / "qwen3_30b.yaml").read_text().replace("name: qwen3_30b", "name: mine")
+    )
+    (tmp_path / "recipes" / "ours.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: mine\n  - _self_\nrecipe: ours\nsteps: 7\n"
+    )
+    monkeypatch.setenv("RUNNER_CONFIG_DIR", str(tmp_path))
+    assert {"mine", "qwen3_30b"} <= set(groups()["model"]) and {"ours", "qwen3_30b_int4"} <= set(groups()["recipe"])
+    cfg = compose.load(["recipe=ours"]).config
+    assert (cfg.model.name, cfg.steps, cfg.parallelism.name) == ("mine", 7, "h200x8")
+    assert compose.load(["recipe=ours", "scale=laptop"]).config.model.name == "tiny_moe"
+
+
+def test_a_folder_that_holds_no_configs_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNNER_CONFIG_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="neither conf/ nor recipes/"):
+        compose.load([])
+
+
 @pytest.mark.parametrize("recipe", ["qwen3_235b_int4", "kimi_k2_int4", "qwen3_30b_fp8", "qwen3_4b_fp8"])
 def test_recipes_at_laptop_scale_run_here(recipe: str) -> None:
     cfg = compose.load([f"recipe={recipe}", "scale=laptop"]).config
@@ -157,7 +208,7 @@ def test_recipes_at_laptop_scale_run_here(recipe: str) -> None:
 
 
 def test_targets_are_ours() -> None:
-    for file in compose.CONFIG_DIR.rglob("*.yaml"):
+    for file in CONFIG_DIR.rglob("*.yaml"):
         target = (yaml.safe_load(file.read_text()) or {}).get("_target_")
         assert target is None or target.startswith("runner."), file
 

@@ -35,6 +35,7 @@ from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor
 from runner.schema import Convention, Format, GridConfig, ModelConfig, PrecisionConfig, Role
+from runner.searchpath import groups
 
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")
 TIED = ModelConfig(**(BASE | dict(tied_embeddings=True)), name="tied", family="qwen3")
@@ -97,7 +98,7 @@ def test_what_engines_fuse_shares_a_global_scale_where_the_format_has_one(model:
     assert all(int4.fused_with(name) == (name,) for name in int4.tensors)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (compose.CONFIG_DIR / "model").glob("*.yaml")))
+@pytest.mark.parametrize("name", groups()["model"])
 def test_every_shipped_model_has_a_plan_that_reads_back(name: str) -> None:
     model = compose.load([f"model={name}"]).config.model
     plan, role = default_plan(model), Role.routed_expert if model.num_experts else Role.dense_mlp

@@ -247,20 +247,18 @@ def test_everything_wrong_is_listed_at_once_with_its_source() -> None:
 
 
 def test_a_typo_in_a_yaml_file_names_file_and_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
-    conf = tmp_path / "conf"
-    shutil.copytree(compose.CONFIG_DIR, conf, symlinks=False)
-    (conf / "recipe" / "mine.yaml").write_text(
+    mine = tmp_path / "recipes" / "mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text(
         "# @package _global_\nrecipe: mine\ntrainer:\n  optimizer:\n    lrr: 1\nsteps: soon\nalgorithm:\n  clip_low: 0.1\n"
     )
-    monkeypatch.setattr(compose, "CONFIG_DIR", conf)
+    monkeypatch.setenv("RUNNER_CONFIG_DIR", str(tmp_path))
     found = {error.key: error for error in problems_of(["recipe=mine", "seed=x"])}
-    assert found["trainer.optimizer.lrr"].where == "recipes/mine.yaml:5"
+    assert found["trainer.optimizer.lrr"].where == f"{mine}:5"
     assert "trainer.optimizer.lr?" in (found["trainer.optimizer.lrr"].fix or "")
-    assert found["steps"].where == "recipes/mine.yaml:6"
+    assert found["steps"].where == f"{mine}:6"
     assert found["seed"].where == "the command line"
-    (conf / "recipe" / "mine.yaml").write_text("a: [1\nb: 2\n")
+    mine.write_text("a: [1\nb: 2\n")
     with pytest.raises(UserErrors, match="mine"):
         load(["recipe=mine"])
 

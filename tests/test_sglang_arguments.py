@@ -15,16 +15,16 @@ import pytest
 import yaml
 
 from runner import compose, preflight
-from runner.cli.problems import groups
 from runner.errors import UserErrors
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.rules import sglang
 from runner.schema import Config, SglangRolloutConfig
+from runner.searchpath import groups
 from runner.weights import transfer_engine
 
 GOLDEN = Path(__file__).parent / "golden" / "sglang"
-RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
+RECIPES = [name for name in groups()["recipe"] if name != "none"]
 CPU = ["rollout=sglang", "speculative=none"]
 
 

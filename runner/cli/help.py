@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.cli.problems import groups
+from runner.searchpath import groups
 
 EXAMPLES = (
     ("python -m runner", "the whole loop on this machine's CPU, about a minute"),
@@ -16,15 +16,13 @@ EXAMPLES = (
 
 def help_text(verbs: dict[str, str]) -> str:
     """Verbs, six commands to copy, every group with its options, and the flags."""
-    from runner.compose import CONFIG_DIR
-
     lines = ["Low-precision reinforcement learning of language models from one YAML composition.", ""]
     lines += ["usage: python -m runner [verb] [key=value ...]", "", "verbs"]
     lines += [f"  {verb:<9}{text}" for verb, text in verbs.items()]
     width = max(len(command) for command, _ in EXAMPLES)
     lines += ["", "examples", *(f"  {command:<{width}}  # {text}" for command, text in EXAMPLES)]
     lines += ["", "groups: GROUP=OPTION, then any key below it: GROUP.key=value"]
-    for group, options in groups(CONFIG_DIR).items():
+    for group, options in groups().items():
         lines.append(f"  {group:<15}{', '.join(options)}")
     lines += [
         "",

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from runner import limits
+from runner import limits, searchpath
 from runner.cli.overrides import command, shell, typed
 from runner.errors import UserError
 from runner.schema import Config
@@ -32,7 +32,6 @@ REMOVED = {
     "model.trust_remote_code": "leave it out: code of a checkpoint is never run; what only it can read is refused",
     "task.max_turns": "leave it out: a sample is one response to its prompt; nothing generates a second turn",
 }
-HIDDEN_GROUPS = ("shared", "scale/twin", "hydra")  # building blocks, not choices of a user
 
 
 @dataclass
@@ -58,18 +57,9 @@ def nearest(word: str, known: list[str]) -> str | None:
     return by_tail[0] if len(by_tail) == 1 else None
 
 
-def groups(config_dir: Path) -> dict[str, list[str]]:
-    """Config group -> its options, read off the folders of conf/."""
-    found = {}
-    for folder in sorted(config_dir.iterdir()):
-        if folder.is_dir() and folder.name not in HIDDEN_GROUPS:
-            found[folder.name] = sorted(file.stem for file in folder.glob("*.yaml"))
-    return found
-
-
-def diagnose(loader: Any, config_dir: Path, config_name: str, overrides: list[str]) -> Diagnosis:
+def diagnose(loader: Any, config_name: str, overrides: list[str]) -> Diagnosis:
     """Replay the composition. `loader` is Hydra's config loader, which still decides what the defaults list is."""
-    options = groups(config_dir)
+    options = searchpath.groups()
     result = Diagnosis(OmegaConf.structured(Config))
     parsed = list(_parse(overrides, result.problems))
     chosen = [item for item in parsed if _is_choice(item, options)]
@@ -77,16 +67,16 @@ def diagnose(loader: Any, config_dir: Path, config_name: str, overrides: list[st
     try:
         defaults = loader.compute_defaults_list(config_name, good_choices, RunMode.RUN).defaults
     except (HydraException, OmegaConfBaseException) as error:
-        result.problems.append(UserError(str(error).strip(), where=_file_of(error, config_dir)))
+        result.problems.append(UserError(str(error).strip(), where=_file_of(error)))
         return result
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"{shown_path(Path(mark.name), config_dir)}:{mark.line + 1}" if mark else None
+        where = f"{searchpath.shown(Path(mark.name))}:{mark.line + 1}" if mark else None
         result.problems.append(UserError(f"not YAML: {error.problem}", where=where, fix="mend the file"))
         return result
     for item in chosen:
         result.sources[item.key_or_group] = COMMAND_LINE
-    _replay_files(defaults, config_dir, result)
+    _replay_files(defaults, result)
     for item in parsed:
         if item not in chosen and not item.key_or_group.startswith("hydra"):
             _replay_override(item, options, result)
@@ -141,23 +131,22 @@ def _valid_choice(item: Override, options: dict[str, list[str]], problems: list[
     return False
 
 
-def _replay_files(defaults: Any, config_dir: Path, result: Diagnosis) -> None:
+def _replay_files(defaults: Any, result: Diagnosis) -> None:
     store = ConfigStore.instance()
     for default in defaults:
         path, package = default.config_path, default.package or ""
         if path is None or path.startswith("hydra") or path == "_dummy_empty_config_":
             continue
-        file = config_dir / f"{path}.yaml"
-        if file.is_file():
-            _replay_file(file, config_dir, package, result)
+        if file := searchpath.file_of(path):
+            _replay_file(file, package, result)
         elif path != "schema":
             node = store.load(f"{path}.yaml").node
             result.raw = OmegaConf.merge(result.raw, {package: node})  # type: ignore[assignment]
             OmegaConf.set_struct(result.raw, True)
 
 
-def _replay_file(file: Path, config_dir: Path, package: str, result: Diagnosis) -> None:
-    shown = shown_path(file, config_dir)
+def _replay_file(file: Path, package: str, result: Diagnosis) -> None:
+    shown = searchpath.shown(file)
     text = file.read_text()
     if text.lstrip().startswith("# @package _global_"):
         package = ""
@@ -319,21 +308,10 @@ def all_keys(raw: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def shown_path(file: Path, config_dir: Path) -> str:
-    """The path as the repository shows it: conf/model/x.yaml, recipes/x.yaml."""
-    relative = file.relative_to(config_dir)
-    if relative.parts[0] == "recipe":
-        return str(Path("recipes", *relative.parts[1:]))
-    return str(Path(config_dir.name) / relative)
-
-
-def _file_of(error: Exception, config_dir: Path) -> str | None:
+def _file_of(error: Exception) -> str | None:
     text = str(error)
-    if text.startswith("In '"):
-        name = text[4:].partition("'")[0]
-        file = config_dir / f"{name}.yaml"
-        return shown_path(file, config_dir) if file.is_file() else None
-    return None
+    file = searchpath.file_of(text[4:].partition("'")[0]) if text.startswith("In '") else None
+    return searchpath.shown(file) if file else None
 
 
 def _typed(key: str, value: Any) -> str:

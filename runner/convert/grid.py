@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from runner.compose import CONFIG_DIR
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Config, Format, ModelConfig, PrecisionConfig
+from runner.searchpath import CONFIG_DIR, files_of, shown
 
 NAMED_BY = ("precision.group_size", "precision.rollout.group_size", "model", "model.int4_group_size", "recipe")
 WIDTHS = (128, 64, 32)
@@ -68,11 +68,11 @@ def with_groups_of(
 
 def default_group_size(model: ModelConfig, precision: PrecisionConfig) -> tuple[int, str]:
     """(weights per group, why)."""
-    for path in sorted((CONFIG_DIR / "model").glob("*.yaml")):
-        read: dict[str, Any] = yaml.safe_load(path.read_text())
-        known = read.get("model", read)  # the large models are written for the whole config
+    base = yaml.safe_load((CONFIG_DIR / "shared" / "model.yaml").read_text())
+    for path in files_of("model"):
+        known: dict[str, Any] = base | yaml.safe_load(path.read_text())
         if all(known.get(key) == getattr(model, key) for key in IDENTITY):
-            return known["int4_group_size"], f"what conf/model/{path.name} has"
+            return known["int4_group_size"], f"what {shown(path)} has"
     roles = quantized_roles(model, precision)
     columns = {p.shape[1] for p in family_of(model).parameters(model) if p.role in roles and len(p.shape) == 2}
     for size in WIDTHS:

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,6 +14,7 @@ from runner.errors import UserError
 from runner.limits import CHOICES, RANGE, walk
 from runner.models import FAMILIES
 from runner.schema import Config
+from runner.searchpath import files_of
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
@@ -70,10 +70,8 @@ def texts(cfg: Config) -> Iterator[UserError]:
 
 def targets(cfg: Config) -> Iterator[UserError]:
     """`_target_` is the class that an option of its group names, never something that happens to be importable."""
-    from runner.compose import CONFIG_DIR
-
     for group in ("trainer", "rollout", "task"):
-        target, ours = getattr(cfg, group)._target_, _targets_of(CONFIG_DIR / group)
+        target, ours = getattr(cfg, group)._target_, _targets_of(group)
         if target not in ours:
             key, options = f"{group}._target_", " or ".join(f"{group}={name}" for name in ours.values())
             if target.startswith("runner."):
@@ -84,10 +82,10 @@ def targets(cfg: Config) -> Iterator[UserError]:
 
 
 @cache
-def _targets_of(folder: Path) -> dict[str, str]:
+def _targets_of(group: str) -> dict[str, str]:
     """`_target_` of this project -> the option that names it first."""
     ours: dict[str, str] = {}
-    for file in sorted(folder.glob("*.yaml")):
+    for file in files_of(group):
         named = (yaml.safe_load(file.read_text()) or {}).get("_target_")
         if isinstance(named, str) and named.startswith("runner."):
             ours.setdefault(named, file.stem)
