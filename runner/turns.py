@@ -15,7 +15,7 @@ import torch
 from runner.images import PromptImage
 from runner.rollout.protocol import RolloutPool, SyncReport
 from runner.samples import Batch, ExportedTensor, Request, Sample, WeightStream
-from runner.trainer.protocol import Routes, Saving, Trainer, Weights
+from runner.trainer.protocol import Routes, Saving, StepResult, Trainer, Weights
 
 
 class Turns:
@@ -77,7 +77,7 @@ class _TrainerInTurns:
     def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
         return self._turns.to_trainer().reference_logprobs(batch)
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> StepResult:
         return self._turns.to_trainer().step(batch)
 
     def sft_step(
