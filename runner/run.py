@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner import checkpoint, continuation, preflight
 from runner.cli.overrides import command, typed
+from runner.colocation import TimeShared
 from runner.decisions import Decisions
 from runner.errors import Failure, UserError
 from runner.folder import RunFolder, open_folder
@@ -29,14 +30,13 @@ from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
-from runner.rollout.sglang.arguments import takes_turns
+from runner.rollout.sglang.arguments import shares_gpus
 from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks import shows_images
 from runner.tasks.protocol import Task
 from runner.tracking.tracker import CompositeTracker, LateTracker, Tracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
-from runner.turns import Turns
 from runner.warm_start import warm_start
 from runner.watch import Watcher
 
@@ -167,10 +167,10 @@ def _supervise(
     task = _build_task(cfg, tokenizer)
     continuation.keep_schedule(cfg, folder.resumed_from)
     trainer = _build_trainer(cfg)
-    if takes_turns(cfg):
+    if shares_gpus(cfg):
         trainer.sleep()  # the engines fill the GPUs when they start
     pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
-    shared = Turns(trainer, pool) if takes_turns(cfg) else None
+    shared = TimeShared(trainer, pool) if shares_gpus(cfg) else None
     if shared:
         trainer, pool = shared.trainer, shared.pool
     untouched = pool.state()
