@@ -166,10 +166,10 @@ def _supervise(
     """
     task = _build_task(cfg, tokenizer)
     continuation.keep_schedule(cfg, folder.resumed_from)
-    trainer = _build_trainer(cfg)
+    trainer = _build_trainer(cfg, folder.path)
     if shares_gpus(cfg):
         trainer.sleep()  # the engines fill the GPUs when they start
-    pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
+    pool: RolloutPool = get_class(cfg.rollout._target_)(cfg, folder.path)
     shared = TimeShared(trainer, pool) if shares_gpus(cfg) else None
     if shared:
         trainer, pool = shared.trainer, shared.pool
@@ -195,7 +195,7 @@ def _supervise(
             trainer.close()
             if shared:
                 shared.make_room()
-            trainer = _build_trainer(cfg)
+            trainer = _build_trainer(cfg, folder.path)
             if shared:
                 trainer = shared.replace_trainer(trainer)
     finally:
@@ -224,9 +224,9 @@ def _build_task(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task
 
 
-def _build_trainer(cfg: Config) -> Trainer:
+def _build_trainer(cfg: Config, run_dir: Path) -> Trainer:
     _seed_everything(cfg.seed)
-    trainer: Trainer = get_class(cfg.trainer._target_)(cfg)
+    trainer: Trainer = get_class(cfg.trainer._target_)(cfg, run_dir)
     return trainer
 
 

@@ -59,6 +59,8 @@ class StepResult:
 
 
 class Trainer(Protocol):
+    """Built as `trainer(cfg, run_dir)`: files that belong to a run go into its folder; None: there is no run."""
+
     version: int  # optimizer steps taken; the version of exported weights
 
     def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:

@@ -53,7 +53,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
     model's tower is trained along with its decoder, from the start: a tiny one starts at random.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
         super().__init__(cfg)
         self.config = cast(TorchTrainerConfig, cfg.trainer)
         self.device = _device(self.config.device)

@@ -29,14 +29,14 @@ class MegatronTrainer(PolicyTrainer):
     trainer.rank_timeout_seconds (at once when the process is gone).
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
         check_installation()
         self.cfg = cfg
         self.family = arguments.check(cfg)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             initial_folder(start)  # before processes are started for nothing
         self._version = 0
-        self.ranks = LocalRanks(cfg)
+        self.ranks = LocalRanks(cfg, run_dir)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             self.ranks.call("start_from", initial_folder(start))
 
