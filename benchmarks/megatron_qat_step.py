@@ -74,7 +74,7 @@ def serve(kind: str, extra: list[str]) -> None:
     print(sum(parameter.numel() for parameter in rank.model.parameters()), flush=True)
     for _ in sys.stdin:
         started = time.process_time()
-        rank.step(batch)
+        rank.updates(batch)
         rank.quantization.settle()
         print(time.process_time() - started, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)

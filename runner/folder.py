@@ -28,8 +28,6 @@ CLEARED = ("metrics.jsonl", "status.json", "rollouts", "checkpoints")  # of an a
 KEPT_WHILE_RUNNING = (str(OVERRIDES), "logs", "rollouts", "checkpoints")
 _COUNT = re.compile(r"# (\d+) overrides?\n")  # first line of overrides.yaml
 
-_current: Path | None = None  # of the run that this process drives
-
 
 @dataclass
 class RunFolder:
@@ -53,9 +51,7 @@ class RunFolder:
         write_overrides(self.path, overrides)
 
     def close(self) -> None:
-        global _current
         self.lock.release()
-        _current = None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -67,10 +63,7 @@ class RunFolder:
 def open_folder(cfg: Config, overrides: list[str]) -> RunFolder:
     """Create the folder of a new run, or find the one of `resume`, and lock it. Raises UserError, also where a living process
     writes into it; a finished run and a folder of somebody else are never touched."""
-    global _current
-    opened = _resumed(cfg) if cfg.resume else _new(cfg, overrides)
-    _current = opened.path
-    return opened
+    return _resumed(cfg) if cfg.resume else _new(cfg, overrides)
 
 
 def _resumed(cfg: Config) -> RunFolder:
@@ -194,14 +187,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:  # of a link, the link alone
         path.unlink(missing_ok=True)
-
-
-def logs_of_this_run() -> Path | None:
-    """`logs/` of the run that this process drives, for components that start processes; None outside of a run."""
-    return _current / "logs" if _current else None
-
-
-# ---- finding a run again
 
 
 def find_run(name: str, outputs_dir: str) -> Path:

@@ -103,8 +103,8 @@ def _step(c: Components, step: int) -> dict[str, float]:
         with _clock(metrics, "perf/decompose_time"):
             metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples)
     with _clock(metrics, "perf/train_time"):
-        metrics |= c.trainer.step(batch)
-    metrics |= mismatch.metrics(batch, c.trainer.version)
+        update = c.trainer.step(batch)
+    metrics |= update.metrics | mismatch.metrics(batch.samples, update)
     metrics |= c.sync()
     c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:

@@ -6,16 +6,17 @@ Shape legend: all rows are [R] fp32 of one sample's response; means run over tok
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from runner.algorithms.losses import MAX_LOG_RATIO
 from runner.samples import Batch, Sample
-from runner.trainer.protocol import Trainer
+from runner.trainer.protocol import StepResult, Trainer
 
 
-def metrics(batch: Batch, version: int) -> dict[str, float]:
-    """Mismatch of a trained batch between `old_logprobs` (trainer) and `rollout_logprobs` (engine), d = trainer - engine.
+def metrics(samples: Sequence[Sample], step: StepResult) -> dict[str, float]:
+    """Mismatch of trained samples between `old_logprobs` (trainer) and `rollout_logprobs` (engine), d = trainer - engine.
 
     train/train_rollout_logprob_abs_diff   mean |d|
     train/train_rollout_kl_k1              mean -d            estimates KL(engine || trainer): tokens are the engine's
@@ -24,18 +25,15 @@ def metrics(batch: Batch, version: int) -> dict[str, float]:
     .../lag_<n>                            the abs diff of tokens that were sampled n optimizer steps before `old_version`
     train/weight_version_lag               mean of n
 
-    `version` stands in for `batch.old_version` where the trainer did not set it. Empty when no token counts.
+    Empty when no token counts.
     """
-    if batch.old_logprobs is None:
-        raise ValueError("mismatch.metrics needs batch.old_logprobs: Trainer.step fills them in")
     rows = [
         (old.cpu() - sample.rollout_logprobs.cpu())[sample.loss_mask.cpu()]
-        for sample, old in zip(batch.samples, batch.old_logprobs, strict=True)
+        for sample, old in zip(samples, step.old_logprobs, strict=True)
     ]
     difference = torch.cat(rows)
     if not len(difference):
         return {}
-    reference = version if batch.old_version is None else batch.old_version
     bounded = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     result = {
         "train/train_rollout_logprob_abs_diff": float(difference.abs().mean()),
@@ -43,11 +41,11 @@ def metrics(batch: Batch, version: int) -> dict[str, float]:
         "train/train_rollout_kl_k3": float((torch.expm1(bounded) - bounded).mean()),
         "train/train_rollout_ppl_ratio": math.exp(min(float(-difference.mean()), 80.0)),
     }
-    return result | _by_lag(batch, difference, reference)
+    return result | _by_lag(samples, difference, step.old_version)
 
 
-def _by_lag(batch: Batch, difference: torch.Tensor, reference: int) -> dict[str, float]:
-    lags = torch.cat([token_lags(sample, reference)[sample.loss_mask.cpu()] for sample in batch.samples])
+def _by_lag(samples: Sequence[Sample], difference: torch.Tensor, version: int) -> dict[str, float]:
+    lags = torch.cat([token_lags(sample, version)[sample.loss_mask.cpu()] for sample in samples])
     known = lags >= 0
     if not bool(known.any()):
         return {}

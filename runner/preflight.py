@@ -15,7 +15,7 @@ import psutil
 from runner.cli.overrides import command
 from runner.errors import UserError, UserErrors
 from runner.models.config_file import CONFIG, architectures_of, check_model, read_json
-from runner.rollout.sglang.arguments import takes_turns
+from runner.rollout.sglang.arguments import shares_gpus
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
 from runner.weights import transfer_engine
@@ -115,7 +115,7 @@ def _engines(cfg: Config) -> list[UserError]:
             )
         )
     errors += _draft(cfg)
-    if takes_turns(cfg) and not installed("torch_memory_saver"):
+    if shares_gpus(cfg) and not installed("torch_memory_saver"):
         errors.append(
             UserError(
                 "engines that take turns with the trainer need torch-memory-saver to give memory back; it is not installed",

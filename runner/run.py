@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner import checkpoint, continuation, preflight
 from runner.cli.overrides import command, typed
+from runner.colocation import TimeShared
 from runner.decisions import Decisions
 from runner.errors import Failure, UserError
 from runner.folder import RunFolder, open_folder
@@ -29,14 +30,13 @@ from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
-from runner.rollout.sglang.arguments import takes_turns
+from runner.rollout.sglang.arguments import shares_gpus
 from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks import shows_images
 from runner.tasks.protocol import Task
 from runner.tracking.tracker import CompositeTracker, LateTracker, Tracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
-from runner.turns import Turns
 from runner.warm_start import warm_start
 from runner.watch import Watcher
 
@@ -166,11 +166,11 @@ def _supervise(
     """
     task = _build_task(cfg, tokenizer)
     continuation.keep_schedule(cfg, folder.resumed_from)
-    trainer = _build_trainer(cfg)
-    if takes_turns(cfg):
+    trainer = _build_trainer(cfg, folder.path)
+    if shares_gpus(cfg):
         trainer.sleep()  # the engines fill the GPUs when they start
-    pool: RolloutPool = get_class(cfg.rollout._target_)(cfg)
-    shared = Turns(trainer, pool) if takes_turns(cfg) else None
+    pool: RolloutPool = get_class(cfg.rollout._target_)(cfg, folder.path)
+    shared = TimeShared(trainer, pool) if shares_gpus(cfg) else None
     if shared:
         trainer, pool = shared.trainer, shared.pool
     untouched = pool.state()
@@ -195,7 +195,7 @@ def _supervise(
             trainer.close()
             if shared:
                 shared.make_room()
-            trainer = _build_trainer(cfg)
+            trainer = _build_trainer(cfg, folder.path)
             if shared:
                 trainer = shared.replace_trainer(trainer)
     finally:
@@ -224,9 +224,9 @@ def _build_task(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
     return task
 
 
-def _build_trainer(cfg: Config) -> Trainer:
+def _build_trainer(cfg: Config, run_dir: Path) -> Trainer:
     _seed_everything(cfg.seed)
-    trainer: Trainer = get_class(cfg.trainer._target_)(cfg)
+    trainer: Trainer = get_class(cfg.trainer._target_)(cfg, run_dir)
     return trainer
 
 

@@ -96,15 +96,14 @@ class Sample:
         return self.tokens[self.prompt_length :]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """Samples of one rollout with what the update needs, all lists in the order of `samples`.
 
     advantages        [R] fp32 per sample
-    old_logprobs      [R] fp32 per sample: the trainer's own, before the update; None until computed
-    ref_logprobs      [R] fp32 per sample, or None without a KL term
     temperature       the trainer divides its logits by it
-    old_version       the trainer version whose logprobs `old_logprobs` are
+    old_logprobs      [R] fp32 per sample: the trainer's own, before the update; None: `Trainer.step` computes them
+    ref_logprobs      [R] fp32 per sample, of the reference policy; None: computed where there is a KL term
     """
 
     samples: list[Sample]
@@ -112,7 +111,6 @@ class Batch:
     temperature: float
     old_logprobs: list[torch.Tensor] | None = None
     ref_logprobs: list[torch.Tensor] | None = None
-    old_version: int | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -133,7 +131,6 @@ class Batch:
             temperature=self.temperature,
             old_logprobs=pick(self.old_logprobs),
             ref_logprobs=pick(self.ref_logprobs),
-            old_version=self.old_version,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,7 @@ def test_converter_and_trainer_export_are_identical(tmp_path: Path, architecture
     try:
         for seed in range(2):
             step = batch(cfg, seed=seed)
-            step.old_logprobs = trainer.logprobs(step)
-            trainer.step(step)
+            trainer.step(replace(step, old_logprobs=trainer.logprobs(step)))
         masters = {name: part for tensor in trainer.export("bf16") for name, part in tensor.parts.items()}
         exported = list(trainer.export())
         live = {n: t.clone() for n, t in disk_tensors(family_of(cfg.model), cfg.model, trainer.model.state_dict().items())}

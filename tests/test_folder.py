@@ -17,6 +17,7 @@ from runner.errors import Failure, UserError
 from runner.rules.names import run_name
 from runner.tracking import folder as files
 from runner.tracking.tracker import CompositeTracker, JsonlTracker, LateTracker, StatusTracker
+from runner.trainer.megatron.ranks import LocalRanks
 
 
 def config(outputs: Path, name: str | None = None, resume: Path | None = None) -> schema.Config:
@@ -545,3 +546,15 @@ def test_a_damaged_warm_start_is_refused_with_what_to_remove(tmp_path: Path, dam
     with pytest.raises(UserError, match="warm start .* is damaged") as caught:
         warm_start(cfg, Trainer(), *[None] * 3, 1, None, lambda: False)  # type: ignore[arg-type]
     assert caught.value.fix == "remove that folder: it is made again"
+
+
+def test_the_ranks_of_a_run_log_into_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(LocalRanks, "_spawn", lambda self, rank: started.append(rank))
+    monkeypatch.setattr(LocalRanks, "_collect", lambda self, name: [])
+    cfg = compose.load_config(["trainer=megatron", "parallelism=single"])
+    for run_dir in (tmp_path, None):
+        ranks = LocalRanks(cfg, run_dir)
+        assert (ranks.log(0).parent == tmp_path / "logs") == (run_dir is not None)
+        ranks.close()
+    assert started == [0, 0]

@@ -103,7 +103,7 @@ def test_fp8_backward_changes_gradients_and_nothing_in_the_forward() -> None:
     for backward in (False, True):
         built = trainer(backward=backward)
         data = batch(built.cfg)
-        results.append((torch.cat(built.logprobs(data)), built.step(data)["train/grad_norm"]))
+        results.append((torch.cat(built.logprobs(data)), built.step(data).metrics["train/grad_norm"]))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] != results[1][1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def _trainer(aggregation: LossAggregation, tokens: int, **changes: object) -> To
 
 
 def _gradient(trainer: TorchTrainer, data: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    metrics = trainer.step(data)
+    metrics = trainer.step(data).metrics
     return trainer.optimizer._flat_grad.clone(), metrics
 
 
@@ -88,7 +89,7 @@ def test_a_step_in_one_piece_and_in_many_has_the_same_gradient(aggregation: Loss
     for tokens in (16, 10_000):
         trainer = _trainer(aggregation, tokens, **changes)
         data = batch(trainer.cfg)
-        data.old_logprobs = [row + 0.1 for row in trainer.logprobs(data)]
+        data = replace(data, old_logprobs=[row + 0.1 for row in trainer.logprobs(data)])
         found.append(_gradient(trainer, data))
     assert found[0][0].norm() > 0
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)

@@ -9,23 +9,23 @@ import torch
 
 from runner import mismatch
 from runner.samples import WeightSpan
+from runner.trainer.protocol import StepResult
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.trainer_configs import DENSE, batch, config
 
 
 def test_metrics_by_hand() -> None:
     data = batch(config(), size=2)
-    data.old_version = 3
     for sample in data.samples:
         sample.loss_mask[:] = False
         sample.loss_mask[1:3] = True
-    data.old_logprobs = [sample.rollout_logprobs.clone() for sample in data.samples]
-    data.old_logprobs[0][0] = 99.0  # outside the mask
-    data.old_logprobs[0][1] += 0.2
-    data.old_logprobs[1][2] -= 0.4
+    old = [sample.rollout_logprobs.clone() for sample in data.samples]
+    old[0][0] = 99.0  # outside the mask
+    old[0][1] += 0.2
+    old[1][2] -= 0.4
     data.samples[0].weight_spans = [WeightSpan(3, 0, 2), WeightSpan(2, 2, data.samples[0].response_length)]
     data.samples[1].weight_spans = [WeightSpan(1, 0, data.samples[1].response_length)]
-    found = mismatch.metrics(data, version=99)
+    found = mismatch.metrics(data.samples, StepResult({}, old, old_version=3))
     assert found["train/train_rollout_logprob_abs_diff"] == pytest.approx(0.15, abs=1e-5)
     assert found["train/train_rollout_kl_k1"] == pytest.approx(0.05, abs=1e-5)
     k3 = (math.exp(0.2) - 1 - 0.2 + math.exp(-0.4) - 1 + 0.4) / 4
@@ -38,16 +38,10 @@ def test_metrics_by_hand() -> None:
 
 def test_a_wild_difference_is_a_finite_metric() -> None:
     data = batch(config(), size=1)
-    data.old_version = 0
     data.samples[0].loss_mask[:] = True
-    data.old_logprobs = [data.samples[0].rollout_logprobs + 500.0]
-    found = mismatch.metrics(data, version=0)
+    old = [data.samples[0].rollout_logprobs + 500.0]
+    found = mismatch.metrics(data.samples, StepResult({}, old, old_version=0))
     assert math.isfinite(found["train/train_rollout_kl_k3"]) and found["train/train_rollout_kl_k3"] > 1e6
-
-
-def test_metrics_need_old_logprobs() -> None:
-    with pytest.raises(ValueError, match="old_logprobs"):
-        mismatch.metrics(batch(config()), 0)
 
 
 def test_the_decomposition_adds_up_and_each_part_is_real() -> None:

@@ -30,7 +30,7 @@ def test_the_policy_gets_the_same_bits_with_and_without() -> None:
     plain, online = TorchTrainer(mtp_config()), TorchTrainer(mtp_config(**ONLINE))
     start = weights(plain)
     for seed in range(3):
-        ours, theirs = online.step(batch(online.cfg, seed=seed)), plain.step(batch(plain.cfg, seed=seed))
+        ours, theirs = online.step(batch(online.cfg, seed=seed)).metrics, plain.step(batch(plain.cfg, seed=seed)).metrics
         assert ours.pop("train/mtp_loss") > 0 and ours.pop("train/mtp_grad_norm") > 0
         assert ours == theirs
     data = batch(plain.cfg, seed=9)
@@ -62,7 +62,7 @@ def test_the_loss_is_the_cross_entropy_of_the_token_after_next() -> None:
                     target = place + 2 + depth
                     if target >= sample.prompt_length and sample.loss_mask[target - sample.prompt_length]:
                         losses.append(-float(logprobs[place, tokens[0, target]]))
-    found = trainer.step(data)["train/mtp_loss"]
+    found = trainer.step(data).metrics["train/mtp_loss"]
     assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_the_loss_falls_also_in_supervised_steps() -> None:
     pairs = [(sample.tokens, sample.prompt_length) for sample in data.samples]
     supervised = [trainer.sft_step(pairs, lr=3e-3)["sft/mtp_loss"] for _ in range(10)]
     trainer.reset_optimizer()
-    losses = [trainer.step(batch(trainer.cfg))["train/mtp_loss"] for _ in range(10)]
+    losses = [trainer.step(batch(trainer.cfg)).metrics["train/mtp_loss"] for _ in range(10)]
     assert supervised[-1] < 0.9 * supervised[0] and losses[-1] < 0.8 * losses[0], (supervised, losses)
 
 
@@ -108,10 +108,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     for seed in range(2):
         trainer.step(batch(trainer.cfg, seed=seed))
     trainer.save(tmp_path)
-    expected = [trainer.step(batch(trainer.cfg, seed=seed)) for seed in (2, 3)]
+    expected = [trainer.step(batch(trainer.cfg, seed=seed)).metrics for seed in (2, 3)]
     resumed = TorchTrainer(mtp_config(**ONLINE))
     resumed.load(tmp_path)
-    assert [resumed.step(batch(resumed.cfg, seed=seed)) for seed in (2, 3)] == expected
+    assert [resumed.step(batch(resumed.cfg, seed=seed)).metrics for seed in (2, 3)] == expected
     assert all(torch.equal(tensor, weights(trainer)[name]) for name, tensor in weights(resumed).items())
 
 

@@ -42,7 +42,7 @@ def run(trainer: TorchTrainer, cfg: Any, sleeping: bool, folder: Path) -> list[A
     seen: list[Any] = []
     for seed in range(3):
         nap()
-        seen.append(trainer.step(batch(cfg, seed=seed)))
+        seen.append(trainer.step(batch(cfg, seed=seed)).metrics)
         nap()
         seen.append(torch.cat(trainer.logprobs(batch(cfg, seed=9))))
     nap()
@@ -51,7 +51,7 @@ def run(trainer: TorchTrainer, cfg: Any, sleeping: bool, folder: Path) -> list[A
     trainer.step(batch(cfg, seed=4))
     trainer.load(folder)
     nap()
-    return [*seen, trainer.step(batch(cfg, seed=5))]
+    return [*seen, trainer.step(batch(cfg, seed=5)).metrics]
 
 
 @pytest.mark.parametrize(

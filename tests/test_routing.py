@@ -32,7 +32,7 @@ def test_replaying_the_own_routes_changes_nothing(model: dict[str, object]) -> N
     _record_own(trainer, data)
     for own, replayed in zip(trainer.logprobs(data, routes="own"), trainer.logprobs(data), strict=True):
         torch.testing.assert_close(own, replayed, rtol=1e-5, atol=1e-6)
-    assert trainer.step(data)["router_replay/disagreement"] == 0
+    assert trainer.step(data).metrics["router_replay/disagreement"] == 0
 
 
 @pytest.mark.parametrize("model", [MOE, MLA], ids=["softmax", "sigmoid"])
@@ -49,7 +49,7 @@ def test_recorded_routes_are_obeyed_and_counted(model: dict[str, object]) -> Non
     own, replayed = trainer.logprobs(data, routes="own"), trainer.logprobs(data)
     assert not torch.equal(own[0], replayed[0]) and not torch.equal(own[1], replayed[1])
     assert torch.equal(own[2], replayed[2])
-    metrics = trainer.step(data)
+    metrics = trainer.step(data).metrics
     assert metrics["router_replay/disagreement"] == pytest.approx(changed / total)
 
 
@@ -60,7 +60,7 @@ def test_the_order_of_experts_in_a_row_is_no_disagreement() -> None:
     for sample in data.samples:
         assert sample.routes is not None
         sample.routes = sample.routes.flip(2)
-    assert trainer.step(data)["router_replay/disagreement"] == 0
+    assert trainer.step(data).metrics["router_replay/disagreement"] == 0
 
 
 def test_an_experts_module_that_gets_other_routes_is_an_error() -> None:

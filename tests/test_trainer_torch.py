@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ def test_a_step_changes_the_policy_and_reports() -> None:
     cfg = config()
     trainer = TorchTrainer(cfg)
     before = _masters(trainer)
-    metrics = trainer.step(data := batch(cfg))
-    assert trainer.version == 1
+    result = trainer.step(data := batch(cfg))
+    metrics = result.metrics
+    assert trainer.version == 1 and result.old_version == 0
     assert metrics["train/grad_norm"] > 0 and metrics["train/lr"] == 1e-2
     assert metrics["train/pg_clipfrac"] == 0 and metrics["train/ppo_kl"] == 0
-    assert data.old_logprobs is not None and data.old_version == 0
+    assert data.old_logprobs is None and len(result.old_logprobs) == len(data)  # the batch stays as it is
     assert any(not torch.equal(before[name], master) for name, master in trainer.optimizer.masters.items())
 
 
@@ -46,7 +48,7 @@ def test_in_place_qat_equals_fake_quantization_in_the_forward(model: str, format
     for placement in (QatPlacement.in_place, QatPlacement.forward):
         cfg = config(MODELS[model], format=format, **{"precision.qat_placement": placement})
         trainer = TorchTrainer(cfg)
-        history = [trainer.step(batch(cfg, seed=seed)) for seed in range(3)]
+        history = [trainer.step(batch(cfg, seed=seed)).metrics for seed in range(3)]
         results.append((history, _masters(trainer), trainer.optimizer.state_tensors()))
     assert results[0][0] == results[1][0]
     _assert_equal(results[0][1], results[1][1])
@@ -57,7 +59,7 @@ def test_quantization_changes_the_forward_and_its_gradient() -> None:
     norms = []
     for fmt in ("int4", "bf16"):
         cfg = config(format=fmt)
-        norms.append(TorchTrainer(cfg).step(batch(cfg))["train/grad_norm"])
+        norms.append(TorchTrainer(cfg).step(batch(cfg)).metrics["train/grad_norm"])
     assert norms[0] != norms[1]
 
 
@@ -69,7 +71,7 @@ def test_recompute_changes_nothing(recompute: str, placement: QatPlacement) -> N
         changes = {"trainer.recompute": kind, "precision.qat_placement": placement, "router_replay.trainer": True}
         cfg = config(**changes)
         trainer = TorchTrainer(cfg)
-        history = [trainer.step(batch(cfg, seed=seed, routes=True)) for seed in range(2)]
+        history = [trainer.step(batch(cfg, seed=seed, routes=True)).metrics for seed in range(2)]
         outcomes.append((history, _masters(trainer)))
     assert outcomes[0][0] == outcomes[1][0]
     _assert_equal(outcomes[0][1], outcomes[1][1])
@@ -111,7 +113,7 @@ def test_chunked_logprobs_have_the_same_gradient() -> None:
 def test_logprobs_are_those_of_the_plain_model() -> None:
     cfg = config(format="bf16", **{"precision.base_dtype": "float32"})
     trainer, data = TorchTrainer(cfg), batch(cfg)
-    data.temperature = 0.7
+    data = replace(data, temperature=0.7)
     ours = trainer.logprobs(data)
     for sample, row in zip(data.samples, ours, strict=True):
         with torch.no_grad():
@@ -130,14 +132,14 @@ def test_resume_is_bit_exact(tmp_path: Path, masters: bool, placement: QatPlacem
     straight = TorchTrainer(cfg)
     stopped = TorchTrainer(cfg)
     for seed in range(2):
-        assert straight.step(batch(cfg, seed=seed)) == stopped.step(batch(cfg, seed=seed))
+        assert straight.step(batch(cfg, seed=seed)).metrics == stopped.step(batch(cfg, seed=seed)).metrics
     stopped.save(tmp_path)
     cfg.seed += 1  # another random start, to be overwritten
     resumed = TorchTrainer(cfg)
     resumed.load(tmp_path)
     assert resumed.version == 2
     for seed in range(2, 4):
-        assert straight.step(batch(cfg, seed=seed)) == resumed.step(batch(cfg, seed=seed))
+        assert straight.step(batch(cfg, seed=seed)).metrics == resumed.step(batch(cfg, seed=seed)).metrics
     _assert_equal(_masters(straight), _masters(resumed))
     for left, right in zip(straight.export(), resumed.export(), strict=True):
         _assert_equal(left.parts, right.parts)
@@ -227,16 +229,25 @@ def test_old_logprobs_of_the_training_forward_are_exact() -> None:
     trainer = TorchTrainer(cfg := config(**{"router_replay.trainer": True}))
     data = batch(cfg, routes=True)
     separate = trainer.logprobs(data)
-    trainer.step(data)
-    assert data.old_logprobs is not None
-    assert all(torch.equal(a, b) for a, b in zip(separate, data.old_logprobs, strict=True))
+    taken = trainer.step(data).old_logprobs
+    assert all(torch.equal(a, b) for a, b in zip(separate, taken, strict=True))
 
 
 def test_several_updates_per_rollout() -> None:
     trainer = TorchTrainer(cfg := config(**{"algorithm.updates_per_rollout": 2}))
-    metrics = trainer.step(data := batch(cfg))
-    assert trainer.version == 2 and data.old_version == 0
-    assert metrics["train/ppo_kl"] != 0
+    separate = trainer.logprobs(data := batch(cfg))
+    result = trainer.step(data)
+    assert trainer.version == 2 and result.old_version == 0
+    assert result.metrics["train/ppo_kl"] != 0
+    assert all(torch.equal(a, b) for a, b in zip(separate, result.old_logprobs, strict=True))  # of before the first update
+
+
+def test_logprobs_that_are_given_are_the_old_policys() -> None:
+    trainer = TorchTrainer(cfg := config())
+    data = batch(cfg)
+    given = [row + 0.1 for row in trainer.logprobs(data)]
+    result = trainer.step(replace(data, old_logprobs=given))
+    assert result.old_logprobs is given and result.metrics["train/ppo_kl"] == pytest.approx(0.1, abs=1e-5)
 
 
 def test_nan_steps_are_skipped_counted_and_end_the_run() -> None:
@@ -246,10 +257,10 @@ def test_nan_steps_are_skipped_counted_and_end_the_run() -> None:
     trainer.step(good)
     before = _masters(trainer)
     for _ in range(2):
-        assert trainer.step(bad)["train/nan_steps"] == 1
+        assert trainer.step(bad).metrics["train/nan_steps"] == 1
     _assert_equal(before, trainer.optimizer.masters)
     assert trainer.version == 1
-    assert trainer.step(good)["train/nan_steps"] == 0
+    assert trainer.step(good).metrics["train/nan_steps"] == 0
     trainer.step(bad)
     trainer.step(bad)
     with pytest.raises(UserError, match="3 optimizer steps in a row.*loss"):
@@ -259,10 +270,10 @@ def test_nan_steps_are_skipped_counted_and_end_the_run() -> None:
 def test_kl_term_pulls_towards_the_reference() -> None:
     cfg = config(**{"algorithm.kl_coef": 0.5})
     trainer, data = TorchTrainer(cfg), batch(cfg)
-    at_start = trainer.step(data)["train/kl_loss"]
-    later = trainer.step(batch(cfg, seed=1))["train/kl_loss"]
+    at_start = trainer.step(data).metrics["train/kl_loss"]
+    later = trainer.step(batch(cfg, seed=1)).metrics["train/kl_loss"]
     assert later > at_start >= 0  # at the start only quantization separates the two
-    assert data.ref_logprobs is not None
+    assert data.ref_logprobs is None
     with pytest.raises(UserError, match="no reference"):
         TorchTrainer(config()).reference_logprobs(data)
 

@@ -42,6 +42,8 @@ class EngineDescription:
 
 
 class RolloutPool(Protocol):
+    """Built as `pool(cfg, run_dir)`: files that belong to a run go into its folder; None: there is no run."""
+
     version: int  # of the resident weights; -1 before the first sync
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:

@@ -49,9 +49,9 @@ def save(trainer: TorchTrainer, folder: Path) -> None:
     counters = {
         "format": FORMAT,
         "version": trainer.version,
-        "schedule_step": trainer._schedule_step,
-        "nan_in_a_row": trainer._nan.in_a_row,
-        "nan_total": trainer._nan.total,
+        "schedule_step": trainer.schedule_step,
+        "nan_in_a_row": trainer.nan.in_a_row,
+        "nan_total": trainer.nan.total,
         "master_weights": trainer.optimizer.has_masters,
     }
     (folder / "trainer.json").write_text(json.dumps(counters, indent=1))
@@ -91,8 +91,8 @@ def load(trainer: TorchTrainer, folder: Path) -> None:
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit this model: {error}", key="model", fix="resume with the same model") from error
     trainer.version = counters["version"]
-    trainer._schedule_step = counters["schedule_step"]
-    trainer._nan.in_a_row, trainer._nan.total = counters["nan_in_a_row"], counters["nan_total"]
+    trainer.schedule_step = counters["schedule_step"]
+    trainer.nan.in_a_row, trainer.nan.total = counters["nan_in_a_row"], counters["nan_total"]
     torch.set_rng_state(rng)
     if rng_cuda is not None and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(rng_cuda, trainer.device)

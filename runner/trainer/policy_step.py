@@ -5,7 +5,6 @@ Shape legend: N response tokens of a micro-batch laid end to end.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -129,7 +128,6 @@ class NanGuard:
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
         self.total = 0
-        self.causes: dict[str, int] = defaultdict(int)
 
     def finite(self) -> None:
         self.in_a_row = 0
@@ -138,7 +136,6 @@ class NanGuard:
         """Raises Failure naming the cause at the last allowed step in a row."""
         self.in_a_row += 1
         self.total += 1
-        self.causes[cause] += 1
         if self.in_a_row >= self.max_in_a_row:
             raise Failure(
                 f"{self.in_a_row} optimizer steps in a row were not finite; the last one: {cause}",

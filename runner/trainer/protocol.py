@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from runner.errors import Failure
-from runner.images import PromptImage
-from runner.samples import Batch, WeightStream
+
+if TYPE_CHECKING:  # checkpoints, folders and the composition of a resumed run need these names without torch
+    import torch
+
+    from runner.images import PromptImage
+    from runner.samples import Batch, WeightStream
 
 Weights = Literal["quantized", "master"]
 Routes = Literal["replayed", "own"]
@@ -42,7 +45,22 @@ class Saved:
         return
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """
+    metrics       `train/*`
+    old_logprobs  [R] fp32 per sample of the batch: the policy's before the step
+    old_version   the trainer's version before the step
+    """
+
+    metrics: dict[str, float]
+    old_logprobs: list[torch.Tensor]
+    old_version: int
+
+
 class Trainer(Protocol):
+    """Built as `trainer(cfg, run_dir)`: files that belong to a run go into its folder; None: there is no run."""
+
     version: int  # optimizer steps taken; the version of exported weights
 
     def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
@@ -57,8 +75,8 @@ class Trainer(Protocol):
         """Logprobs [R] under the frozen, full-precision reference policy; needs algorithm.kl_coef > 0."""
         ...
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """The optimizer steps of one rollout (algorithm.updates_per_rollout of them); returns `train/*` metrics."""
+    def step(self, batch: Batch) -> StepResult:
+        """The optimizer steps of one rollout (algorithm.updates_per_rollout of them). The batch stays as it is."""
         ...
 
     def sft_step(

@@ -29,8 +29,10 @@ from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
 from runner.trainer import attention, checkpoint, experts, microbatch, mtp, policy_step
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
-from runner.trainer.optimizer import MasterOptimizer, learning_rate, planned_steps
+from runner.trainer.mtp import Sequences
+from runner.trainer.optimizer import MasterOptimizer
 from runner.trainer.parking import Parking
+from runner.trainer.policy import Loss, PolicyTrainer, PolicyUpdates, Updated, replays
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
 from runner.trainer.torch_qat import (
@@ -43,7 +45,7 @@ from runner.trainer.torch_qat import (
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class TorchTrainer:
+class TorchTrainer(PolicyUpdates, PolicyTrainer):
     """`runner.trainer.protocol.Trainer` on one device.
 
     The fp32 masters are the truth. Model weights are derived from them: bf16(master), and under in-place QAT
@@ -51,11 +53,9 @@ class TorchTrainer:
     model's tower is trained along with its decoder, from the start: a tiny one starts at random.
     """
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
+        super().__init__(cfg)
         self.config = cast(TorchTrainerConfig, cfg.trainer)
-        self.version = 0
-        self._schedule_step = 0
         self.device = _device(self.config.device)
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.threads or available_cores())
@@ -88,7 +88,6 @@ class TorchTrainer:
         self._buffers = {name: t for name, t in named_weights(cfg.model, self.model) if name not in self.optimizer.params}
         self._install_quantization()
         self._replay = self._build_replay()
-        self._nan = policy_step.NanGuard(self.config.max_nan_steps)
         self._reference: dict[str, torch.Tensor] | None = None
         self._write_weights()
         self._freeze_reference()
@@ -107,7 +106,7 @@ class TorchTrainer:
         self._fake = ForwardFakeQuantization(self.model, self.quantizer) if quantized and not in_place else None
 
     def _build_replay(self) -> RouterReplay | None:
-        if not self.family.moe_layers(self.cfg.model):
+        if not replays(self.cfg, self.family):
             return None
         routers = [
             parameter.name.removesuffix(".weight")
@@ -169,36 +168,20 @@ class TorchTrainer:
 
     # ---- forward
 
-    def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
-        """See the protocol. `replayed` means the recorded routes where router replay is on (`router_replay.trainer`) and
-        the trainer's own where it is off or the model is dense; samples without routes are then an error only if it is on."""
+    def _logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> list[torch.Tensor]:
         with self._master_weights() if weights == "master" else nullcontext():
-            return self._logprobs(batch, replay=routes == "replayed" and self._replays(batch.samples))
-
-    def _replays(self, samples: Sequence[Sample]) -> bool:
-        if self._replay is None or not self.cfg.router_replay.trainer:
-            return False
-        model = self.cfg.model
-        try:
-            route_checks.validate_all(samples, len(self.family.moe_layers(model)), model.experts_top_k, model.num_experts)
-        except route_checks.RouteError as error:
-            raise UserError(
-                str(error),
-                key="router_replay",
-                fix="both sides must record and replay: check router_replay.rollout and the engine, or set router_replay=none",
-            ) from None
-        return True
+            return self._score(batch, batch.samples if routes == "replayed" else None)
 
     @torch.no_grad()
-    def _logprobs(self, batch: Batch, *, replay: bool) -> list[torch.Tensor]:
+    def _score(self, batch: Batch, replayed: Sequence[Sample] | None) -> list[torch.Tensor]:
         result: list[torch.Tensor] = [torch.empty(0)] * len(batch)
         sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
         images = [sample.image for sample in batch.samples]
         for micro in self._micro_batches(sequences):
-            with self._replaying(batch.samples, micro, replay) as current:
+            with self._replaying(replayed, micro) as current:
                 if current is not None:
                     current.first_pass = False  # statistics come from the training pass
-                scores = self._forward(micro, batch.temperature, images)
+                scores = self._scores(self._hidden(micro, images), micro, batch.temperature)
             for index, row in zip(micro.indices, scores.logprobs.split(micro.lengths), strict=True):
                 result[index] = row
         return result
@@ -207,9 +190,6 @@ class TorchTrainer:
         lengths = [len(tokens) for tokens, _ in sequences]
         for indices in microbatch.split_by_tokens(lengths, self.config.max_tokens_per_gpu):
             yield microbatch.build(sequences, indices, self.device)
-
-    def _forward(self, micro: MicroBatch, temperature: float, images: Sequence[PromptImage | None]) -> TokenScores:
-        return self._scores(self._hidden(micro, images), micro, temperature)
 
     def _hidden(self, micro: MicroBatch, images: Sequence[PromptImage | None]) -> torch.Tensor:
         """Hidden states [B, W, H] behind the last norm; `images`: one per sequence that the micro-batch was cut from."""
@@ -220,12 +200,6 @@ class TorchTrainer:
         return hidden
 
     def _scores(self, hidden: torch.Tensor, micro: MicroBatch, temperature: float) -> TokenScores:
-        if temperature <= 0:
-            raise UserError(
-                f"logprobs at temperature {temperature} are not defined",
-                key="rollout.sampling.temperature",
-                fix="rollout.sampling.temperature=1.0 (greedy decoding belongs to evaluation.sampling)",
-            )
         rows = hidden.flatten(0, 1).index_select(0, micro.positions)
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
@@ -233,11 +207,10 @@ class TorchTrainer:
         return microbatch.score_tokens(rows, head, micro.targets, temperature, chunk, entropy_grad)
 
     @contextmanager
-    def _replaying(self, samples: Sequence[Sample], micro: MicroBatch, replay: bool) -> Iterator[CurrentRoutes | None]:
-        if not replay:
+    def _replaying(self, samples: Sequence[Sample] | None, micro: MicroBatch) -> Iterator[CurrentRoutes | None]:
+        if samples is None or self._replay is None:
             yield None
             return
-        assert self._replay is not None
         model, chosen = self.cfg.model, [samples[i] for i in micro.indices]
         layers, width = self._replay.num_layers, micro.tokens.shape[1]
         routes, recorded = route_checks.replay_layout(chosen, width, layers, model.experts_top_k, model.num_experts, self.device)
@@ -246,112 +219,54 @@ class TorchTrainer:
 
     # ---- updates
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """`algorithm.updates_per_rollout` optimizer steps; fills in batch.old_logprobs (and ref_logprobs) where they are None.
-
-        With one update the old logprobs are those of the training forward itself: no extra pass (policy_step.py says why
-        that is exact). Raises UserError after trainer.max_nan_steps skipped updates in a row.
-        """
-        algorithm = self.cfg.algorithm
-        replay = self._replays(batch.samples)
-        if batch.old_version is None:
-            batch.old_version = self.version
-        if algorithm.kl_coef and batch.ref_logprobs is None:
-            batch.ref_logprobs = self.reference_logprobs(batch)
-        if batch.old_logprobs is None and algorithm.updates_per_rollout > 1:
-            batch.old_logprobs = self._logprobs(batch, replay=replay)
-        sums = policy_step.Sums()
-        norms, collected = [], dict[int, torch.Tensor]()
-        lr, skipped_before = self._learning_rate(), self._nan.total
-        for indices in policy_step.split_updates(len(batch), algorithm.updates_per_rollout):
-            part = batch if len(indices) == len(batch) else batch.select(indices)
-            rows = self._accumulate(part, replay, sums)
-            collected |= {indices[i]: row for i, row in rows.items()}
-            lr = self._learning_rate()
-            norms.append(self._update(sums, lr))
-        if batch.old_logprobs is None:
-            batch.old_logprobs = [collected[i] for i in range(len(batch))]
-        metrics = sums.means() | {
-            "train/grad_norm": sum(norms) / len(norms),
-            "train/lr": lr,
-            "train/nan_steps": float(self._nan.total - skipped_before),
-            **self.mtp.take_metrics("train"),
-        }
-        if replay:
-            assert self._replay is not None
-            metrics |= self._replay.take_statistics()
-        return metrics
-
-    def _accumulate(self, batch: Batch, replay: bool, sums: policy_step.Sums) -> dict[int, torch.Tensor]:
-        """Forward and backward of every micro-batch; returns the detached logprobs of each sample."""
-        samples = batch.samples
-        weights = policy_step.loss_weights(self.cfg, batch)
-        images = [sample.image for sample in samples]
-        collected: dict[int, torch.Tensor] = {}
-        sequences, masks = mtp.sequences_of(batch)
-        self.mtp.begin(sequences, masks)
-        for micro in self._micro_batches(sequences):
-            with self._replaying(samples, micro, replay) as current:
-                hidden = self._hidden(micro, images)
-                scores = self._scores(hidden, micro, batch.temperature)
-                if current is not None:
-                    current.first_pass = False  # the backward may recompute
-                rows = policy_step.TokenRows.of(batch, micro, weights)
-                loss = policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
-                loss.backward()
-            self.mtp.learn(partial(_rows, hidden, sequences, micro), micro.indices)
-            for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
-                collected[index] = row
-        return collected
-
-    def _update(self, sums: policy_step.Sums, lr: float) -> float:
-        """Optimizer step and new model weights, unless something is not finite; returns the gradient norm."""
-        norm = self.optimizer.grad_norm()
-        loss = sums.values["loss"]
-        if not bool(torch.isfinite(loss)) or norm != norm or norm == float("inf"):
-            names = self.optimizer.non_finite()
-            what = f"gradients of {', '.join(names[:3])} ({len(names)} parameters)" if names else "gradient norm"
-            cause = what if bool(torch.isfinite(loss)) else f"loss, {what}"
-            sums.values["loss"] = torch.nan_to_num(loss, 0.0, 0.0, 0.0)  # one bad update must not blacken the next one
-            self.optimizer.zero_grad()
-            self.mtp.skip()
-            self._nan.skipped(f"{cause} not finite at optimizer step {self.version}")
-            return norm
-        self._nan.finite()
-        self.optimizer.step(lr, norm)
-        self._write_weights()
-        self.mtp.update(lr)
-        self.version += 1
-        self._schedule_step += 1
-        return norm
-
-    def _learning_rate(self) -> float:
-        return learning_rate(self.config.optimizer, self._schedule_step, planned_steps(self.cfg))
+    def _updates(self, batch: Batch) -> Updated:
+        return self.updates(batch)
 
     def sft_step(
         self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
-        sums = policy_step.Sums()
-        normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
-        self.mtp.begin(samples, mtp.all_tokens(samples))
-        for micro in self._micro_batches(samples):
-            hidden = self._hidden(micro, images or [None] * len(samples))
-            logprobs = self._scores(hidden, micro, 1.0).logprobs
-            loss = -logprobs.sum() / normalizer
-            loss.backward()
-            self.mtp.learn(partial(_rows, hidden, samples, micro), micro.indices)
-            sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + loss.detach()
-        loss_value = float(sums.values["loss"])
-        norm = self._update(sums, lr)
-        return {"sft/loss": loss_value, "sft/grad_norm": norm, "sft/lr": lr, **self.mtp.take_metrics("sft")}
+        return self.supervised(samples, lr, images).metrics
 
-    def reset_optimizer(self) -> None:
-        """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
+    def _train(
+        self,
+        sequences: Sequences,
+        loss: Loss,
+        *,
+        images: Sequence[PromptImage | None],
+        temperature: float = 1.0,
+        replayed: Sequence[Sample] | None = None,
+    ) -> None:
+        for micro in self._micro_batches(sequences):
+            with self._replaying(replayed, micro) as current:
+                hidden = self._hidden(micro, images)
+                scores = self._scores(hidden, micro, temperature)
+                if current is not None:
+                    current.first_pass = False  # the backward may recompute
+                loss(micro, scores).backward()
+            self.mtp.learn(partial(_rows, hidden, sequences, micro), micro.indices)
+
+    def _means(self, sums: policy_step.Sums) -> dict[str, float]:
+        return sums.means()
+
+    def _routing_metrics(self) -> dict[str, float]:
+        return {} if self._replay is None else self._replay.take_statistics()
+
+    def _grad_norm(self) -> float:
+        return self.optimizer.grad_norm()
+
+    def _non_finite(self) -> list[str]:
+        return self.optimizer.non_finite()
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def _apply(self, lr: float, norm: float) -> None:
+        self.optimizer.step(lr, norm)
+        self._write_weights()
+
+    def _reset_moments(self) -> None:
         self.optimizer.reset()
-        self.mtp.reset_optimizer()
-        self._schedule_step = 0
-        self._freeze_reference()
 
     # ---- reference policy
 
@@ -361,16 +276,14 @@ class TorchTrainer:
             self._reference = {name: row.detach().to(self.dtype, copy=True) for name, row in self.optimizer.masters.items()}
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
-        """See the protocol. The reference routes by itself: the recorded routes belong to another policy."""
-        if self._reference is None:
-            raise UserError("there is no reference policy", key="algorithm.kl_coef", fix="algorithm.kl_coef=0.001")
+    def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
+        assert self._reference is not None
         kept = {name: param.detach().clone() for name, param in self.optimizer.params.items()}
         with self._unfaked():
             for name, param in self.optimizer.params.items():
                 param.copy_(self._reference[name])
             try:
-                return self._logprobs(batch, replay=False)
+                return self._score(batch, replayed=None)
             finally:
                 for name, param in self.optimizer.params.items():
                     param.copy_(kept[name])

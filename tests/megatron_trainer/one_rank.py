@@ -57,7 +57,7 @@ def _assert_quantized(worker) -> None:  # type: ignore[no-untyped-def]
 def weights_are_quantized_at_every_moment() -> None:
     worker = _worker()
     _assert_quantized(worker)
-    worker.step(_batch(worker.cfg))
+    worker.updates(_batch(worker.cfg))
     _assert_quantized(worker)
     worker.logprobs(_batch(worker.cfg), "master", "own")
     _assert_quantized(worker)
@@ -70,14 +70,14 @@ def roles_decide_what_is_quantized() -> None:
     names = {chosen.place.name.split(".", 3)[-1] for chosen in worker.quantization.quantized.values()}
     attention = {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"}
     assert names == attention | {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}, names
-    worker.step(_batch(worker.cfg))
+    worker.updates(_batch(worker.cfg))
     _assert_quantized(worker)
 
 
 def an_optimizer_that_skips_the_copy_leaves_quantized_weights() -> None:
     """A precision-aware optimizer writes the bf16 weights itself, inside its step, and Megatron's copy returns at once."""
     plain = _worker()
-    plain.step(_batch(plain.cfg))
+    plain.updates(_batch(plain.cfg))
     worker = _worker()
     for optimizer in worker.masters.optimizers:
         optimizer._copy_main_params_to_model_params = lambda: None
@@ -90,7 +90,7 @@ def an_optimizer_that_skips_the_copy_leaves_quantized_weights() -> None:
                     owned.view.copy_(owned.tensors()["param"])
 
         optimizer.optimizer.step = step
-    worker.step(_batch(worker.cfg))
+    worker.updates(_batch(worker.cfg))
     _assert_quantized(worker)
     for ours, theirs in zip(worker.masters.owned, plain.masters.owned, strict=True):
         assert torch.equal(ours.tensors()["param"], theirs.tensors()["param"])
@@ -121,7 +121,7 @@ def a_weight_is_quantized_once_per_step() -> None:
     qat.quantize_dequantize_ = counted
     try:
         for seed in range(2):
-            worker.step(_batch(worker.cfg, seed))
+            worker.updates(_batch(worker.cfg, seed))
         worker.quantization.settle()
     finally:
         qat.quantize_dequantize_ = original
@@ -136,8 +136,8 @@ def routes_of_a_no_grad_pass_are_forgotten() -> None:
     for _, router in worker.replay.routers:
         replay = router.router_replay
         assert replay.replay_backward_list == [] and replay.target_topk_idx is None and replay.router_replay_action is None
-    after_logprobs = worker.step(_batch(worker.cfg))
-    fresh = _worker(**{"trainer.recompute": "full"}).step(_batch(worker.cfg))
+    after_logprobs = worker.updates(_batch(worker.cfg))
+    fresh = _worker(**{"trainer.recompute": "full"}).updates(_batch(worker.cfg))
     assert after_logprobs.metrics == fresh.metrics
 
 
@@ -146,7 +146,7 @@ def recomputation_replays_the_same_routes() -> None:
     norms = []
     for recompute in ("none", "selective", "full"):
         worker = _worker(**{"trainer.recompute": recompute, "trainer.max_tokens_per_gpu": 40})
-        metrics = worker.step(_batch(worker.cfg)).metrics
+        metrics = worker.updates(_batch(worker.cfg)).metrics
         assert metrics["router_replay/disagreement"] > 0.3
         norms.append(metrics["train/grad_norm"])
     assert norms[0] == norms[1] == norms[2], norms
@@ -157,7 +157,7 @@ def a_router_that_disobeys_is_found() -> None:
     _, router = worker.replay.routers[1]
     router.router_replay.get_replay_topk = lambda scores, topk, *rest: torch.topk(scores, topk)
     try:
-        worker.step(_batch(worker.cfg))
+        worker.updates(_batch(worker.cfg))
     except RouteError as error:
         assert "differ from the recorded routes" in str(error)
     else:
@@ -167,7 +167,7 @@ def a_router_that_disobeys_is_found() -> None:
 def routes_that_no_recomputation_used_are_found() -> None:
     """The next step's recomputation would take them for its own."""
     worker = _worker(**{"trainer.recompute": "full"})
-    worker.step(_batch(worker.cfg))
+    worker.updates(_batch(worker.cfg))
     _, router = worker.replay.routers[0]
     assert router.router_replay.replay_backward_list == []
     router.router_replay.replay_backward_list.append(torch.zeros(1, 2, dtype=torch.int64))
@@ -198,7 +198,7 @@ def logits_never_exist_for_more_than_a_chunk() -> None:
         rows.clear()
         worker = _worker(**fp32, **{"trainer.logprob_chunk_tokens": 7})
         parts = worker.logprobs(_batch(worker.cfg), "quantized", "own")
-        worker.step(_batch(worker.cfg))
+        worker.updates(_batch(worker.cfg))
     finally:
         scores.VocabularySoftmax.__call__ = original  # type: ignore[method-assign]
     assert most > 7 and max(rows) <= 7
@@ -210,12 +210,12 @@ def updates_that_are_not_finite_are_skipped_and_named() -> None:
     before = [owned.tensors()["param"].clone() for owned in worker.masters.owned]
     poisoned = _batch(worker.cfg)
     poisoned.advantages[3][:] = float("nan")
-    result = worker.step(poisoned)
+    result = worker.updates(poisoned)
     assert result.version == 0 and result.metrics["train/nan_steps"] == 1.0
     assert all(torch.equal(a, owned.tensors()["param"]) for a, owned in zip(before, worker.masters.owned, strict=True))
     _assert_quantized(worker)
     try:
-        worker.step(poisoned)
+        worker.updates(poisoned)
     except UserError as error:
         assert "decoder.layers" in str(error) and "loss" in str(error)
     else:
@@ -226,7 +226,7 @@ def reference_logprobs_come_from_full_precision_weights() -> None:
     """After updates the reference is still the first bf16(master), and the policy's own weights are back afterwards."""
     worker = _worker(**{"algorithm.kl_coef": 0.1})
     first = worker.logprobs(_batch(worker.cfg), "master", "own")
-    worker.step(_batch(worker.cfg, 1))
+    worker.updates(_batch(worker.cfg, 1))
     policy = worker.logprobs(_batch(worker.cfg), "quantized", "own")
     reference = worker.reference_logprobs(_batch(worker.cfg))
     assert all(torch.equal(reference[index], first[index]) for index in first)

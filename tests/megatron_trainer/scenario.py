@@ -50,7 +50,7 @@ def exported(trainer: Any, format: str) -> dict[str, torch.Tensor]:
 
 def run(trainer: Any, cfg: Config, steps: int = 2) -> Result:
     logprobs = torch.cat(trainer.logprobs(batch(cfg)))
-    metrics = [trainer.step(batch(cfg, seed=seed)) for seed in range(steps)]
+    metrics = [trainer.step(batch(cfg, seed=seed)).metrics for seed in range(steps)]
     return Result(logprobs, metrics, exported(trainer, "bf16"), exported(trainer, "rollout"))
 
 

@@ -29,7 +29,7 @@ def _config(layout: str, **changes: object) -> Config:
 
 
 def _steps(trainer: object, cfg: Config, seeds: range) -> list[dict[str, float]]:
-    return [trainer.step(batch(cfg, seed=seed)) for seed in seeds]  # type: ignore[attr-defined]
+    return [trainer.step(batch(cfg, seed=seed)).metrics for seed in seeds]  # type: ignore[attr-defined]
 
 
 def _differing_integers(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

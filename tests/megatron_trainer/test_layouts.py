@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,10 +155,10 @@ def _after_a_step(trainer: Any, cfg: Config) -> tuple[dict[str, float], torch.Te
     data, other = random_batch(cfg), random_batch(cfg, seed=1)
     for sample in (*data.samples, *other.samples):
         sample.tokens[sample.tokens == PAD_ID] = PAD_ID + 1  # its zero embedding would move out of proportion
-    data.old_logprobs = [row + 0.02 * (-1) ** index for index, row in enumerate(trainer.logprobs(data))]
-    data.ref_logprobs = [row + 0.3 for row in data.old_logprobs]
+    old = [row + 0.02 * (-1) ** index for index, row in enumerate(trainer.logprobs(data))]
+    data = replace(data, old_logprobs=old, ref_logprobs=[row + 0.3 for row in old])
     before = torch.cat(trainer.logprobs(other))
-    return trainer.step(data), torch.cat(trainer.logprobs(other)) - before
+    return trainer.step(data).metrics, torch.cat(trainer.logprobs(other)) - before
 
 
 def test_fewer_samples_than_data_parallel_ranks() -> None:
@@ -168,7 +169,7 @@ def test_fewer_samples_than_data_parallel_ranks() -> None:
         with megatron(cfg) as trainer:
             one = batch(cfg, size=1)
             logprobs = trainer.logprobs(one)[0]
-            metrics = trainer.step(one)
+            metrics = trainer.step(one).metrics
             found.append((logprobs, metrics["train/grad_norm"], torch.cat(trainer.logprobs(batch(cfg, size=3, seed=1)))))
     assert torch.allclose(found[0][0], found[1][0], atol=3e-6)
     assert abs(found[0][1] - found[1][1]) < 1e-4 * found[0][1]

@@ -23,7 +23,7 @@ FP32: dict[str, object] = {"format": "bf16", "precision.base_dtype": "float32", 
 
 def _run(trainer: object, steps: int = 3) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     cfg = trainer.cfg  # type: ignore[attr-defined]
-    metrics = [trainer.step(batch(cfg, seed=seed)) for seed in range(steps)]  # type: ignore[attr-defined]
+    metrics = [trainer.step(batch(cfg, seed=seed)).metrics for seed in range(steps)]  # type: ignore[attr-defined]
     return metrics, exported(trainer, "bf16")
 
 
@@ -62,18 +62,18 @@ def test_the_policy_gets_the_same_bits_with_and_without() -> None:
 def test_the_loss_falls_and_a_resume_repeats_it(tmp_path: Path) -> None:
     cfg = megatron_config("mtp", "dp2", format="int4", **ONLINE)
     with megatron(cfg) as trainer:
-        losses = [trainer.step(batch(cfg))["train/mtp_loss"] for _ in range(6)]
+        losses = [trainer.step(batch(cfg)).metrics["train/mtp_loss"] for _ in range(6)]
         trainer.save(tmp_path)
-        expected = [trainer.step(batch(cfg)) for _ in range(2)]
+        expected = [trainer.step(batch(cfg)).metrics for _ in range(2)]
         weights = exported(trainer, "bf16")
     assert losses[-1] < 0.8 * losses[0], losses
     with megatron(cfg) as resumed:
         resumed.load(tmp_path)
-        assert [resumed.step(batch(cfg)) for _ in range(2)] == expected
+        assert [resumed.step(batch(cfg)).metrics for _ in range(2)] == expected
         assert all(torch.equal(tensor, weights[name]) for name, tensor in exported(resumed, "bf16").items())
     with megatron(megatron_config("mtp", "single", format="int4")) as without:
         without.load(tmp_path)  # a layout and a run that do not train them
-        assert without.step(batch(cfg)).keys() == expected[0].keys() - {"train/mtp_loss", "train/mtp_grad_norm"}
+        assert without.step(batch(cfg)).metrics.keys() == expected[0].keys() - {"train/mtp_loss", "train/mtp_grad_norm"}
 
 
 def test_pipeline_stages_have_no_embedding_for_it() -> None:

@@ -29,7 +29,7 @@ def _run(cfg: Config, folder: Path, *, sleeping: bool) -> tuple[list[object], di
         seen: list[object] = []
         for seed in range(3):
             nap()
-            seen.append(trainer.step(batch(cfg, seed=seed)))
+            seen.append(trainer.step(batch(cfg, seed=seed)).metrics)
             nap()
             seen.append(torch.cat(trainer.logprobs(batch(cfg, seed=9))).tolist())
             if seed == 1:
@@ -39,7 +39,7 @@ def _run(cfg: Config, folder: Path, *, sleeping: bool) -> tuple[list[object], di
         weights = exported(trainer, "rollout")
         trainer.load(folder)
         nap()
-        return [*seen, trainer.step(batch(cfg, seed=7))], weights
+        return [*seen, trainer.step(batch(cfg, seed=7)).metrics], weights
 
 
 @pytest.mark.parametrize(("layout", "format"), [("tp2_sp", "int4"), ("dp2", "int4"), ("dp2", "bf16")])

@@ -17,11 +17,11 @@ SMALL = [
     "algorithm.samples_per_prompt=4", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=1",
     "evaluation.interval_steps=2", "checkpoint.interval_steps=1", "trainer.threads=1",
 ]  # fmt: skip
-IN_TURNS = """
+SHARING = """
 import sys
 import runner.run
 from runner.__main__ import main
-runner.run.takes_turns = lambda cfg: True  # on a GPU: trainer and engines share it
+runner.run.shares_gpus = lambda cfg: True  # on a GPU: trainer and engines share it
 sys.exit(main())
 """
 
@@ -38,7 +38,7 @@ def run(tmp_path: Path, name: str, *overrides: str, program: tuple[str, ...] = (
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing(tmp_path: Path) -> None:
+def test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing(tmp_path: Path) -> None:
     plain = {name: run(tmp_path, name, f"precision={name}") for name in ("bf16", "int4_qat")}
     for steps in plain.values():
         assert len(steps) == 2
@@ -47,8 +47,8 @@ def test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing(tmp_path: Pat
             assert step["sync/resident_checked"] >= 16
     wire = {name: steps[-1]["perf/update_weights_wire_bytes"] for name, steps in plain.items()}
     assert wire["int4_qat"] < wire["bf16"] / 2
-    turns = run(tmp_path, "turns", "precision=int4_qat", program=("-c", IN_TURNS))
-    for alone, shared in zip(plain["int4_qat"], turns, strict=True):
+    sharing = run(tmp_path, "sharing", "precision=int4_qat", program=("-c", SHARING))
+    for alone, shared in zip(plain["int4_qat"], sharing, strict=True):
         # which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often
         compared = [key for key in alone if not key.startswith(("perf/", "_")) and key != "sync/resident_checked"]
         assert len(compared) > 20 and {key: alone[key] for key in compared} == {key: shared[key] for key in compared}

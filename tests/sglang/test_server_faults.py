@@ -20,7 +20,6 @@ import pytest
 import torch
 from cases import Running, by_key, config, exported, reference_logprobs, requests
 
-from runner import folder
 from runner.errors import UserError
 from runner.rollout.sglang.entry import SHARED, shared_file, shared_segment
 from runner.rollout.sglang.server import Server
@@ -32,13 +31,11 @@ pytestmark = pytest.mark.sglang
 def two_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from runner.rollout.sglang import SglangPool
 
-    before = folder._current
-    folder._current = tmp_path_factory.mktemp("run")
     cfg = config("sglang", "model=tiny_moe", "precision=bf16", "rollout.cpu_engines=2", "rollout.health_interval_seconds=1")
-    pool = SglangPool(cfg)
+    run_dir = tmp_path_factory.mktemp("run")
+    pool = SglangPool(cfg, run_dir)
     yield Running(pool, cfg)
     pool.close()
-    folder._current = before
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -151,7 +148,7 @@ def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_en
         assert caught.value.code == 401
     for process in family(server.pid):
         assert key not in " ".join(process.cmdline()) and key not in " ".join(process.environ().values())
-    logs = list((folder._current or Path()).glob("logs/sglang_*.log"))
+    logs = list(pool._run_dir.glob("logs/sglang_*.log"))
     assert len(logs) == 2 and all(key not in log.read_text() for log in logs)
     listening = {
         address.laddr.ip for p in family(server.pid) for address in p.net_connections("inet") if address.status == "LISTEN"

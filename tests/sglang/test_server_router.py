@@ -23,7 +23,6 @@ import pytest
 import torch
 from cases import Running, by_key, config, exported, reference_logprobs, requests
 
-from runner import folder
 from runner.rollout.sglang.interface import LOOPBACK, interfaces
 
 pytestmark = [pytest.mark.sglang, pytest.mark.night]
@@ -37,17 +36,15 @@ OUTSIDE = next(
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from runner.rollout.sglang import SglangPool
 
-    before = folder._current
-    folder._current = tmp_path_factory.mktemp("run")
     cfg = config(
         "sglang", "model=tiny_moe", "precision=bf16", "router_replay=none", "rollout.cpu_engines=2", "rollout.use_router=true",
         f"cluster.interface={OUTSIDE[0]}", "rollout.weight_transport=distributed",
     )  # fmt: skip
     cfg.router_replay.rollout = True  # refused with a router: the engines record, so that a test sees the router drop routes
-    pool = SglangPool(cfg)
+    run_dir = tmp_path_factory.mktemp("run")
+    pool = SglangPool(cfg, run_dir)
     yield Running(pool, cfg)
     pool.close()
-    folder._current = before
 
 
 def asked_for(count: int, **sampling: Any) -> list[Any]:
@@ -196,7 +193,7 @@ def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: An
         key = pool._fleet._api_key
         assert all(key not in " ".join([*p.cmdline(), *p.environ().values()]) for p in members)
         assert key not in process.log.read_text()
-    logs = sorted(path.name for path in (folder._current or process.log).glob("logs/sglang_*.log"))
+    logs = sorted(path.name for path in pool._run_dir.glob("logs/sglang_*.log"))
     assert logs == ["sglang_0.log", "sglang_1.log", "sglang_router.log"]
 
 

@@ -150,8 +150,8 @@ PROMISES: dict[str, list[str]] = {
         f"{DRAFTS}::test_an_mtp_layer_drafts_from_its_own_cache",
         f"{DRAFTS}::test_an_eagle_head_drafts_and_keeps_its_weights_over_updates",
     ],
-    "the program itself runs, in bf16 and packed INT4, and taking turns changes nothing": [
-        "sglang/test_end_to_end_sglang.py::test_bf16_and_packed_int4_run_and_taking_turns_changes_nothing",
+    "the program itself runs, in bf16 and packed INT4, and sharing GPUs changes nothing": [
+        "sglang/test_end_to_end_sglang.py::test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing",
     ],
     "the CPU's parts refuse to load beside CUDA": [
         "sglang/test_plugin_guards.py::test_the_twins_parts_refuse_to_load_beside_cuda",
@@ -161,7 +161,7 @@ PROMISES: dict[str, list[str]] = {
         f"{GENERATION}::test_what_runs_is_aborted_before_engines_sleep_and_goes_on_when_they_wake",
         f"{FLEET}::test_engines_give_their_memory_back_and_take_it_around_a_load",
         f"{FLEET}::test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake",
-        "test_turns.py::test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync",
+        "test_colocation.py::test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync",
     ],
     "logprobs that are no numbers are a failure": [f"{FLEET}::test_a_logprob_that_is_no_number_is_a_failure"],
     "engines of several ranks: shards, experts and transports": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ class LocalPool:
     Weights are dummies until the first `update_weights`; generating or scoring before it is a UserError.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
         rollout = cast(LocalRolloutConfig, cfg.rollout)
         self.version = -1
         self._residency_tensors = cfg.mismatch.residency_tensors

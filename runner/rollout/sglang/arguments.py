@@ -64,8 +64,8 @@ def on_cpu(cfg: Config) -> bool:
     return cfg.parallelism.rollout_gpus == 0
 
 
-def takes_turns(cfg: Config) -> bool:
-    """Whether trainer and engines are processes with the same GPUs (turns.py). The in-process engine lives in the trainer's."""
+def shares_gpus(cfg: Config) -> bool:
+    """Whether trainer and engines are processes on the same GPUs (colocation.py). An in-process engine lives in the trainer's."""
     par = cfg.parallelism
     return isinstance(cfg.rollout, SglangRolloutConfig) and par.colocate and min(par.gpus, par.rollout_gpus) > 0
 
@@ -124,7 +124,7 @@ def server_arguments(cfg: Config) -> Arguments:
     else:
         decided |= {
             "cuda_graph_max_bs_decode": rollout.cuda_graph_max_batch,
-            "enable_memory_saver": takes_turns(cfg),
+            "enable_memory_saver": shares_gpus(cfg),
             "mem_fraction_static": rollout.memory_fraction,
             "sampling_backend": "pytorch",  # the one whose every way of sampling takes a request's seed
         }

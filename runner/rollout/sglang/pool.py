@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 
-from runner import folder, scratch
+from runner import scratch
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.precision import cpu_matmul
@@ -44,8 +44,11 @@ from runner.weights.transfer_engine import Endpoint, TransferError
 class SglangPool:
     """Servers start with dummy weights from a config.json; generating or scoring before the first sync is a UserError."""
 
-    def __init__(self, cfg: Config) -> None:
-        """Starts every server and waits until all answer. UserError with the reason and the log file otherwise."""
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
+        """Starts every server and waits until all answer. UserError with the reason and the log file otherwise.
+
+        Logs and weights on disk lie in the run's folder. Outside of a run, logs that tell of a failure stay in one of their own.
+        """
         rollout = cast(SglangRolloutConfig, cfg.rollout)
         self.version = -1
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
@@ -61,7 +64,9 @@ class SglangPool:
         for line in arguments.warnings(cfg):
             print(f"warning: {line}", file=sys.stderr)
         self._scratch = scratch.make("runner-sglang-")
-        self._own_logs = None if folder.logs_of_this_run() else Path(tempfile.mkdtemp(prefix="runner-logs-"))  # outside of a run
+        self._run_dir = run_dir
+        self._own_logs = None if run_dir else Path(tempfile.mkdtemp(prefix="runner-logs-"))
+        self._logs = self._own_logs or cast(Path, run_dir) / "logs"
         write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
         self._writer: WeightWriter | DeltaWriter | None = None
@@ -78,7 +83,6 @@ class SglangPool:
 
     def _servers(self, api_key: str) -> list[Server]:
         count = arguments.num_engines(self._cfg)
-        logs = self._logs()
         common = arguments.server_arguments(self._cfg)
         threads = threads_per_rank(count * arguments.ranks_per_engine(self._cfg))
         variables = cpu_matmul.environment(self._cfg.precision.cpu_matmul) if common["device"] == "cpu" else {}
@@ -89,7 +93,7 @@ class SglangPool:
                 started_with["speculative_draft_model_path"] = started_with["model_path"]
             if common["device"] == "cuda":
                 started_with["base_gpu_id"] = index * common["tp_size"]
-            log = logs / f"sglang_{index}.log"
+            log = self._logs / f"sglang_{index}.log"
             servers.append(
                 Server(
                     index,
@@ -108,7 +112,7 @@ class SglangPool:
         if not self._rollout.use_router:
             return None
         seconds = self._rollout.request_timeout_seconds
-        log = self._logs() / "sglang_router.log"
+        log = self._logs / "sglang_router.log"
         return Router(RouterProcess(router_arguments(seconds), host=self._host, api_key=api_key, log=log), api_key, seconds)
 
     def _settings(self) -> Settings:
@@ -128,16 +132,13 @@ class SglangPool:
         )
 
     def _endpoint(self) -> Endpoint:
-        log = self._logs() / "transfer_engine.log"
+        log = self._logs / "transfer_engine.log"
         try:
             return Endpoint(self._host, self._rollout.transfer_protocol, self._rollout.transfer_devices, log)
         except TransferError as error:
             raise UserError(
                 str(error), key="rollout.weight_transport", fix=f"look at {log}, or rollout.weight_transport=distributed"
             ) from error
-
-    def _logs(self) -> Path:
-        return self._own_logs or folder.logs_of_this_run() or self._scratch
 
     def _audit(self) -> None:
         """The engines quantize what the plan says, in every server, or the run does not start."""
@@ -253,8 +254,7 @@ class SglangPool:
         """Files in shared memory (tensor, p2p; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
             needed = sum(_bytes_of(self.plan, name) for name in self._loaded)
-            logs = folder.logs_of_this_run()
-            disk = (logs.parent if logs else self._scratch) / "weights"
+            disk = (self._run_dir or self._scratch) / "weights"
             match self._rollout.weight_transport:
                 case "disk_full":
                     self._writer = WeightWriter(disk, durable=True)

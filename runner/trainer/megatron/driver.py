@@ -12,31 +12,31 @@ import torch
 
 from runner.errors import UserError, UserErrors
 from runner.images import PromptImage
-from runner.routing import routes as route_checks
 from runner.samples import Batch, Sample, WeightStream
 from runner.schema import Config
 from runner.trainer.megatron import arguments, untrusted
 from runner.trainer.megatron.ranks import LocalRanks
+from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 
 MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
 
 
-class MegatronTrainer:
+class MegatronTrainer(PolicyTrainer):
     """`runner.trainer.protocol.Trainer` over one Megatron rank per process.
 
     A rank that dies, raises or falls silent ends all ranks, and the call raises RankFailure within
     trainer.rank_timeout_seconds (at once when the process is gone).
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
         check_installation()
         self.cfg = cfg
         self.family = arguments.check(cfg)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             initial_folder(start)  # before processes are started for nothing
         self._version = 0
-        self.ranks = LocalRanks(cfg)
+        self.ranks = LocalRanks(cfg, run_dir)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             self.ranks.call("start_from", initial_folder(start))
 
@@ -51,66 +51,27 @@ class MegatronTrainer:
 
     # ---- forward
 
-    def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
-        """See the protocol."""
-        self._check(batch, routed=routes == "replayed")
-        return _rows(self.ranks.call("logprobs", _light(batch), weights, routes), len(batch))
+    def _logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> list[torch.Tensor]:
+        return _in_order(self.ranks.call("logprobs", _light(batch), weights, routes), len(batch))
 
-    def reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
-        """See the protocol. The reference routes by itself: the recorded routes belong to another policy."""
-        if not self.cfg.algorithm.kl_coef:
-            raise UserError("there is no reference policy", key="algorithm.kl_coef", fix="algorithm.kl_coef=0.001")
-        self._check(batch, routed=False)
-        return _rows(self.ranks.call("reference_logprobs", _light(batch)), len(batch))
-
-    def _check(self, batch: Batch, *, routed: bool) -> None:
-        """What is wrong with a batch is said here, before the ranks are in the middle of a collective."""
-        if batch.temperature <= 0:
-            raise UserError(
-                f"logprobs at temperature {batch.temperature} are not defined",
-                key="rollout.sampling.temperature",
-                fix="rollout.sampling.temperature=1.0 (greedy decoding belongs to evaluation.sampling)",
-            )
-        model = self.cfg.model
-        if not routed or not self.cfg.router_replay.trainer or not model.num_experts:
-            return
-        layers = len(self.family.moe_layers(model))
-        try:
-            route_checks.validate_all(batch.samples, layers, model.experts_top_k, model.num_experts)
-        except route_checks.RouteError as error:
-            raise UserError(
-                str(error),
-                key="router_replay",
-                fix="both sides must record and replay: check router_replay.rollout and the engine, or set router_replay=none",
-            ) from None
+    def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
+        return _in_order(self.ranks.call("reference_logprobs", _light(batch)), len(batch))
 
     # ---- updates
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """`algorithm.updates_per_rollout` optimizer steps; fills in batch.old_logprobs (and ref_logprobs) where they are None."""
-        self._check(batch, routed=True)
-        if batch.old_version is None:
-            batch.old_version = self.version
-        if self.cfg.algorithm.kl_coef and batch.ref_logprobs is None:
-            batch.ref_logprobs = self.reference_logprobs(batch)
-        if batch.old_logprobs is None and self.cfg.algorithm.updates_per_rollout > 1:
-            batch.old_logprobs = self.logprobs(batch)
-        results = self.ranks.call("step", _light(batch))
-        if batch.old_logprobs is None:
-            batch.old_logprobs = _rows([result.old_logprobs for result in results], len(batch))
-        self._version = results[0].version
-        metrics: dict[str, float] = results[-1].metrics
-        return metrics
+    def _updates(self, batch: Batch) -> Updated:
+        return self._merged(self.ranks.call("updates", _light(batch)))
 
     def sft_step(
         self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two. No images: rules
         refuse vision models."""
-        results = self.ranks.call("sft_step", samples, lr)
+        return self._merged(self.ranks.call("supervised", samples, lr)).metrics
+
+    def _merged(self, results: list[Updated]) -> Updated:
         self._version = results[0].version
-        metrics: dict[str, float] = results[0].metrics
-        return metrics
+        return replace(results[-1], old_logprobs=_merged([result.old_logprobs for result in results]))
 
     def reset_optimizer(self) -> None:
         """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
@@ -160,13 +121,17 @@ class RankSaving:
         self.ranks.call("finish_save")
 
 
-def _rows(parts: list[dict[int, torch.Tensor]], count: int) -> list[torch.Tensor]:
-    """Reporters' {sample: row} -> rows in sample order; every sample must have come from exactly one rank."""
-    rows: dict[int, torch.Tensor] = {}
+def _merged(parts: list[Rows]) -> Rows:
+    """Reporters' rows; every sample must have come from exactly one rank."""
+    rows: Rows = {}
     for part in parts:
-        for index, row in part.items():
-            assert index not in rows, f"sample {index} was computed twice"
-            rows[index] = row
+        assert not rows.keys() & part.keys(), f"samples {rows.keys() & part.keys()} were computed twice"
+        rows |= part
+    return rows
+
+
+def _in_order(parts: list[Rows], count: int) -> list[torch.Tensor]:
+    rows = _merged(parts)
     return [rows[index] for index in range(count)]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from runner import scratch
 from runner.errors import Failure, UserError
-from runner.folder import logs_of_this_run
 from runner.precision import cpu_matmul
 from runner.schema import Config
 from runner.trainer.megatron import arguments, wire
@@ -35,10 +34,11 @@ class LocalRanks:
     The processes die with this one: their socket closes, and the kernel kills them if this process is killed.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
         self.cfg = cfg
         self.timeout = arguments.trainer_config(cfg).rank_timeout_seconds
         self._scratch = scratch.make("runner-ranks-")
+        self._logs = run_dir / "logs" if run_dir else self._scratch
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
@@ -72,7 +72,7 @@ class LocalRanks:
 
     def log(self, rank: int) -> Path:
         """Everything that a rank printed; in the run's logs/ where there is a run."""
-        return (logs_of_this_run() or self._scratch) / f"trainer_rank_{rank}.log"
+        return self._logs / f"trainer_rank_{rank}.log"
 
     @property
     def pids(self) -> list[int]:

@@ -29,18 +29,6 @@ class Failure:
     broke: bool = False
 
 
-Rows = dict[int, torch.Tensor]  # sample index -> [R]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one rank knows after a step; the same on every rank but for `old_logprobs`, which reporters hold for their samples."""
-
-    metrics: dict[str, float]
-    old_logprobs: Rows
-    version: int
-
-
 def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     if not data:
         return torch.empty(shape, dtype=dtype)

@@ -5,8 +5,9 @@ Shape legend: T tokens of a sample, R response tokens, N response tokens of a mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from runner.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
@@ -32,25 +34,21 @@ from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
 from runner.trainer.megatron.replay import Replay
 from runner.trainer.megatron.scores import response_scores
 from runner.trainer.megatron.sources import open_weights
-from runner.trainer.megatron.wire import Rows, StepResult
 from runner.trainer.microbatch import TokenScores
-from runner.trainer.mtp import all_tokens, sequences_of
-from runner.trainer.optimizer import learning_rate, planned_steps
+from runner.trainer.mtp import Sequences
 from runner.trainer.parking import Parking, tensors_of_optimizer
+from runner.trainer.policy import Loss, PolicyUpdates, Rows, Updated, replays
 from runner.trainer.protocol import Routes, Weights
 
-Sequences = Sequence[tuple[torch.Tensor, int]]
 
-
-class Worker:
+class Worker(PolicyUpdates):
     """Model, optimizer and quantization of one rank. torch.distributed must be initialized (`initialize`)."""
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+        super().__init__(cfg)
         self.config = arguments.trainer_config(cfg)
         self.family = arguments.check(cfg)
         self.device = torch.device("cuda", torch.cuda.current_device()) if arguments.Device.of(cfg).cuda else torch.device("cpu")
-        self.version = self.schedule_step = 0
         read, hf_config = open_weights(cfg, self.family)
         self.transformer = model.transformer_config(cfg, hf_config)
         self.model = model.build_gpt(cfg, self.transformer, hf_config)
@@ -67,7 +65,6 @@ class Worker:
         self.quantization = self._build_quantization()
         self.replay = self._build_replay()
         self.transformer.finalize_model_grads_func = _finalize
-        self.nan = policy_step.NanGuard(self.config.max_nan_steps)
         self.reference: list[torch.Tensor] | None = None
         self.quantization.resync()
         self._freeze_reference()
@@ -91,7 +88,7 @@ class Worker:
         return qat.ForwardFakeQuantization(self.ddp, self.masters, self.model, quantized)
 
     def _build_replay(self) -> Replay | None:
-        if not self.cfg.router_replay.trainer or not self.cfg.model.num_experts:
+        if not replays(self.cfg, self.family):
             return None
         layers = self.family.moe_layers(self.cfg.model)
         return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute != "none")
@@ -106,15 +103,13 @@ class Worker:
 
     def logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> Rows:
         """Logprobs [R] of this data-parallel rank's samples on reporters, {} on others. Collective."""
-        replay = self.replay is not None and routes == "replayed"
+        replayed = batch.samples if routes == "replayed" else None
         self.quantization.settle()
-        if weights == "master":
-            with self.quantization.unquantized():
-                return self._logprobs(batch, replay=replay)
-        return self._logprobs(batch, replay=replay)
+        with self.quantization.unquantized() if weights == "master" else nullcontext():
+            return self._score(batch, replayed)
 
     @torch.no_grad()
-    def _logprobs(self, batch: Batch, *, replay: bool) -> Rows:
+    def _score(self, batch: Batch, replayed: Sequence[Sample] | None) -> Rows:
         sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
         found: Rows = {}
 
@@ -123,7 +118,7 @@ class Worker:
                 found[index] = row.cpu()
 
         try:
-            self._run(sequences, batch.samples if replay else None, batch.temperature, collect=collect)
+            self._run(sequences, replayed, batch.temperature, collect=collect)
         finally:
             if self.replay is not None:
                 self.replay.clear()  # the targets of a no-grad pass would be a later recomputation's routes
@@ -139,38 +134,40 @@ class Worker:
     def _run(
         self,
         sequences: Sequences,
-        samples: list[Sample] | None,
+        samples: Sequence[Sample] | None,
         temperature: float,
         *,
-        collect: Any = None,
-        loss: Any = None,
+        collect: Callable[[Packed, TokenScores], None] | None = None,
+        loss: Loss | None = None,
     ) -> None:
         """All micro-batches through Megatron's schedule. `samples` gives the routes to replay; None: routers choose.
 
-        `loss(packed, scores)` makes it a training pass; otherwise `collect(packed, scores)` sees the scores of each micro-batch.
+        `loss` makes it a training pass; otherwise `collect(packed, scores)` sees the scores of each micro-batch.
         """
         micros = self._micro_batches(sequences)
         training = loss is not None
+        replay = None if samples is None else self.replay
 
         def scored(packed: Packed, hidden: torch.Tensor, non_loss_data: bool = False) -> Any:
             if training:
                 self._learn_mtp(hidden, packed, sequences)
             scores = self._scores(hidden, packed, temperature)
-            if non_loss_data:
+            if loss is None:
+                assert collect is not None and non_loss_data
                 collect(packed, scores)
                 return 0
-            return loss(packed, scores), torch.zeros((), dtype=torch.int, device=self.device), {}
+            return loss(packed.micro, scores), torch.zeros((), dtype=torch.int, device=self.device), {}
 
         def forward(iterator: Iterator[Packed], ddp: Any) -> tuple[torch.Tensor, Any]:
             packed = next(iterator)
-            if samples is not None and self.replay is not None:
-                self.replay.begin(samples, packed, counting=training)
+            if samples is not None and replay is not None:
+                replay.begin(samples, packed, counting=training)
             tokens = packed.micro.tokens[:, packed.rows]
             places = torch.arange(tokens.shape[1], device=self.device).unsqueeze(0)
             keep = {"fp32_output": False} if self.transformer.bf16 else {}  # the output layer is a bf16 matmul
             hidden = ddp(tokens, places, None, packed_seq_params=packed.sequences, **keep)
-            if samples is not None and self.replay is not None:
-                self.replay.forward_done()
+            if replay is not None:
+                replay.forward_done()
             return hidden, partial(scored, packed)
 
         get_forward_backward_func()(
@@ -205,54 +202,25 @@ class Worker:
 
     # ---- updates
 
-    def step(self, batch: Batch) -> StepResult:
-        """The optimizer steps of one rollout, as TorchTrainer.step does them. Collective."""
-        algorithm = self.cfg.algorithm
-        sums = policy_step.Sums()
-        collected: Rows = {}
-        norms: list[float] = []
-        lr, skipped_before = self._learning_rate(), self.nan.total
-        for indices in policy_step.split_updates(len(batch), algorithm.updates_per_rollout):
-            part = batch if len(indices) == len(batch) else batch.select(indices)
-            rows = self._accumulate(part, sums)
-            collected |= {indices[i]: row for i, row in rows.items()}
-            lr = self._learning_rate()
-            norms.append(self._update(sums, lr))
-        metrics = (
-            self._metrics(sums)
-            | self.mtp.take_metrics("train")
-            | {
-                "train/grad_norm": sum(norms) / len(norms),
-                "train/lr": lr,
-                "train/nan_steps": float(self.nan.total - skipped_before),
-            }
-        )
-        if self.replay is not None:
-            metrics |= self.replay.take_statistics()
-        return StepResult(metrics, collected if self.reporter else {}, self.version)
+    def updates(self, batch: Batch) -> Updated:
+        done = super().updates(batch)
+        return done if self.reporter else replace(done, old_logprobs={})
 
-    def _accumulate(self, batch: Batch, sums: policy_step.Sums) -> Rows:
-        samples = batch.samples
-        weights = policy_step.loss_weights(self.cfg, batch)
-        collected: Rows = {}
-
-        def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
-            micro = packed.micro
-            if not micro.indices:
-                return scores.logprobs.sum()  # padding only: no tokens, but a graph for every collective of the backward
-            rows = policy_step.TokenRows.of(batch, micro, weights)
-            for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
-                collected[index] = row.cpu()
-            return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
-
-        sequences, masks = sequences_of(batch)
-        self.mtp.begin(sequences, masks)
-        self._run(sequences, samples if self.replay is not None else None, batch.temperature, loss=loss)
-        if self.replay is not None:
+    def _train(
+        self,
+        sequences: Sequences,
+        loss: Loss,
+        *,
+        images: Sequence[PromptImage | None],
+        temperature: float = 1.0,
+        replayed: Sequence[Sample] | None = None,
+    ) -> None:
+        """`images` are all None: rules refuse vision models."""
+        self._run(sequences, replayed, temperature, loss=loss)
+        if replayed is not None and self.replay is not None:
             self.replay.end_of_step()
-        return collected
 
-    def _metrics(self, sums: policy_step.Sums) -> dict[str, float]:
+    def _means(self, sums: policy_step.Sums) -> dict[str, float]:
         """Token means over every data-parallel rank's samples, on all ranks. Only last pipeline stages have sums."""
         gathered: list[Any] = [None] * dist.get_world_size()
         mine = {name: float(value) for name, value in sums.values.items()} if self.reporter else {}
@@ -264,20 +232,14 @@ class Worker:
         count = max(sum(tokens for _, tokens in gathered), 1.0)
         return {f"train/{name}": value / count for name, value in total.items()}
 
-    def _update(self, sums: policy_step.Sums, lr: float) -> float:
-        """Optimizer step and new model weights, unless something is not finite; returns the gradient norm."""
+    def _routing_metrics(self) -> dict[str, float]:
+        return {} if self.replay is None else self.replay.take_statistics()
+
+    def _grad_norm(self) -> float:
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
-        loss_is_finite = self._everywhere(bool(torch.isfinite(torch.as_tensor(sums.values.get("loss", 0.0)))))
-        if not loss_is_finite or norm != norm or norm == float("inf"):
-            cause = self._not_finite(loss_is_finite)
-            if "loss" in sums.values:
-                sums.values["loss"] = torch.nan_to_num(sums.values["loss"], 0.0, 0.0, 0.0)
-            self._zero_grad()
-            self.mtp.skip()
-            self.nan.skipped(f"{cause} not finite at optimizer step {self.version}")
-            return norm
-        self.nan.finite()
+        return float(self.optimizer.get_grad_norm())
+
+    def _apply(self, lr: float, norm: float) -> None:
         clip = self.config.optimizer.clip_grad_norm
         for optimizer in self.masters.optimizers:
             for group in optimizer.param_groups:
@@ -287,55 +249,25 @@ class Worker:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), clip, norm, use_decoupled_grad=precise)
         self.quantization.step(self.optimizer.step_with_ready_grads)
         self._zero_grad()
-        self.mtp.update(lr)
-        self.version += 1
-        self.schedule_step += 1
-        return norm
 
     def _everywhere(self, value: bool) -> bool:
         flag = torch.tensor([int(value)], device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
-    def _not_finite(self, loss_is_finite: bool) -> str:
+    def _non_finite(self) -> list[str]:
         grads = {place.name: getattr(place.tensor, "main_grad", None) for place in self.places}
         names = [name for name, grad in grads.items() if grad is not None and not bool(torch.isfinite(grad).all())]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, names)
-        found = sorted({name for part in gathered for name in part})
-        what = f"gradients of {', '.join(found[:3])} ({len(found)} parameters)" if found else "gradient norm"
-        return what if loss_is_finite else f"loss, {what}"
+        return sorted({name for part in gathered for name in part})
 
     def _zero_grad(self) -> None:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def _learning_rate(self) -> float:
-        return learning_rate(self.config.optimizer, self.schedule_step, planned_steps(self.cfg))
-
-    def sft_step(self, samples: Sequences, lr: float) -> StepResult:
-        """One supervised step: mean loss over response tokens. Collective."""
-        normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
-        sums = policy_step.Sums()
-
-        def loss(packed: Packed, scores: TokenScores) -> torch.Tensor:
-            value = -scores.logprobs.sum() / normalizer
-            sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + value.detach()
-            return value
-
-        self.mtp.begin(samples, all_tokens(samples))
-        self._run(samples, None, 1.0, loss=loss)
-        total = self._metrics(sums).get("train/loss", 0.0)  # a mean over 0 counted tokens: the plain sum
-        norm = self._update(sums, lr)
-        metrics = {"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr} | self.mtp.take_metrics("sft")
-        return StepResult(metrics, {}, self.version)
-
-    def reset_optimizer(self) -> None:
-        """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
+    def _reset_moments(self) -> None:
         self.masters.reset_moments()
-        self.mtp.reset_optimizer()
-        self.schedule_step = 0
-        self._freeze_reference()
 
     def set_version(self, version: int) -> None:
         self.version = version
@@ -357,7 +289,7 @@ class Worker:
         """Logprobs under the reference, whose routers choose by themselves. Collective."""
         assert self.reference is not None
         with self._reference_weights():
-            return self._logprobs(batch, replay=False)
+            return self._score(batch, replayed=None)
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:

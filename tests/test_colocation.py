@@ -1,4 +1,4 @@
-"""Trainer and engines that take turns on the same GPUs: who is awake when. Fakes: tests/sglang has real engines that sleep."""
+"""Trainer and engines that share GPUs: who is awake when. Fakes: tests/sglang has real engines that sleep."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from runner import compose
-from runner.rollout.protocol import SyncReport
-from runner.rollout.sglang.arguments import takes_turns
-from runner.turns import Turns
+from runner import colocation, compose
+from runner.colocation import TimeShared
+from runner.rollout.protocol import RolloutPool, SyncReport
+from runner.rollout.sglang.arguments import shares_gpus
+from runner.trainer.protocol import Trainer
 
 BATCH: Any = None
 
@@ -90,12 +91,12 @@ class FakePool:
 
 
 @pytest.fixture
-def both() -> tuple[Gpus, Turns]:
+def both() -> tuple[Gpus, TimeShared]:
     gpus = Gpus()
-    return gpus, Turns(FakeTrainer(gpus), FakePool(gpus))  # type: ignore[arg-type]
+    return gpus, TimeShared(FakeTrainer(gpus), FakePool(gpus))  # type: ignore[arg-type]
 
 
-def test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync(both: tuple[Gpus, Turns]) -> None:
+def test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync(both: tuple[Gpus, TimeShared]) -> None:
     gpus, shared = both
     trainer, pool = shared.trainer, shared.pool
     pool.update_weights(trainer.version, trainer.export())
@@ -112,7 +113,7 @@ def test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync(both: tuple[Gpus, 
     assert trainer.version == pool.version == 1 and pool.metrics() == {"x": 1.0}
 
 
-def test_an_update_that_fails_in_the_export_leaves_the_trainer_awake(both: tuple[Gpus, Turns]) -> None:
+def test_an_update_that_fails_in_the_export_leaves_the_trainer_awake(both: tuple[Gpus, TimeShared]) -> None:
     gpus, shared = both
 
     def torn() -> Iterator[Any]:
@@ -126,13 +127,13 @@ def test_an_update_that_fails_in_the_export_leaves_the_trainer_awake(both: tuple
     assert gpus.awake == {"pool"}
 
 
-def test_versions_are_the_trainers_own(both: tuple[Gpus, Turns]) -> None:
+def test_versions_are_the_trainers_own(both: tuple[Gpus, TimeShared]) -> None:
     _, shared = both
     shared.trainer.version = 7
     assert shared.trainer.version == 7 and shared._trainer.version == 7
 
 
-def test_a_lost_trainer_is_replaced_while_the_engines_sleep(both: tuple[Gpus, Turns]) -> None:
+def test_a_lost_trainer_is_replaced_while_the_engines_sleep(both: tuple[Gpus, TimeShared]) -> None:
     gpus, shared = both
     shared.pool.update_weights(0, shared.trainer.export())
     shared.trainer.close()
@@ -145,6 +146,21 @@ def test_a_lost_trainer_is_replaced_while_the_engines_sleep(both: tuple[Gpus, Tu
     assert list(shared.pool.generate([])) == []
 
 
+@pytest.mark.parametrize(("protocol", "uses"), [(Trainer, colocation.TRAINER), (RolloutPool, colocation.POOL)])
+def test_every_member_of_a_protocol_says_what_it_needs(protocol: type, uses: dict[str, Any]) -> None:
+    members = {name for name in vars(protocol) if not name.startswith("_")} | protocol.__annotations__.keys()
+    assert uses.keys() == members
+
+
+def test_what_nobody_classified_is_not_reached(both: tuple[Gpus, TimeShared]) -> None:
+    _, shared = both
+    shared._trainer.added = lambda: None  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="added of FakeTrainer"):
+        shared.trainer.added()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="added"):
+        shared.trainer.added = None  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -154,5 +170,5 @@ def test_a_lost_trainer_is_replaced_while_the_engines_sleep(both: tuple[Gpus, Tu
         ([], False),
     ],
 )
-def test_who_takes_turns(overrides: list[str], expected: bool) -> None:
-    assert takes_turns(compose.load_config(overrides)) is expected
+def test_who_shares_gpus(overrides: list[str], expected: bool) -> None:
+    assert shares_gpus(compose.load_config(overrides)) is expected
