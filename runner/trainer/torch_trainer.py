@@ -127,7 +127,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
 
         return mtp.MtpTraining(
             self.cfg,
-            base.mtp_layers,
+            list(self.model.get_submodule(mtp.layers_of(self.family).prefix.removesuffix(".")).children()),
             base.rotary_emb,
             embed=lambda tokens: F.embedding(tokens, base.embed_tokens.weight.detach()),
             score=score,
