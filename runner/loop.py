@@ -18,7 +18,7 @@ from runner.rollout.protocol import RolloutPool
 from runner.samples import Batch, Sample
 from runner.schema import Config
 from runner.sync import WeightSync
-from runner.tracking.tracker import Tracker
+from runner.tracking.base import Tracker
 from runner.trainer.protocol import Trainer
 from runner.watch import Watcher
 

@@ -35,7 +35,8 @@ from runner.schema import Config, MegatronTrainerConfig
 from runner.sync import WeightSync
 from runner.tasks import shows_images
 from runner.tasks.protocol import Task
-from runner.tracking.tracker import CompositeTracker, LateTracker, Tracker, build_tracker
+from runner.tracking.base import Tracker
+from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
 from runner.warm_start import warm_start
 from runner.watch import Watcher

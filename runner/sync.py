@@ -8,7 +8,7 @@ from runner.errors import Failure
 from runner.images import PromptImage
 from runner.rollout.protocol import RolloutPool, SyncReport
 from runner.samples import Batch, Sample, Status
-from runner.tracking.tracker import Tracker
+from runner.tracking.base import Tracker
 from runner.trainer.protocol import Trainer
 
 ATTEMPTS = 2  # a session, or its retry, sends every tensor of every quantized module

@@ -26,8 +26,8 @@ from runner.samples import SamplingParams
 from runner.schema import Config
 from runner.sync import WeightSync
 from runner.tasks.protocol import HasWorkedSolutions, Task
+from runner.tracking.base import Tracker
 from runner.tracking.folder import plain_config
-from runner.tracking.tracker import Tracker
 from runner.trainer.protocol import Trainer
 
 CHECK_PROMPTS = 128  # training prompts sampled once each to measure success: its standard error is .04

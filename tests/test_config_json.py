@@ -21,7 +21,7 @@ from runner.__main__ import main
 from runner.convert.engine import Report, convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
-from runner.models import FAMILIES, mimo_torch
+from runner.models import FAMILIES, register_architectures
 from runner.models.build import build_model
 from runner.models.config_file import family_fields, read_json
 from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
@@ -78,7 +78,7 @@ def test_null_and_missing_keys(source: Path, tmp_path: Path, edit: Callable[[dic
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "deepseek", "mimo", "qwen3_vl"])
 def test_defaults_are_those_of_transformers(kind: str) -> None:
     """A key that is left out means what the class that builds the model takes for it."""
-    mimo_torch.register()
+    register_architectures()
     names = {
         "head_dim": "head_dim",
         "num_key_value_heads": "num_kv_heads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from runner import compose, rules
 from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.images import image_processor
-from runner.models import FAMILIES, agreement, family_of, qwen3_vl
+from runner.models import FAMILIES, Family, agreement, family_of, qwen3_vl
 from runner.models.build import build_model, save_config
 from runner.models.published import checkpoint_config
 from runner.models.tokenizer import byte_tokenizer
@@ -29,6 +30,7 @@ from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.routing.replay import RouterReplay
 from runner.schema import Convention, ModelConfig, Role
+from runner.trainer import mtp
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -304,3 +306,13 @@ def test_a_tower_that_is_not_understood_is_named(tmp_path: Path, changes: dict[s
     path.write_text(json.dumps(values))
     found = list(agreement.problems(config, family_of(config), values))
     assert len(found) == 1 and said in str(found[0])
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES.values() if family.mtp], ids=lambda family: family.name)
+def test_the_table_of_mtp_weights_is_what_their_layers_are_made_of(family: Family) -> None:
+    """Online training looks up the one by the other's names."""
+    model = replace(compose.load_config(["model=tiny_mtp"]).model, family=family.name, num_mtp_layers=2)
+    layers, _ = mtp.build_layers(model, "eager", torch.float32)
+    prefix = mtp.layers_of(family).prefix
+    built = {f"{prefix}{i}.{name}": tuple(p.shape) for i, layer in enumerate(layers) for name, p in layer.named_parameters()}
+    assert built == {p.name: p.shape for p in family.parameters(model) if p.role is Role.mtp}

@@ -558,3 +558,21 @@ def test_the_ranks_of_a_run_log_into_its_folder(tmp_path: Path, monkeypatch: pyt
         assert (ranks.log(0).parent == tmp_path / "logs") == (run_dir is not None)
         ranks.close()
     assert started == [0, 0]
+
+
+def test_a_resume_composes_where_there_is_no_torch(tmp_path: Path) -> None:
+    """A run's overrides are known before anything heavy is imported, and where it cannot be."""
+    made(tmp_path, 1)
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'ray', 'transformers'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "from runner import compose\n"
+        "loaded = compose.load(['resume=run', 'outputs_dir=' + sys.argv[1]])\n"
+        "assert loaded.config.seed == 1, loaded.overrides\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

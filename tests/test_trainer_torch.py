@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from runner.errors import UserError
 from runner.precision.formats import decode
@@ -327,3 +329,27 @@ def test_export_equals_encoding_every_weight_by_itself(format: str, architecture
 
 def _bytes(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: part.contiguous().view(torch.uint8) for name, part in parts.items()}
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """Files and names as they were when they were first written, by hand; what is saved again has the same ones."""
+    trainer = TorchTrainer(config())
+    masters = {name: torch.randn_like(master) for name, master in trainer.optimizer.masters.items()}
+    moments = {f"{moment}/{name}": torch.rand_like(row) for moment in ("exp_avg", "exp_avg_sq") for name, row in masters.items()}
+    optimizer = {"step": torch.tensor([3.0, 3.0]), "rng": torch.get_rng_state(), **moments}
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    after.mkdir()
+    save_file(masters, before / "masters.safetensors")
+    save_file(optimizer, before / "optimizer.safetensors")
+    counters = {"format": 1, "version": 5, "schedule_step": 3, "nan_in_a_row": 1, "nan_total": 2, "master_weights": True}
+    (before / "trainer.json").write_text(json.dumps(counters))
+    trainer.load(before)
+    assert trainer.version == 5
+    _assert_equal(masters, trainer.optimizer.masters)
+    trainer.save(after)
+    assert json.loads((after / "trainer.json").read_text()) == counters
+    for name, tensors in (("masters", masters), ("optimizer", optimizer)):
+        _assert_equal(tensors, load_file(after / f"{name}.safetensors"))
+    weights = load_file(after / "model.safetensors")
+    assert weights.keys() == {parameter.name for parameter in trainer.family.parameters(trainer.cfg.model)}

@@ -13,7 +13,7 @@ from runner.models.qwen3_moe import Qwen3Moe
 from runner.models.qwen3_vl import Qwen3VL
 from runner.schema import ModelConfig
 
-__all__ = ["FAMILIES", "Family", "Parameter", "StackedParameter", "family_of", "num_parameters"]
+__all__ = ["FAMILIES", "Family", "Parameter", "StackedParameter", "family_of", "num_parameters", "register_architectures"]
 
 _ALL: tuple[Family, ...] = (Qwen3(), Qwen3Moe(), DeepSeek(), MiMo(), Qwen3VL())
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
@@ -26,6 +26,12 @@ def family_of(model: ModelConfig) -> Family:
     close = difflib.get_close_matches(model.family, FAMILIES, n=1)
     fix = f"did you mean model.family={close[0]}?" if close else f"use one of {', '.join(FAMILIES)}"
     raise UserError(f"unknown model family '{model.family}'", key="model.family", fix=fix)
+
+
+def register_architectures() -> None:
+    """Let transformers build every family's architecture, whichever a process is going to meet. Imports torch."""
+    for family in _ALL:
+        family.register()
 
 
 def num_parameters(model: ModelConfig) -> int:

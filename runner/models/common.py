@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.models.family import Parameter, StackedParameter
+from runner.models.family import MtpLayers, Parameter, StackedParameter
 from runner.models.vocabulary import EOS_ID, PAD_ID
 from runner.schema import ModelConfig, Role
 
@@ -45,11 +45,20 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class DenseFamily:
-    """A family without experts: nothing is fused in memory."""
+class KnownFamily:
+    """What is so of most families: transformers has them, and they bring nothing beside their decoder."""
+
+    mtp: MtpLayers | None = None
+
+    def register(self) -> None:
+        return
 
     def unused(self, model: ModelConfig, name: str) -> bool:
         return False
+
+
+class DenseFamily(KnownFamily):
+    """A family without experts: nothing is fused in memory."""
 
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
         yield from ()
@@ -58,11 +67,8 @@ class DenseFamily:
         return []
 
 
-class SparseFamily:
+class SparseFamily(KnownFamily):
     """A family whose layers after the first `num_dense_layers` have routed experts under `mlp`."""
-
-    def unused(self, model: ModelConfig, name: str) -> bool:
-        return False
 
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
         for layer in self.moe_layers(model):

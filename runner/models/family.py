@@ -38,10 +38,31 @@ class StackedParameter:
     pieces: tuple[tuple[str, int, int, int], ...]
 
 
+class MtpLayers(Protocol):
+    """A family's multi-token-prediction layers as modules. Called with hidden states and the next tokens' embeddings, both
+    [B, T, H], and position embeddings, a layer gives the states [B, T, H] whose lm_head logits predict one token further."""
+
+    prefix: str  # of their parameters, on disk and in memory: "model.mtp_layers."; then <layer>.<name>
+
+    def build(self, config: Any) -> tuple[list[Any], Any]:
+        """(layers with weights still to be filled, their rotary embedding) of transformers' config, without the rest of the
+        model."""
+        ...
+
+
 class Family(Protocol):
     name: str
     architectures: tuple[str, ...]  # config.json "architectures" that this family reads
     model_types: tuple[str, ...]  # config.json "model_type"s of them; the first is transformers' own
+
+    @property
+    def mtp(self) -> MtpLayers | None:
+        """None: the family has none that anything here computes."""
+        ...
+
+    def register(self) -> None:
+        """Let transformers build this architecture, where it does not know it by itself. Safe to call again."""
+        ...
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         """Every parameter, in checkpoint order; tied lm_head is left out."""

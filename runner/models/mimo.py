@@ -11,10 +11,27 @@ from runner.models.family import Parameter
 from runner.schema import ModelConfig, Role
 
 
+class MiMoMtp:
+    """`runner.models.family.MtpLayers` of MiMo."""
+
+    prefix = "model.mtp_layers."
+
+    def build(self, config: Any) -> tuple[list[Any], Any]:
+        from runner.models import mimo_torch
+
+        return mimo_torch.mtp_layers(config)
+
+
 class MiMo(common.DenseFamily):
     name = "mimo"
+    mtp = MiMoMtp()
     architectures: tuple[str, ...] = ("MiMoForCausalLM",)
     model_types: tuple[str, ...] = ("mimo",)
+
+    def register(self) -> None:
+        from runner.models import mimo_torch
+
+        mimo_torch.register()
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield common.embedding(model)
@@ -22,7 +39,7 @@ class MiMo(common.DenseFamily):
             yield from _decoder_layer(model, f"model.layers.{layer}", layer)
         yield from common.final_norm_and_head(model)
         for index in range(model.num_mtp_layers):
-            yield from _mtp_layer(model, f"model.mtp_layers.{index}", model.num_layers + index)
+            yield from _mtp_layer(model, f"{self.mtp.prefix}{index}", model.num_layers + index)
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

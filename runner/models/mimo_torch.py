@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 
 class MiMoConfig(Qwen2Config):
@@ -69,6 +69,13 @@ class MiMoForCausalLM(Qwen2ForCausalLM):
         super().__init__(config)
         self.model = MiMoModel(config)
         self.post_init()
+
+
+def mtp_layers(config: MiMoConfig) -> tuple[list[MiMoMTPLayer], Qwen2RotaryEmbedding]:
+    """See `runner.models.family.MtpLayers.build`."""
+    first = config.num_hidden_layers
+    layers = [MiMoMTPLayer(config, first + index) for index in range(config.num_nextn_predict_layers)]
+    return layers, Qwen2RotaryEmbedding(config)
 
 
 def register() -> None:

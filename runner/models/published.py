@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import cached_file
 
 from runner.errors import UserError
-from runner.models import family_of, mimo_torch
+from runner.models import family_of
 from runner.schema import ModelConfig
 
 KEY = "model.hf_checkpoint"
@@ -82,8 +82,8 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
 
 def checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
     """`config_values` as transformers' config object; of a model without a checkpoint, that of the model group."""
-    mimo_torch.register()
     family = family_of(model)
+    family.register()
     values = family.hf_config(model) if model.hf_checkpoint is None else config_values(model)
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(values)

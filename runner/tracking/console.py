@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.schema import Config
-from runner.tracking.tracker import BaseTracker
-from runner.tracking.tracker import Progress as ProgressProtocol
+from runner.tracking.base import BaseTracker
+from runner.tracking.base import Progress as ProgressProtocol
 
 PLAIN_PROGRESS_SECONDS = 10.0
 TABLE_ROWS = 8

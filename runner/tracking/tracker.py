@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from runner.decisions import EVENT
 from runner.errors import Failure, UserError
 from runner.schema import Config
+from runner.tracking.base import BaseTracker, Progress
+from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
     atomic_write,
@@ -34,70 +36,6 @@ from runner.tracking.folder import (
 
 REPORT_INTERVAL_SECONDS = 20.0  # at least, between refreshes of report.html while the run goes on
 REPORT_TIME_SHARE = 0.01  # of a run's time that refreshes may take: long runs have slow reports
-
-
-class Progress(Protocol):
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        """`amount` more of the total is done; `note` replaces the text beside the bar."""
-        ...
-
-
-class Tracker(Protocol):
-    """Metric names are those of the field (`train/grad_norm`, `rollout/raw_reward`, `eval/<name>`, ...)."""
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """The metrics of one finished step, counted from 0. May be called again for the same step (evaluation)."""
-        ...
-
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A few samples as JSON objects; `prompt`, `response` and `reward` are shown in the report."""
-        ...
-
-    def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        """Something a reader of the run must know: a watch rule fired, a step was skipped, speculation went off."""
-        ...
-
-    def rewind(self, first_step: int) -> None:
-        """The run goes back to a checkpoint: `first_step` is done next, and what was logged of it and later is dropped."""
-        ...
-
-    def progress(self, label: str, total: int) -> Any:
-        """A context manager that gives a `Progress` for a long part outside of the steps (warm start, evaluation)."""
-        ...
-
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
-        """The last call. `status` is one of runner.tracking.folder.STATES."""
-        ...
-
-
-class SilentProgress:
-    def advance(self, amount: int = 1, note: str = "") -> None:
-        return
-
-
-class BaseTracker:
-    """Does nothing: trackers override what concerns them. `in_folder`: writes files of the run's folder."""
-
-    in_folder = False
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        return
-
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        return
-
-    def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        return
-
-    def rewind(self, first_step: int) -> None:
-        return
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Progress]:
-        yield SilentProgress()
-
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
-        return
 
 
 class JsonlTracker(BaseTracker):
@@ -354,8 +292,6 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0, check: Cal
     `first_step`: the step done next, 0 in a fresh run, the checkpoint's step count in a resumed one. `check`: see
     CompositeTracker.
     """
-    from runner.tracking.console import build_console
-
     run_dir.mkdir(parents=True, exist_ok=True)
     write_resolved(run_dir, cfg)
     write_environment(run_dir, cfg)

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from runner.models.family import Family
-from runner.models.mimo_torch import MiMoMTPLayer
+from runner.models import family_of
+from runner.models.family import Family, MtpLayers
 from runner.samples import Batch
 from runner.schema import Config, ModelConfig, Role
 from runner.trainer.optimizer import MasterOptimizer
@@ -76,7 +76,7 @@ class MtpTraining(NoMtp):
     def __init__(
         self,
         cfg: Config,
-        layers: Sequence[MiMoMTPLayer],
+        layers: Sequence[nn.Module],
         rotary: nn.Module,
         *,
         embed: Embed,
@@ -85,6 +85,7 @@ class MtpTraining(NoMtp):
         reduce: Reduce = lambda tensor: None,
     ) -> None:
         self.layers, self.rotary, self.embed, self.score, self.reduce = layers, rotary, embed, score, reduce
+        self.prefix = layers_of(family_of(cfg.model)).prefix  # of the layers' parameters in a checkpoint
         self.coef = cfg.speculative.mtp_loss_coef
         named = [(f"{index}.{name}", p) for index, layer in enumerate(layers) for name, p in layer.named_parameters()]
         options = replace(cfg.trainer.optimizer, cpu_offload=False)  # few weights, whose gradients are reduced on their device
@@ -215,15 +216,17 @@ def all_tokens(sequences: Sequences) -> list[torch.Tensor]:
     return [torch.ones(len(tokens) - prompt, dtype=torch.bool) for tokens, prompt in sequences]
 
 
-def build_layers(model: ModelConfig, attention: str, dtype: torch.dtype) -> tuple[list[MiMoMTPLayer], nn.Module]:
+def build_layers(model: ModelConfig, attention: str, dtype: torch.dtype) -> tuple[list[nn.Module], nn.Module]:
     """(MTP layers with weights still to be filled, their rotary embedding), without the rest of the model."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    from runner.models import mimo_torch
     from runner.models.published import checkpoint_config
 
     config = checkpoint_config(model)
-    assert isinstance(config, mimo_torch.MiMoConfig)
     config._attn_implementation = attention
-    layers = [MiMoMTPLayer(config, model.num_layers + index).to(dtype) for index in range(model.num_mtp_layers)]
-    return layers, Qwen2RotaryEmbedding(config)
+    layers, rotary = layers_of(family_of(model)).build(config)
+    return [layer.to(dtype) for layer in layers], rotary
+
+
+def layers_of(family: Family) -> MtpLayers:
+    """How the family builds its MTP layers; only for a model that has some."""
+    assert family.mtp is not None, f"{family.name} has parameters of role mtp and no layers for them"
+    return family.mtp

@@ -19,7 +19,7 @@ from runner.cores import available_cores
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.models import family_of, visual
-from runner.models.build import build_model, named_weights
+from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
@@ -127,7 +127,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
 
         return mtp.MtpTraining(
             self.cfg,
-            base.mtp_layers,
+            list(self.model.get_submodule(mtp.layers_of(self.family).prefix.removesuffix(".")).children()),
             base.rotary_emb,
             embed=lambda tokens: F.embedding(tokens, base.embed_tokens.weight.detach()),
             score=score,
@@ -321,15 +321,66 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
             lambda name, rows: self.quantizer.scales.get((name, rows)) if name in same else None,
         )
 
+    def state(self) -> checkpoint.State:
+        """All that a checkpoint holds: plain tensors, which may be the trainer's own, and counters."""
+        optimizer = self.optimizer.state_tensors() | {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            optimizer["rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {
+            "model": dict(disk_tensors(self.family, self.cfg.model, self.unquantized_weights().items())),
+            "masters": self._trained(),
+            "optimizer": optimizer,
+        }
+        if isinstance(self.mtp, mtp.MtpTraining):
+            tensors["mtp"] = self.mtp.state_tensors()
+        if self._reference is not None:
+            tensors["reference"] = self._reference
+        return checkpoint.State(tensors, {**self.counters(), "master_weights": self.optimizer.has_masters})
+
+    def load_state(self, state: checkpoint.State) -> None:
+        """Inverse of `state`; the model weights are derived from the masters. KeyError or RuntimeError where it does not fit."""
+        optimizer = dict(state.tensors["optimizer"])
+        rng, rng_cuda = optimizer.pop("rng"), optimizer.pop("rng_cuda", None)
+        checkpoint.fill(self._trained(), state.tensors["masters"])
+        self.optimizer.load_state_tensors(optimizer)
+        if isinstance(self.mtp, mtp.MtpTraining):
+            if "mtp" in state.tensors:
+                self.mtp.load_state_tensors(state.tensors["mtp"])
+            else:
+                self.mtp.adopt_weights()
+        if "reference" in state.tensors and self._reference is not None:
+            checkpoint.fill(self._reference, state.tensors["reference"])
+        self.load_counters(state.counters)
+        torch.set_rng_state(rng)
+        if rng_cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(rng_cuda, self.device)
+        self._write_weights()
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """Masters, and what lies beside them in the model."""
+        return {**self.optimizer.masters, **self._buffers}
+
     def save(self, folder: Path) -> None:
-        checkpoint.save(self, folder)
+        checkpoint.save(self.state(), self.cfg.model, folder)
 
     def begin_save(self, folder: Path) -> Saving:
         self.save(folder)
         return Saved()
 
     def load(self, folder: Path) -> None:
-        checkpoint.load(self, folder)
+        """See the protocol. Raises UserError naming the file that is missing or broken, or the weight that does not fit."""
+        state = checkpoint.load(folder)
+        if state.counters["master_weights"] != self.optimizer.has_masters:
+            raise UserError(
+                f"{folder} was saved with trainer.master_weights={str(state.counters['master_weights']).lower()}",
+                key="trainer.master_weights",
+                fix="resume with the same setting",
+            )
+        try:
+            self.load_state(state)
+        except (KeyError, RuntimeError) as error:
+            problem = f"{folder} does not fit this model: {error}"
+            raise UserError(problem, key="model", fix="resume with the same model") from error
 
     def sleep(self) -> None:
         self._parking.sleep()

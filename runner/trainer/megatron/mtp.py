@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch.nn import functional as F
 
+from runner.models import family_of
 from runner.schema import Config
 from runner.trainer import attention
 from runner.trainer.megatron.model import DTYPES
@@ -23,9 +24,7 @@ from runner.trainer.megatron.scores import VocabularySoftmax, output_weight
 from runner.trainer.megatron.sources import Read
 from runner.trainer.megatron.specs import local_rows
 from runner.trainer.microbatch import score_tokens
-from runner.trainer.mtp import MtpTraining, NoMtp, build_layers, trained_online
-
-HF_PREFIX = "model.mtp_layers."  # of the layers' parameters in a checkpoint; then <layer>.<name>, as the optimizer has them
+from runner.trainer.mtp import MtpTraining, NoMtp, build_layers, layers_of, trained_online
 
 
 def build(cfg: Config, model: GPTModel, read: Read, device: torch.device) -> NoMtp | MtpTraining:
@@ -34,11 +33,12 @@ def build(cfg: Config, model: GPTModel, read: Read, device: torch.device) -> NoM
         return NoMtp()
     dtype = DTYPES[cfg.precision.base_dtype]
     layers, rotary = build_layers(cfg.model, attention.register(), dtype)
+    prefix = layers_of(family_of(cfg.model)).prefix
     with torch.no_grad():
         for index, layer in enumerate(layers):
             layer.to(device).train()
             for name, parameter in layer.named_parameters():
-                parameter.copy_(read(f"{HF_PREFIX}{index}.{name}"))
+                parameter.copy_(read(f"{prefix}{index}.{name}"))
     return MtpTraining(
         cfg,
         layers,
@@ -54,7 +54,7 @@ def weights(training: NoMtp | MtpTraining) -> dict[str, torch.Tensor]:
     """HF name -> trained weight, sharing memory with the layers."""
     if not isinstance(training, MtpTraining):
         return {}
-    return {f"{HF_PREFIX}{name}": parameter.data for name, parameter in training.optimizer.params.items()}
+    return {f"{training.prefix}{name}": parameter.data for name, parameter in training.optimizer.params.items()}
 
 
 @torch.no_grad()

@@ -21,13 +21,14 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from runner.errors import UserError
 from runner.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
 from runner.schema import Config, Format, QatPlacement
 from runner.trainer import policy_step
-from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat
+from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat, sharded
 from runner.trainer.megatron.fp8 import simulate_fp8
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
@@ -35,7 +36,7 @@ from runner.trainer.megatron.replay import Replay
 from runner.trainer.megatron.scores import response_scores
 from runner.trainer.megatron.sources import open_weights
 from runner.trainer.microbatch import TokenScores
-from runner.trainer.mtp import Sequences
+from runner.trainer.mtp import MtpTraining, Sequences
 from runner.trainer.parking import Parking, tensors_of_optimizer
 from runner.trainer.policy import Loss, PolicyUpdates, Rows, Updated, replays
 from runner.trainer.protocol import Routes, Weights
@@ -330,17 +331,65 @@ class Worker(PolicyUpdates):
         with self.quantization.unquantized():
             yield from export.local_weights(self.cfg, self.places, self.passengers, format)
 
+    def state(self) -> checkpoint.State:
+        """All that a checkpoint holds. Weights are bf16(master) now. Collective."""
+        par = self.cfg.parallelism
+        counters = {
+            **self.counters(),
+            "adam_step": sharded.adam_step(self.masters, self.device),
+            "master_weights": self.masters.has_masters,
+            "reference": self.reference is not None,
+            "mtp": isinstance(self.mtp, MtpTraining),
+            "layout": {name: getattr(par, name) for name in ("ranks", "tp", "pp", "cp", "ep", "etp")},
+        }
+        return checkpoint.State(self._tensors(counters, filled=True), counters)
+
+    def _tensors(self, counters: dict[str, Any], *, filled: bool) -> dict[str, sharded.Sharded]:
+        """What a checkpoint with these counters holds and this rank takes. Collective where `filled`."""
+        stepped = bool(counters["adam_step"])
+        tensors = {
+            "model": sharded.model_weights(self.model),
+            "passengers": sharded.replicated("passenger", self.passengers),
+            "optimizer": sharded.optimizer(self.model, self.ddp, self.masters, stepped=stepped, filled=filled),
+        }
+        if self.reference is not None and counters["reference"]:
+            tensors["reference"] = sharded.reference(self.model, zip(self._swappable(), self.reference, strict=True))
+        if isinstance(self.mtp, MtpTraining) and counters["mtp"]:
+            if not filled:
+                self.mtp.prepare_to_load(stepped)
+            tensors["mtp"] = sharded.replicated("mtp", self.mtp.state_tensors())
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, state: checkpoint.State) -> None:
+        """Inverse of `state`, with tensors in place of their places; the model weights are derived from the masters."""
+        tensors = state.tensors
+        sharded.restore_masters(self.model, self.masters, tensors["optimizer"], state.counters["adam_step"])
+        sharded.restore_buffers(self.model, self.places, tensors["model"])
+        for name, tensor in self.passengers.items():
+            tensor.copy_(tensors["passengers"][name])
+        if isinstance(self.mtp, MtpTraining):
+            if "mtp" in tensors:
+                self.mtp.load_state_tensors(tensors["mtp"])
+            else:
+                self.mtp.adopt_weights()
+        if "reference" in tensors and self.reference is not None:
+            for place, tensor in zip(self._swappable(), self.reference, strict=True):
+                tensor.copy_(tensors["reference"][place.name])
+        self.load_counters(state.counters)
+        self.quantization.resync()
+
     def save(self, folder: Path) -> None:
         """Model (bf16(master)), masters, moments and counters into an existing folder. Collective."""
         self.quantization.settle()
         with self.quantization.unquantized():
-            checkpoint.save(self, folder)
+            checkpoint.save(self.state(), self.cfg.model, folder)
 
     def begin_save(self, folder: Path) -> None:
         """`save` beside what comes next. One at a time: `finish_save` before another one. Collective."""
         self.quantization.settle()
         with self.quantization.unquantized():
-            self.saving = checkpoint.AsyncSave(self, folder)
+            self.saving = checkpoint.AsyncSave(self.state(), self.cfg.model, folder)
 
     def save_finished(self) -> bool:
         """Whether every rank has written the save that was begun. Collective."""
@@ -376,8 +425,15 @@ class Worker(PolicyUpdates):
 
     def load(self, folder: Path) -> int:
         """Restore what `save` wrote, from any layout; returns the version. Collective."""
-        checkpoint.load(self, folder)
-        self.quantization.resync()
+        counters = checkpoint.read_counters(folder)
+        if counters["master_weights"] != self.masters.has_masters:
+            raise UserError(
+                f"{folder} was saved {'with' if counters['master_weights'] else 'without'} fp32 masters beside the weights",
+                key="precision.base_dtype",
+                fix="resume with the same base dtype",
+            )
+        tensors = checkpoint.load(self._tensors(counters, filled=False), folder)
+        self.load_state(checkpoint.State(tensors, counters))
         return self.version
 
     def start_from(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from runner.models import mimo_torch
+from runner import models
 from runner.rollout.sglang.entry import shared_file, shared_segment
 from runner.weights import broadcast
 
@@ -28,7 +28,7 @@ def register() -> None:
     for module in ("device_communicators.shm_broadcast", "parallel_state"):
         HookRegistry.register(f"sglang.srt.distributed.{module}.make_shm_name", _shared_segment, HookType.AROUND)
     _local_store()
-    mimo_torch.register()  # MiMo's checkpoints bring code for this, which engines do not run
+    models.register_architectures()  # checkpoints bring code for this, which engines do not run
 
 
 def _local_store() -> None:
