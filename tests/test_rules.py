@@ -7,7 +7,6 @@ import shlex
 
 import pytest
 
-from runner import compose
 from runner.cli.overrides import parse, readable, shell
 from runner.compose import load
 from runner.errors import UserError, UserErrors
