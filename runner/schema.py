@@ -385,6 +385,7 @@ class AlgorithmConfig:
 class ClusterConfig:
     name: str = MISSING
     launcher: str = one_of("local", "ray", "slurm", "k8s")
+    plan_only: bool = MISSING  # no launcher of this kind is written yet: `plan` knows it, a run is refused
     nodes: int = number(ge=1, le=2**17)
     gpus_per_node: int = number(ge=0, le=1024)  # 0: a machine without GPUs
     gpu_memory_gib: float = number(gt=0, le=1e6)
