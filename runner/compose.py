@@ -119,9 +119,33 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
         kept = [item for item in overrides if override_key(item) not in ("model", "run")]
         overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
         raw = _composed(overrides)
+    elif raw.scale != "laptop":
+        _take_architecture(raw.model, overrides)
     with open_dict(raw):
         del raw["hydra"]
     return raw, overrides
+
+
+def _take_architecture(model: DictConfig, overrides: list[str]) -> None:
+    """Put the numbers of a local checkpoint's config.json into the model group. A key that the command line names stays as it is,
+    and the rules say where it differs; they also say what in the file nobody here computes. A hub id is read when the run starts:
+    its numbers must be those of the model group."""
+    if model.hf_checkpoint is None:
+        return
+    from runner.models import FAMILIES, agreement
+
+    typed_model = cast(schema.ModelConfig, model)
+    family, config = FAMILIES.get(model.family), agreement.local_config(typed_model)
+    if family is None or config is None:
+        return
+    try:
+        numbers = agreement.numbers(typed_model, family, config)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    typed = {override_key(item) for item in overrides}
+    for name, value in numbers.items():
+        if f"model.{name}" not in typed:
+            model[name] = value
 
 
 def _composed(overrides: list[str]) -> DictConfig:

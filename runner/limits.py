@@ -62,9 +62,9 @@ class Range:
         return type(value)(min(1, self.le) if near is None else near)
 
 
-def number(*, le: float, ge: float | None = None, gt: float | None = None) -> Any:
-    """A mandatory number of this range."""
-    return field(default=MISSING, metadata={RANGE: Range(le, ge, gt)})
+def number(*, le: float, ge: float | None = None, gt: float | None = None, default: float | str | None = MISSING) -> Any:
+    """A number of this range, mandatory without a `default`."""
+    return field(default=default, metadata={RANGE: Range(le, ge, gt)})
 
 
 def one_of(*choices: str) -> Any:

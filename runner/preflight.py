@@ -81,9 +81,12 @@ def _packages(cfg: Config) -> list[UserError]:
         elif option in PACKAGES and not installed(PACKAGES[option][0]):
             _, install, need = PACKAGES[option]
             errors.append(UserError(f"{need}, which is not installed", key=option, fix=install))
-    if cfg.cluster.launcher != "local" and not installed(f"runner.cluster.{cfg.cluster.launcher}"):
-        module = f"runner.cluster.{cfg.cluster.launcher}"
-        errors.append(UserError(f"this version of runner does not have it yet ({module})", key=f"cluster={cfg.cluster.name}"))
+    launcher = f"runner.cluster.{cfg.cluster.launcher}"
+    if cfg.cluster.plan_only or cfg.cluster.launcher != "local" and not installed(launcher):
+        problem = f"this version of runner plans for it and does not run on it yet ({launcher})"
+        errors.append(
+            UserError(problem, key=f"cluster={cfg.cluster.name}", fix="`plan` shows the run; cluster=local runs on one machine")
+        )
     return errors
 
 

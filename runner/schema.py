@@ -1,4 +1,4 @@
-"""The typed schema of every config group: field names, types and units. No defaults live here.
+"""The typed schema of every config group: field names, types and units. No defaults live here (but "off", in watch rules).
 
 Every field is mandatory (`MISSING`) so that the one place for a default is `conf/`; the comment beside a
 field says what it means, and `number(...)`, `one_of(...)`, `path()` beside its type what it allows (limits.py).
@@ -384,6 +384,7 @@ class AlgorithmConfig:
 class ClusterConfig:
     name: str = MISSING
     launcher: str = one_of("local", "ray", "slurm", "k8s")
+    plan_only: bool = MISSING  # no launcher of this kind is written yet: `plan` knows it, a run is refused
     nodes: int = number(ge=1, le=2**17)
     gpus_per_node: int = number(ge=0, le=1024)  # 0: a machine without GPUs
     gpu_memory_gib: float = number(gt=0, le=1e6)
@@ -439,17 +440,18 @@ class MismatchConfig:
 
 @dataclass
 class WatchRuleConfig:
-    """Compare a metric with a bound or with its own running mean."""
+    """Compare a metric with a bound or with its own running mean. A rule says what it asks for; the rest is off."""
 
     metric: str = MISSING
-    above: Optional[float] = number(ge=-1e30, le=1e30)
-    below: Optional[float] = number(ge=-1e30, le=1e30)
-    jump_ratio: Optional[float] = number(gt=0, le=1e30)  # value over its running mean of earlier steps; under 1: fires below it
-    jump_floor: Optional[float] = number(ge=0, le=1e30)  # a jump to less than this is noise
-    drop_against_baseline: Optional[float] = number(ge=0, le=1e30)  # absolute, against `baseline_run` at the same step
     patience_steps: int = number(ge=1, le=10**9)  # consecutive steps that must break the rule
-    action: WatchAction = MISSING
-    enabled: bool = MISSING
+    above: Optional[float] = number(ge=-1e30, le=1e30, default=None)
+    below: Optional[float] = number(ge=-1e30, le=1e30, default=None)
+    jump_ratio: Optional[float] = number(gt=0, le=1e30, default=None)  # value over its running mean; under 1: fires below it
+    jump_floor: Optional[float] = number(ge=0, le=1e30, default=None)  # a jump to less than this is noise
+    # absolute, against `baseline_run` at the same step
+    drop_against_baseline: Optional[float] = number(ge=0, le=1e30, default=None)
+    action: WatchAction = WatchAction.warn
+    enabled: bool = True
 
 
 @dataclass

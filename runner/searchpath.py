@@ -1,7 +1,7 @@
 """Where configs are found: conf/ and recipes/ of this project, then of the user's own folder. Torch-free.
 
-A tree is a folder with conf/<group>/<option>.yaml and recipes/<name>.yaml. The first is the checkout, or the package where runner was
-installed without one; RUNNER_CONFIG_DIR names a second, whose options are chosen as those of the first are.
+A tree is a folder with conf/<group>/<option>.yaml and recipes/<name>.yaml. The first is the checkout, or the package where runner
+was installed without one; RUNNER_CONFIG_DIR names a second, whose options are chosen as those of the first are.
 """
 
 from __future__ import annotations

@@ -219,6 +219,13 @@ def test_recipes_at_laptop_scale_run_here(recipe: str) -> None:
     preflight.check(cfg)
 
 
+def test_clusters_that_are_only_planned_for_say_so() -> None:
+    for name in OPTIONS["cluster"]:
+        cfg = compose.load([f"cluster={name}", "cluster.gpus_per_node=0"], check_rules=False).config
+        refused = [str(error) for error in preflight._packages(cfg) if error.key == f"cluster={name}"]
+        assert cfg.cluster.plan_only == (name != "local") == bool(refused)
+
+
 def test_targets_are_ours() -> None:
     for file in CONFIG_DIR.rglob("*.yaml"):
         target = (yaml.safe_load(file.read_text()) or {}).get("_target_")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from runner import compose, rules
 from runner.convert.engine import convert
-from runner.errors import UserError
+from runner.errors import UserError, UserErrors
 from runner.images import image_processor
 from runner.models import FAMILIES, Family, agreement, family_of, qwen3_vl
 from runner.models.build import build_model, save_config
@@ -30,9 +30,11 @@ from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.routing.replay import RouterReplay
 from runner.schema import Convention, ModelConfig, Role
+from runner.searchpath import groups
 from runner.trainer import mtp
 
 INT4 = TensorFormat.int4(32, Convention.exact)
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 GROUPS: dict[str, Any] = {"num_experts": 8, "experts_top_k": 4, "expert_groups": 4, "expert_groups_top_k": 2}
 
@@ -106,6 +108,41 @@ def test_what_differs_or_is_not_computed_is_said_before_a_run(
 def test_a_checkpoint_of_the_model_group_is_accepted(tmp_path: Path, family: str) -> None:
     config = folder_of(tmp_path / "source", model(family))
     assert list(agreement.problems(config, family_of(config), agreement.local_config(config) or {})) == []
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_shipped_numbers_are_those_of_the_published_config_json(name: str) -> None:
+    """They serve planning without the checkpoint. tests/published_configs.json: what the hub's config.json say of the shape."""
+    shipped, published = compose.load([f"model={name}"]).config.model, PUBLISHED[name]
+    fields = family_of(shipped).from_hf_config(published, name)
+    assert fields == {field: getattr(shipped, field) for field in fields}
+    assert set(published["architectures"]) <= set(family_of(shipped).architectures)
+
+
+def test_every_shipped_checkpoint_is_among_the_published_ones() -> None:
+    assert sorted(PUBLISHED) == [name for name in groups()["model"] if not name.startswith("tiny")]
+
+
+@pytest.mark.parametrize(("group", "family"), [("qwen3_4b", "qwen3"), ("qwen3_30b", "qwen3_moe"), ("moonlight_16b", "deepseek")])
+def test_the_numbers_of_a_local_checkpoint_are_taken_from_its_config_json(tmp_path: Path, group: str, family: str) -> None:
+    folder = folder_of(tmp_path / "source", model(family))
+    chosen = [f"model={group}", f"model.hf_checkpoint={folder.hf_checkpoint}"]
+    taken = compose.load(chosen, check_rules=False)
+    names = agreement.numbers(folder, family_of(folder), agreement.local_config(folder) or {})
+    assert {"num_layers", "hidden_size", "rope_theta", "vocab_size"} <= names.keys()
+    assert names == {name: getattr(taken.config.model, name) for name in names} == {name: taken.raw.model[name] for name in names}
+    assert taken.config.model.name == group and taken.config.model.hf_checkpoint == folder.hf_checkpoint
+    with pytest.raises(UserErrors, match=f"has num_layers {folder.num_layers}, the model group 7"):
+        compose.load([*chosen, "model.num_layers=7"])
+
+
+def test_a_toy_twin_does_not_grow_to_the_size_of_a_checkpoint(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "source", model("qwen3"))
+    chosen = ["model=qwen3_4b", f"model.hf_checkpoint={folder.hf_checkpoint}", "scale=laptop"]
+    assert (
+        compose.load(chosen, check_rules=False).config.model.num_layers
+        == compose.load(["model=tiny_dense"]).config.model.num_layers
+    )
 
 
 def test_megatron_refuses_by_rule_what_it_would_compute_otherwise() -> None:

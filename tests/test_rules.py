@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 
-from runner import compose
 from runner.cli.overrides import parse, readable, shell
 from runner.compose import load
 from runner.errors import UserError, UserErrors

@@ -21,9 +21,7 @@ NUMERICS = {"mismatch/quantization_abs": 0.0, "mismatch/routing_abs": 0.0, "mism
 
 
 def rule(metric: str, **changes: Any) -> schema.WatchRuleConfig:
-    values: dict[str, Any] = dict.fromkeys(("above", "below", "jump_ratio", "jump_floor", "drop_against_baseline"))
-    values |= {"metric": metric, "patience_steps": 1, "action": schema.WatchAction.warn, "enabled": True}
-    return schema.WatchRuleConfig(**(values | changes))
+    return schema.WatchRuleConfig(metric, **({"patience_steps": 1} | changes))
 
 
 def config(*, baseline: str | None = None, window: int = 4, r3: bool = True, **rules: schema.WatchRuleConfig) -> schema.Config:

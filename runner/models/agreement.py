@@ -62,29 +62,42 @@ def local_config(model: ModelConfig) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def numbers(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the model group that a config.json decides; {} for one of another family: whoever loads it says which reads it.
+
+    Raises ValueError for what the family does not compute; TypeError, KeyError or AttributeError for nonsense.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not set(map(str, architectures)) & set(family.architectures):
+        return {}
+    fields = family.from_hf_config(config, str(model.hf_checkpoint))
+    meaningless = (() if fields["num_experts"] else OF_EXPERTS) + (OF_PLAIN_ATTENTION if fields["kv_lora_rank"] else ())
+    return {name: value for name, value in fields.items() if name not in OWN and name not in meaningless}
+
+
 def problems(model: ModelConfig, family: Family, config: dict[str, Any]) -> Iterator[UserError]:
     """Everything in which the checkpoint is not the model of the model group, or is one that nobody here computes."""
     where = f"config.json of '{model.hf_checkpoint}'"
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not set(map(str, architectures)) & set(family.architectures):
-        return  # whoever loads the checkpoint says which family reads it
+    error: UserError | None = None
+    theirs: dict[str, Any] = {}
+    try:
+        theirs = numbers(model, family, config)
+        if not theirs:
+            return
+    except ValueError as found:
+        error = UserError(str(found), key=KEY, fix="a checkpoint of a kind that this family understands")
+    except (TypeError, KeyError, AttributeError) as found:
+        error = UserError(f"{where} cannot be understood: {found!r}", key=KEY, fix="the config.json that belongs to the weights")
     rope = Rope.of(config)
     if reason := rope.problem():
         yield UserError(f"{where} has rotary scaling {rope.kind!r}: {reason}", key=KEY, fix="a checkpoint without it")
-    try:
-        fields = family.from_hf_config(config, str(model.hf_checkpoint))
-    except ValueError as error:
-        yield UserError(str(error), key=KEY, fix="a checkpoint of a kind that this family understands")
-        return
-    except (TypeError, KeyError, AttributeError) as error:
-        yield UserError(f"{where} cannot be understood: {error!r}", key=KEY, fix="the config.json that belongs to the weights")
-        return
-    meaningless = (() if fields["num_experts"] else OF_EXPERTS) + (OF_PLAIN_ATTENTION if fields["kv_lora_rank"] else ())
-    for name, theirs in fields.items():
-        ours = getattr(model, name, theirs)
-        if name not in OWN and name not in meaningless and ours != theirs:
+    if error:
+        yield error
+    for name, value in theirs.items():
+        ours = getattr(model, name)
+        if ours != value:
             yield UserError(
-                f"{where} has {name} {theirs}, the model group {ours}", key=f"model.{name}", fix=f"model.{name}={_typed(theirs)}"
+                f"{where} has {name} {value}, the model group {ours}", key=f"model.{name}", fix=f"model.{name}={_typed(value)}"
             )
 
 
