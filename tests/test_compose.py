@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from runner import compose, preflight
 from runner.cli.problems import groups
 from runner.errors import UserErrors
-from runner.schema import Convention, Correction, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
+from runner.rollout.local.option import LocalRolloutConfig
+from runner.rollout.sglang.config import SglangRolloutConfig
+from runner.schema import Convention, Correction, Format
+from runner.trainer.megatron.config import MegatronTrainerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = groups(compose.CONFIG_DIR)

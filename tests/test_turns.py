@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runner import compose
+from runner.options import takes_turns
 from runner.rollout.protocol import SyncReport
-from runner.rollout.sglang.arguments import takes_turns
 from runner.turns import Turns
 
 BATCH: Any = None
