@@ -1,4 +1,4 @@
-"""An option brings its own door: one that lies in a temporary folder is composed, planned, checked and refused like the others."""
+"""An option brings its own door: one from a temporary folder is composed, planned, checked and refused like the others."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ from runner import compose, preflight
 from runner.cli.problems import groups
 from runner.errors import UserErrors
 from runner.rollout.sglang import arguments
+from runner.rollout.sglang import rules as sglang
 from runner.rollout.sglang.config import SglangRolloutConfig, layout
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.rollout.sglang import rules as sglang
 from runner.schema import Config
 from runner.weights import transfer_engine
 
