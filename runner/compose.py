@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runner import limits, schema, searchpath
+from runner import limits, options, schema, searchpath
 from runner.cli.overrides import (
     expand_home,
     given,
@@ -37,17 +37,6 @@ from runner.redaction import remember_environment, restored
 
 CONFIG_NAME = "config"
 VERSION_BASE = "1.3"
-# Options with keys of their own put their schema first in their defaults list, under these names.
-OPTION_SCHEMAS = {
-    "trainer": {"torch_schema": schema.TorchTrainerConfig, "megatron_schema": schema.MegatronTrainerConfig},
-    "rollout": {"local_schema": schema.LocalRolloutConfig, "sglang_schema": schema.SglangRolloutConfig},
-    "task": {
-        "arithmetic_schema": schema.ArithmeticTaskConfig,
-        "jsonl_schema": schema.JsonlTaskConfig,
-        "visual_count_schema": schema.VisualCountTaskConfig,
-        "geo3k_schema": schema.Geo3kTaskConfig,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -162,8 +151,8 @@ def to_config(raw: DictConfig) -> schema.Config:
         value = getattr(holder, field.name)
         if isinstance(value, str) and field.metadata.get(limits.PATH):
             setattr(holder, field.name, expand_home(value))
-    if isinstance(config.task, schema.JsonlTaskConfig):
-        config.task.prompt_template = with_newlines(config.task.prompt_template)
+        if isinstance(value, str) and field.metadata.get(limits.LINES):
+            setattr(holder, field.name, with_newlines(value))
     return config
 
 
@@ -201,15 +190,18 @@ def default_outputs_dir() -> str:
 
 
 def register() -> None:
-    """Put the schema into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again."""
+    """Put the schemas into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again.
+
+    An option with keys of its own puts its schema first in its defaults list, as `<name>_schema`.
+    """
     searchpath.register()
     store = ConfigStore.instance()
+    for choice in options.choices():
+        if f"{choice.name}_schema.yaml" not in store.repo.get(choice.group, {}):
+            store.store(group=choice.group, name=f"{choice.name}_schema", node=choice.option.schema)
     if "schema.yaml" in store.repo:
         return
     store.store(name="schema", node=schema.Config)
-    for group, options in OPTION_SCHEMAS.items():
-        for name, node in options.items():
-            store.store(group=group, name=name, node=node)
     OmegaConf.register_new_resolver("gpus_needed", _gpus_needed, replace=True)
     OmegaConf.register_new_resolver("nodes_needed", _nodes_needed, replace=True)
     OmegaConf.register_new_resolver("at_least_one", lambda number: max(1, int(number)), replace=True)

@@ -19,7 +19,7 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING
 
 LONGEST_SECONDS = 10**7  # 115 days; waiting for much longer overflows in the operating system
-RANGE, CHOICES, PATH = "range", "choices", "path"
+RANGE, CHOICES, PATH, LINES = "range", "choices", "path", "lines"
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def one_of(*choices: str) -> Any:
 def path() -> Any:
     """A mandatory path of this machine (some take a hub id as well), in which `~` is the home folder."""
     return field(default=MISSING, metadata={PATH: True})
+
+
+def lines() -> Any:
+    """A mandatory text in which a typed `\\n` is a new line."""
+    return field(default=MISSING, metadata={LINES: True})
 
 
 def walk(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:

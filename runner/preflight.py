@@ -7,31 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from runner.cli.overrides import command
 from runner.errors import UserError, UserErrors
-from runner.models.config_file import CONFIG, architectures_of, check_model, read_json
-from runner.rollout.sglang.arguments import shares_gpus
-from runner.rollout.sglang.interface import listen_address
-from runner.schema import Config, Format, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
-from runner.weights import transfer_engine
-
-PACKAGES = {  # option -> (module, what installs it, what needs it)
-    "trainer=megatron": ("megatron.core", "make setup", "Megatron's trainer ranks need megatron-core"),
-    "rollout=sglang": ("sglang", "make setup-sglang", "the servers need SGLang"),
-}
-REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCausalLM")  # of the families that runner knows
+from runner.models.config_file import CONFIG, check_model, read_json
+from runner.options import chosen, one_process
+from runner.schema import Config
 
 
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
-    missing = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg), *_engines(cfg), *_memory(cfg)]
-    if missing:
-        raise UserErrors(missing, advice=_instead(cfg))
+    lacking = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg)]
+    lacking += [problem for choice in chosen(cfg) for rule in choice.option.machine for problem in rule(cfg)]
+    if lacking:
+        raise UserErrors(lacking, advice=_instead(cfg))
 
 
 def visible_gpus() -> int:
@@ -59,151 +50,42 @@ def _gpus(cfg: Config) -> list[UserError]:
         if needed > visible_gpus():
             has = f"{visible_gpus()} GPUs" if visible_gpus() else "no GPU"
             errors.append(UserError(f"the run needs {needed} GPU{'s' * (needed > 1)}, this machine has {has}", key="parallelism"))
-    for key, device in (
-        ("trainer.device", getattr(cfg.trainer, "device", "auto")),
-        ("rollout.device", getattr(cfg.rollout, "device", "auto")),
-    ):
-        if device == "cuda" and not visible_gpus():
-            errors.append(UserError("this machine has no GPU", key=key, fix=f"{key}=cpu"))
     if cfg.precision.fp8_matmul == "scaled_mm" and not visible_gpus():  # which GPU it is, the trainer finds out
         key = "precision.fp8_matmul"
         errors.append(UserError("FP8 matmuls need a Hopper GPU, this machine has none", key=key, fix=f"{key}=simulated"))
     return errors
 
 
-def _packages(cfg: Config) -> list[UserError]:
-    """Parts of runner that `_target_` names, and the packages that they stand on."""
-    errors = []
-    for group, target in (("trainer", cfg.trainer._target_), ("rollout", cfg.rollout._target_), ("task", cfg.task._target_)):
-        option, module = f"{group}={getattr(cfg, group).name}", target.rpartition(".")[0]
-        if not installed(module):
-            errors.append(UserError(f"this version of runner does not have it yet ({module})", key=option))
-        elif option in PACKAGES and not installed(PACKAGES[option][0]):
-            _, install, need = PACKAGES[option]
-            errors.append(UserError(f"{need}, which is not installed", key=option, fix=install))
-    launcher = f"runner.cluster.{cfg.cluster.launcher}"
-    if cfg.cluster.plan_only or cfg.cluster.launcher != "local" and not installed(launcher):
-        problem = f"this version of runner plans for it and does not run on it yet ({launcher})"
-        errors.append(
-            UserError(problem, key=f"cluster={cfg.cluster.name}", fix="`plan` shows the run; cluster=local runs on one machine")
-        )
-    return errors
+def device(key: str, wanted: str) -> Iterator[UserError]:
+    """For the `machine` rules of options with a device of their own: cuda needs a GPU."""
+    if wanted == "cuda" and not visible_gpus():
+        yield UserError("this machine has no GPU", key=key, fix=f"{key}=cpu")
 
 
-def _engines(cfg: Config) -> list[UserError]:
-    """What the SGLang pool cannot do yet, though it can be planned.
-
-    SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
-    live update of packed INT4 would be unpacked wrongly.
-    """
-    if not isinstance(cfg.rollout, SglangRolloutConfig):
-        return []
-    errors = []
-    roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
-    dense = [role.name for role in roles if role is not Role.routed_expert]
-    if cfg.precision.rollout.format is Format.int4 and dense and cfg.parallelism.rollout_gpus:
-        errors.append(
-            UserError(
-                f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
-                key="precision.roles",
-                fix="precision=fp8 or bf16, rollout=local, or 'precision.roles=[routed_expert]' on a mixture of experts",
-            )
-        )
-    if cfg.rollout.weight_transport == "p2p" and (missing := transfer_engine.obstacles(cfg.rollout.transfer_protocol)):
-        errors.append(
-            UserError(
-                f"weights cannot be read peer to peer over {cfg.rollout.transfer_protocol} here: {'; '.join(missing)}",
-                key="rollout.weight_transport",
-                fix="rollout.weight_transport=distributed or disk_delta, or (slower than those) rollout.transfer_protocol=tcp",
-            )
-        )
-    errors += _draft(cfg)
-    if shares_gpus(cfg) and not installed("torch_memory_saver"):
-        errors.append(
-            UserError(
-                "engines that take turns with the trainer need torch-memory-saver to give memory back; it is not installed",
-                key="parallelism.colocate",
-                fix="pip install torch-memory-saver, or parallelism.colocate=false with GPUs of their own",
-            )
-        )
-    if cfg.rollout.use_router and not installed("sglang_router"):
-        errors.append(
-            UserError(
-                "sglang-router is not installed",
-                key="rollout.use_router",
-                fix="make setup-sglang, or rollout.use_router=false: the pool balances its engines itself",
-            )
-        )
-    try:
-        listen_address(cfg.cluster)
-    except UserError as error:
-        errors.append(error)
-    if cfg.cluster.nodes > 1:
-        errors.append(
-            UserError(
-                f"the SGLang pool starts its servers on one machine, the run has {cfg.cluster.nodes} nodes",
-                key="cluster.nodes",
-                fix="a parallelism of one node",
-            )
-        )
-    return errors
-
-
-def _draft(cfg: Config) -> list[UserError]:
-    """What SGLang would load and then draft badly with, or not at all."""
-    folder, method = cfg.speculative.draft_model, cfg.speculative.method
-    if method not in ("draft", "eagle") or not folder:
-        return []
-    try:
-        config = read_json(Path(folder).expanduser() / CONFIG)
-        architectures_of(config, folder)
-    except UserError:
-        return []  # a hub id, or what `_files` and SGLang report
-    return _whole_model(config) if method == "draft" else _eagle_head(cfg, config)
-
-
-def _whole_model(config: dict[str, Any]) -> list[UserError]:
-    """SGLang turns some architectures into their multi-token-prediction layer when they draft, and then finds no such weights."""
-    return [
-        UserError(
-            f"SGLang 0.5.23 makes a multi-token-prediction layer of a draft model of {name}, whatever its folder has",
-            key="speculative.draft_model",
-            fix="speculative.draft_model=<a dense Qwen3 model of the same vocabulary>, or speculative=ngram",
-        )
-        for name in config.get("architectures") or []
-        if name in REWRITTEN_DRAFTS
-    ]
-
-
-def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
-    """SGLang loads any model as an EAGLE head. One of EAGLE-3 skips its projection, a whole model ignores the policy's hidden
-    states: neither is an error there, only drafts that are not accepted."""
-    fix = "speculative.draft_model=<a LlamaForCausalLMEagle or Qwen2ForCausalLMEagle of the policy's hidden size>"
-    problems = [
-        UserError(f"{name} is not an EAGLE head (EAGLE-3 is not supported)", key="speculative.draft_model", fix=fix)
-        for name in config.get("architectures") or []
-        if not name.endswith("ForCausalLMEagle")
-    ]
-    width = config.get("hidden_size")
-    if width is not None and width != cfg.model.hidden_size:
-        message = f"the EAGLE head reads hidden states of width {width}, {cfg.model.name} has {cfg.model.hidden_size}"
-        problems.append(UserError(message, key="speculative.draft_model", fix=fix))
-    return problems
-
-
-def _files(cfg: Config) -> list[UserError]:
-    errors = []
-    paths: dict[str, str | None] = {
-        "model.hf_checkpoint": cfg.model.hf_checkpoint,
-        "speculative.draft_model": cfg.speculative.draft_model,
-        "watch.baseline_run": cfg.watch.baseline_run,
-    }
-    if isinstance(cfg.task, JsonlTaskConfig):
-        paths |= {"task.train_path": cfg.task.train_path, "task.eval_path": cfg.task.eval_path}
+def missing(paths: dict[str, str | None]) -> Iterator[UserError]:
+    """Key -> path: those of this machine that do not exist. A hub id is read when the run starts."""
     for key, path in paths.items():
         if path and _is_local(path) and not _exists(path):
-            errors.append(UserError(f"{path} does not exist", key=key, fix=f"{key}=<an existing path>"))
-    return errors
+            yield UserError(f"{path} does not exist", key=key, fix=f"{key}=<an existing path>")
+
+
+def _packages(cfg: Config) -> Iterator[UserError]:
+    for choice in chosen(cfg):
+        for need in choice.option.needs:
+            if need.when(cfg) and not installed(need.module):
+                yield UserError(need.problem, key=need.key or str(choice), fix=need.fix)
+    launcher = f"runner.cluster.{cfg.cluster.launcher}"
+    if cfg.cluster.plan_only or (cfg.cluster.launcher != "local" and not installed(launcher)):
+        yield UserError(
+            f"this version of runner plans for it and does not run on it yet ({launcher})",
+            key=f"cluster={cfg.cluster.name}",
+            fix="`plan` shows the run; cluster=local runs on one machine",
+        )
+
+
+def _files(cfg: Config) -> Iterator[UserError]:
+    paths = {"model.hf_checkpoint": cfg.model.hf_checkpoint, "speculative.draft_model": cfg.speculative.draft_model}
+    yield from missing(paths | {"watch.baseline_run": cfg.watch.baseline_run})
 
 
 def _checkpoint(cfg: Config) -> list[UserError]:
@@ -216,28 +98,6 @@ def _checkpoint(cfg: Config) -> list[UserError]:
     except UserError as error:
         return [UserError(error.problem, key=error.key or "model.hf_checkpoint", fix=error.fix)]
     return []
-
-
-def _memory(cfg: Config) -> list[UserError]:
-    """What the in-process engine would allocate at its first request, on a CPU: its KV cache, and logits of every draft token."""
-    rollout, model = cfg.rollout, cfg.model
-    if not isinstance(rollout, LocalRolloutConfig) or rollout.device == "cuda" or visible_gpus():
-        return []
-    width = 2 if cfg.precision.base_dtype == "bfloat16" else 4
-    tokens = cfg.task.max_prompt_tokens + max(
-        cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
-    )
-    cache = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
-    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != "none" else 0
-    there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cache + (drafts + 1) * model.vocab_size * 4)
-    if wanted <= there:
-        return []
-    fits = max(1, rollout.max_concurrency * there // (2 * wanted))
-    problem = (
-        f"{rollout.max_concurrency} sequences of {tokens} tokens, {drafts} of them drafts, take {wanted / 2**30:,.1f} GiB; "
-        f"this machine has {there / 2**30:,.1f} GiB"
-    )
-    return [UserError(problem, key="rollout.max_concurrency", fix=f"rollout.max_concurrency={fits}")]
 
 
 def _exists(path: str) -> bool:
@@ -262,7 +122,7 @@ def _instead(cfg: Config) -> list[str]:
     lines = [f"{command('plan', *choices)}    # what it needs and whether it fits; works here"]
     if cfg.scale != "laptop" and not cfg.model.name.startswith("tiny"):
         lines.append(f"{command(*choices, 'scale=laptop')}    # the same run at toy size, on this machine")
-    elif cfg.trainer.name != "torch" or cfg.rollout.name != "local" or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
+    elif not one_process(cfg) or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
         here = ("trainer=torch", "rollout=local", "parallelism=single", "cluster=local")
         lines.append(f"{command(*choices, *here)}    # on this machine")
     return lines

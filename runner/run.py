@@ -28,12 +28,13 @@ from runner.images import image_processor
 from runner.loop import Components, tell_notices, train
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
+from runner.options import option_of, shares_gpus, trainer_layout
+from runner.precision.audit import audit_pool
+from runner.precision.plan import PrecisionPlan
 from runner.rollout.collect import Collector, Interrupted
 from runner.rollout.protocol import RolloutPool
-from runner.rollout.sglang.arguments import shares_gpus
-from runner.schema import Config, MegatronTrainerConfig
+from runner.schema import Config
 from runner.sync import WeightSync
-from runner.tasks import shows_images
 from runner.tasks.protocol import Task
 from runner.tracking.base import Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
@@ -182,6 +183,7 @@ def _supervise(
     collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"))
     begin, restarts = folder.resumed_from, 0
     try:
+        audit_pool(PrecisionPlan.build(cfg.model, cfg.precision, "rollout"), pool.describe())
         while True:
             try:
                 pool.load_state(untouched)
@@ -220,7 +222,7 @@ def _say_where_samples_end(ends: EndTokens, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _build_task(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Task:
-    images = [image_processor(cfg.model, tokenizer)] if shows_images(cfg.task) else []
+    images = [image_processor(cfg.model, tokenizer)] if option_of(cfg.task).shows_images else []
     task: Task = get_class(cfg.task._target_)(cfg.task, tokenizer, *images)
     return task
 
@@ -233,7 +235,7 @@ def _build_trainer(cfg: Config, run_dir: Path) -> Trainer:
 
 def _restart_point(cfg: Config, run_dir: Path, error: TrainerLost, restarts: int, tracker: Tracker) -> Path | None:
     """The checkpoint to go on from, None for the run's beginning; raises when there have been restarts enough."""
-    allowed = cfg.trainer.max_restarts if isinstance(cfg.trainer, MegatronTrainerConfig) else 0
+    allowed = trainer_layout(cfg).max_restarts
     if restarts > allowed:
         how_often = f"after {restarts - 1} of {allowed} restarts (trainer.max_restarts): " if allowed else ""
         raise TrainerLost(f"{how_often}{error.problem}", key=error.key, fix=error.fix) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Any, Optional
+from typing import Optional
 
 from omegaconf import MISSING
 
@@ -214,29 +214,6 @@ class TrainerConfig:
 
 
 @dataclass
-class TorchTrainerConfig(TrainerConfig):
-    master_weights: bool = MISSING  # fp32 masters of bf16 weights; false: train base_dtype weights directly
-    device: str = one_of("auto", "cpu", "cuda")
-
-
-@dataclass
-class MegatronTrainerConfig(TrainerConfig):
-    distributed_optimizer: bool = MISSING
-    overlap_param_gather: bool = MISSING
-    overlap_grad_reduce: bool = MISSING
-    gradient_accumulation_fusion: bool = MISSING
-    precision_aware_optimizer: bool = MISSING
-    router_fusion: bool = MISSING
-    moe_token_dispatcher: str = one_of("alltoall", "allgather", "flex")
-    resident_reference: bool = MISSING  # false: reference weights are swapped in from host memory
-    grad_bucket_elements: Optional[int] = number(ge=1, le=2**40)  # parameters per communication bucket; null: Megatron's choice
-    rank_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # a rank that is silent for this long counts as dead
-    initial_checkpoint: Optional[str] = path()  # of another run, whose weights this one starts from; any layout
-    async_save: bool = MISSING  # write checkpoints beside the next steps, from processes forked at their moment
-    max_restarts: int = number(ge=0, le=1000)  # of all ranks from the last checkpoint after one died; 0: the run ends
-
-
-@dataclass
 class SamplingConfig:
     temperature: float = number(ge=0, le=100)
     top_p: float = number(gt=0, le=1)
@@ -256,32 +233,6 @@ class RolloutConfig:
     sampling: RolloutSamplingConfig = field(default_factory=RolloutSamplingConfig)
     max_concurrency: int = number(ge=1, le=2**16)  # sequences decoded at one time, per engine
     request_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
-
-
-@dataclass
-class LocalRolloutConfig(RolloutConfig):
-    device: str = one_of("auto", "cpu", "cuda")
-    kv_cache_tokens: int = number(ge=0, le=2**31)  # slots over all running sequences; 0: from max_concurrency
-    prefill_chunk_tokens: int = number(ge=1, le=2**24)
-
-
-@dataclass
-class SglangRolloutConfig(RolloutConfig):
-    memory_fraction: float = number(gt=0, le=1)  # of a GPU's memory, for weights and KV cache
-    attention_backend: str = MISSING  # auto, or a name that SGLang knows
-    weight_transport: str = one_of("tensor", "distributed", "disk_full", "disk_delta", "p2p")
-    transfer_protocol: str = one_of("rdma", "tcp")  # of p2p
-    transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
-    pause_mode: str = one_of("abort", "retract", "in_place")
-    startup_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
-    health_interval_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # between looks at whether an engine still works; 0: never
-    cpu_engines: int = number(ge=1, le=1024)  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
-    cpu_tp: int = number(ge=1, le=1024)  # tensor-parallel ranks of each of them
-    max_retries: int = number(ge=0, le=1000)
-    use_router: bool = MISSING
-    cuda_graph_max_batch: int = number(ge=1, le=2**16)
-    chunked_prefill_tokens: int = number(ge=1, le=2**24)
-    server_args: dict[str, Any] = field(default_factory=dict)  # further SGLang options, checked by name
 
 
 @dataclass
@@ -314,40 +265,6 @@ class TaskConfig:
     max_prompt_tokens: int = number(ge=1, le=2**24)
     reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
     seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
-
-
-@dataclass
-class ArithmeticTaskConfig(TaskConfig):
-    operands: int = number(ge=2, le=10)  # numbers that are added
-    digits: int = number(ge=1, le=100)  # of each number, at most
-    eval_problems: int = number(ge=1, le=10**6)  # held out from training
-
-
-@dataclass
-class JsonlTaskConfig(TaskConfig):
-    """gsm8k, dapo_math: a prompt and a reference answer per line."""
-
-    prompt_template: str = MISSING
-    max_train_problems: int = number(ge=0, le=10**12)  # 0: all
-    max_eval_problems: int = number(ge=0, le=10**12)
-
-
-@dataclass
-class VisualCountTaskConfig(TaskConfig):
-    grid: int = number(ge=1, le=64)  # cells per side of the image
-    cell_pixels: int = number(ge=1, le=512)  # side of a cell
-    colors: int = number(ge=1, le=4)  # kinds of colour, of red, green, blue, yellow
-    shapes: int = number(ge=1, le=3)  # kinds of shape, of square, triangle, circle
-    max_count: int = number(ge=1, le=64**2)  # largest answer; answers are drawn evenly
-    clutter: float = number(ge=0, le=1)  # share of the other cells that hold another shape
-    noise: int = number(ge=0, le=255)  # gray levels by which a pixel may be off
-    eval_problems: int = number(ge=1, le=10**6)  # held out from training
-
-
-@dataclass
-class Geo3kTaskConfig(JsonlTaskConfig):
-    min_image_pixels: int = number(ge=1, le=2**28)  # images are resized to whole tokens with this many pixels at least
-    max_image_pixels: int = number(ge=1, le=2**28)  # and this many at most
 
 
 @dataclass

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from runner import schema
+from runner.rollout.local.option import LocalRolloutConfig
+from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.schema import Config, Convention, Estimator, Format, GridConfig, ModelConfig, QatPlacement
+from runner.trainer.megatron.config import MegatronTrainerConfig
+from runner.trainer.torch.option import TorchTrainerConfig
 
 MOE_NONE = {"num_experts": 0, "experts_top_k": 0, "expert_ffn_size": 0, "num_shared_experts": 0, "num_dense_layers": 0}
 MLA_NONE = {"q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
@@ -196,9 +200,9 @@ def optimizer(cpu_offload: bool) -> schema.OptimizerConfig:
     )
 
 
-def megatron(cpu_offload: bool = False, **fields: object) -> schema.MegatronTrainerConfig:
+def megatron(cpu_offload: bool = False, **fields: object) -> MegatronTrainerConfig:
     values: dict[str, object] = {
-        "_target_": "",
+        "_target_": "runner.trainer.megatron.MegatronTrainer",
         "name": "megatron",
         "optimizer": optimizer(cpu_offload),
         "max_tokens_per_gpu": 8192,
@@ -215,12 +219,12 @@ def megatron(cpu_offload: bool = False, **fields: object) -> schema.MegatronTrai
         "moe_token_dispatcher": "alltoall",
         "resident_reference": False,
     }
-    return schema.MegatronTrainerConfig(**{**values, **fields})
+    return MegatronTrainerConfig(**{**values, **fields})
 
 
-def torch_trainer(**fields: object) -> schema.TorchTrainerConfig:
+def torch_trainer(**fields: object) -> TorchTrainerConfig:
     values: dict[str, object] = {
-        "_target_": "",
+        "_target_": "runner.trainer.torch.TorchTrainer",
         "name": "torch",
         "optimizer": optimizer(False),
         "max_tokens_per_gpu": 4096,
@@ -231,16 +235,16 @@ def torch_trainer(**fields: object) -> schema.TorchTrainerConfig:
         "master_weights": True,
         "device": "auto",
     }
-    return schema.TorchTrainerConfig(**{**values, **fields})
+    return TorchTrainerConfig(**{**values, **fields})
 
 
 def sampling(max_response_tokens: int) -> schema.SamplingConfig:
     return schema.SamplingConfig(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=max_response_tokens)
 
 
-def sglang(max_response_tokens: int = 8192, **fields: object) -> schema.SglangRolloutConfig:
+def sglang(max_response_tokens: int = 8192, **fields: object) -> SglangRolloutConfig:
     values: dict[str, object] = {
-        "_target_": "",
+        "_target_": "runner.rollout.sglang.SglangPool",
         "name": "sglang",
         "sampling": sampling(max_response_tokens),
         "max_concurrency": 64,
@@ -255,12 +259,12 @@ def sglang(max_response_tokens: int = 8192, **fields: object) -> schema.SglangRo
         "cuda_graph_max_batch": 64,
         "chunked_prefill_tokens": 4096,
     }
-    return schema.SglangRolloutConfig(**{**values, **fields})
+    return SglangRolloutConfig(**{**values, **fields})
 
 
-def local(max_response_tokens: int = 64, **fields: object) -> schema.LocalRolloutConfig:
+def local(max_response_tokens: int = 64, **fields: object) -> LocalRolloutConfig:
     values: dict[str, object] = {
-        "_target_": "",
+        "_target_": "runner.rollout.local.LocalPool",
         "name": "local",
         "sampling": sampling(max_response_tokens),
         "max_concurrency": 64,
@@ -269,7 +273,7 @@ def local(max_response_tokens: int = 64, **fields: object) -> schema.LocalRollou
         "kv_cache_tokens": 0,
         "prefill_chunk_tokens": 512,
     }
-    return schema.LocalRolloutConfig(**{**values, **fields})
+    return LocalRolloutConfig(**{**values, **fields})
 
 
 def config(
@@ -305,7 +309,7 @@ def config(
             mtp_loss_coef=0.0,
         ),
         task=schema.TaskConfig(
-            _target_="",
+            _target_="runner.tasks.dapo_math.DapoMathTask",
             name="dapo_math",
             train_path=None,
             eval_path=None,

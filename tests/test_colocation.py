@@ -11,8 +11,8 @@ import torch
 
 from runner import colocation, compose
 from runner.colocation import TimeShared
+from runner.options import shares_gpus
 from runner.rollout.protocol import RolloutPool, SyncReport
-from runner.rollout.sglang.arguments import shares_gpus
 from runner.trainer.protocol import Trainer
 
 BATCH: Any = None

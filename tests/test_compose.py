@@ -15,16 +15,11 @@ from omegaconf import OmegaConf
 
 from runner import compose, preflight
 from runner.errors import UserError, UserErrors
-from runner.schema import (
-    Convention,
-    Correction,
-    Format,
-    LocalRolloutConfig,
-    MegatronTrainerConfig,
-    ModelConfig,
-    SglangRolloutConfig,
-)
+from runner.rollout.local.option import LocalRolloutConfig
+from runner.rollout.sglang.config import SglangRolloutConfig
+from runner.schema import Convention, Correction, Format, ModelConfig
 from runner.searchpath import CONFIG_DIR, groups
+from runner.trainer.megatron.config import MegatronTrainerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = groups()

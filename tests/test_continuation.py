@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from runner import checkpoint, compose, continuation
 from runner.models.tokenizer import byte_tokenizer
 from runner.rollout.collect import Collector
-from runner.schema import Config, JsonlTaskConfig
+from runner.schema import Config
 from runner.tasks.gsm8k import Gsm8kTask
+from runner.tasks.jsonl import JsonlTaskConfig
 from runner.trainer.optimizer import learning_rate, planned_steps
 
 TOKENIZER = byte_tokenizer()

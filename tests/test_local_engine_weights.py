@@ -6,11 +6,15 @@ import pytest
 import torch
 from test_local_engine import config, exported, make_pool, requests
 
+from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, named_weights
+from runner.precision.audit import audit_pool
 from runner.precision.formats import decode
+from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor
+from runner.schema import Convention
 from runner.trainer import attention, experts
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.torch_qat import WeightLayout, WeightQuantizer
@@ -33,18 +37,33 @@ def test_effective_weights_are_the_exported_ones(precision: str) -> None:
             assert torch.equal(pool.effective_weight(item.name), wanted), item.name
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_start_of_a_run_reads_back_what_the_engine_computes_with(precision: str) -> None:
+    """Formats come from the resident weights: one that was replaced behind the plan's back is named."""
+    cfg = config("model=tiny_moe", f"precision={precision}", "speculative=none")
+    pool, _ = make_pool(cfg)
+    audit_pool(pool.plan, pool.describe())
+    name = next(iter(pool.plan.quantized or pool.model.weights))
+    held = pool.model.weights[name].format
+    planted = TensorFormat.int4(32, Convention.exact) if precision != "int4_qat" else TensorFormat.bf16()
+    pool.model.weights[name].format = planted
+    with pytest.raises(UserError, match=f"other formats.*run {held.format.name}, engine {planted.format.name}"):
+        audit_pool(pool.plan, pool.describe())
+
+
 @pytest.mark.parametrize("grid", ["group 16", "precision.roles=[routed_expert,attention]"])
 def test_other_int4_grids_and_roles(grid: str) -> None:
     cfg = config("model=tiny_moe", "precision=int4_qat", "speculative=none", *([] if grid == "group 16" else [grid]))
     if grid == "group 16":  # a rule refuses it before a run
         cfg.precision.rollout.group_size = 16
     pool, _ = make_pool(cfg)
-    info = pool.describe().info
+    (described,) = pool.describe()
+    info = described.info
     if grid == "group 16":  # outside the kernel's limits: named, and computed from the packed parts
         assert set(info["kernels"]) == {"transient"} and "group size 16" in info["int4_fallback"][0]
-        assert pool.describe().product_rounding == "bf16"
+        assert described.product_rounding == "bf16"
     else:
-        assert set(info["kernels"]) == {"int4_kernel"} and pool.describe().product_rounding == "fp32"
+        assert set(info["kernels"]) == {"int4_kernel"} and described.product_rounding == "fp32"
     for item in exported(cfg)[1]:
         if pool.plan.format_of(item.name).quantized:
             wanted = decode(item, pool.plan.format_of(item.name))

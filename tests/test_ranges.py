@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import compose, limits, preflight, rules, schema
+from runner import compose, limits, options, preflight, rules, schema
 from runner.errors import UserErrors
 from runner.rules import numbers
 
@@ -56,7 +56,8 @@ def test_every_number_has_a_range_and_no_number_hides_in_another_type() -> None:
 
 
 def schema_classes() -> list[Any]:
-    return [item for item in vars(schema).values() if hasattr(item, "__dataclass_fields__")]
+    ours = [item for item in vars(schema).values() if hasattr(item, "__dataclass_fields__")]
+    return [*ours, *{choice.option.schema for choice in options.choices()}]
 
 
 def test_shipped_defaults_are_allowed_and_near_limits_are_named(configs: list[schema.Config]) -> None:
@@ -97,7 +98,7 @@ def test_any_value_of_the_right_type_is_a_valid_config_or_a_problem_with_its_key
         "algorithm.clip_low=1.5", "algorithm.clip_high=inf", "trainer.optimizer.lr=nan", "seed=4294967296",
         "evaluation.sampling.temperature=inf", "rollout.request_timeout_seconds=1e300", "watch.rules.kl_jump.above=nan",
         "rollout.max_concurrency=10000000000", "speculative.num_draft_tokens=100000", "task.digits=1000000", "scale.x=1",
-        "trainer._target_=os.system", "trainer._target_=runner.trainer.torch_trainer.Missing",
+        "trainer._target_=os.system", "trainer._target_=runner.trainer.torch.Missing",
         "task._target_=runner.missing.Task",
         "rollout._target_=runner.errors.UserError",
     ],

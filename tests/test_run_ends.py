@@ -169,3 +169,14 @@ def test_a_disk_that_turns_read_only_is_a_message(tmp_path: Path) -> None:
         pytest.skip("no mounts of one's own here")
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "Read-only file system" in done.stdout + done.stderr and "goes on from step_000001" in done.stdout + done.stderr
+
+
+def test_an_engine_that_computes_with_other_formats_than_planned_stops_the_run_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from runner.rollout.local.store import WeightStore
+
+    monkeypatch.setattr(WeightStore, "formats", lambda store: dict.fromkeys(store.plan.tensors, "bf16"))
+    assert start(tmp_path, "precision=int4_qat") == 2
+    assert "run int4, engine bf16" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")

@@ -17,9 +17,10 @@ import yaml
 from runner import compose, preflight
 from runner.errors import UserErrors
 from runner.rollout.sglang import arguments
+from runner.rollout.sglang import rules as sglang
+from runner.rollout.sglang.config import SglangRolloutConfig, layout
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.rules import sglang
-from runner.schema import Config, SglangRolloutConfig
+from runner.schema import Config
 from runner.searchpath import groups
 from runner.weights import transfer_engine
 
@@ -38,7 +39,7 @@ def test_every_recipe_gives_its_golden_arguments(recipe: str) -> None:
     cfg = load(f"recipe={recipe}")
     if not isinstance(cfg.rollout, SglangRolloutConfig):
         cfg = load(f"recipe={recipe}", *CPU, *(["precision=int4_qat"] if "fp4" in cfg.precision.name else []))
-    found = {"servers": arguments.num_engines(cfg), **arguments.server_arguments(cfg)}
+    found = {"servers": layout(cfg).engines, **arguments.server_arguments(cfg)}
     path = GOLDEN / f"{recipe}.yaml"
     if os.environ.get("RUNNER_UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)

@@ -20,11 +20,11 @@ from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.vocabulary import FIRST_BYTE_ID
 from runner.samples import Sample
-from runner.schema import ArithmeticTaskConfig, JsonlTaskConfig
 from runner.tasks import grading, rewards
-from runner.tasks.arithmetic import ArithmeticTask
+from runner.tasks.arithmetic import ArithmeticTask, ArithmeticTaskConfig
 from runner.tasks.dapo_math import DapoMathTask
 from runner.tasks.gsm8k import Gsm8kTask
+from runner.tasks.jsonl import JsonlTaskConfig
 from runner.tasks.protocol import HasWorkedSolutions, Prompt
 from runner.tasks.rewards import MAX_TIMEOUTS, score
 

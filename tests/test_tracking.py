@@ -16,8 +16,10 @@ from rich.console import Console
 
 from runner import schema
 from runner.errors import UserError
+from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.tracking import console, folder
 from runner.tracking.tracker import CompositeTracker, JsonlTracker, StatusTracker, build_tracker
+from runner.trainer.megatron.config import MegatronTrainerConfig
 
 
 def tracking_config(**tracking: object) -> schema.Config:
@@ -119,10 +121,10 @@ def test_status_adds_up_attempts_and_knows_a_killed_run(tmp_path: Path) -> None:
 
 def test_secrets_never_reach_a_file(tmp_path: Path) -> None:
     cfg = tracking_config()
-    cfg.rollout = schema.SglangRolloutConfig(
+    cfg.rollout = SglangRolloutConfig(
         server_args={"api_key": "sk-1", "hf_token": "hf-2", "url": "http://me:pw3@host/x", "tokenizer_path": "t"}
     )
-    cfg.trainer = schema.MegatronTrainerConfig(moe_token_dispatcher="alltoall", max_tokens_per_gpu=8)
+    cfg.trainer = MegatronTrainerConfig(moe_token_dispatcher="alltoall", max_tokens_per_gpu=8)
     folder.write_resolved(tmp_path, cfg)
     text = (tmp_path / "resolved.yaml").read_text()
     assert not any(secret in text for secret in ("sk-1", "hf-2", "pw3"))

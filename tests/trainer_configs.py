@@ -17,6 +17,7 @@ from runner.schema import (
     ModelConfig,
     QatPlacement,
 )
+from runner.trainer.torch.option import TorchTrainerConfig
 
 MOE: dict[str, object] = dict(  # noqa: C408
     name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, num_layers=2, hidden_size=32,
@@ -53,8 +54,8 @@ def config(model: dict[str, object] = MOE, **changes: object) -> Config:
             fp8_param_gather=False,
             cpu_matmul=schema.CpuMatmul.auto,
         ),
-        trainer=schema.TorchTrainerConfig(
-            _target_="runner.trainer.torch_trainer.TorchTrainer", name="torch", optimizer=optimizer, max_tokens_per_gpu=96,
+        trainer=TorchTrainerConfig(
+            _target_="runner.trainer.torch.TorchTrainer", name="torch", optimizer=optimizer, max_tokens_per_gpu=96,
             recompute="none", max_nan_steps=3, logprob_chunk_tokens=4096, threads=1, master_weights=True, device="cpu",
         ),
         router_replay=schema.RouterReplayConfig(name="none", trainer=False, rollout=False),

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from runner import limits, schema
+from runner import limits, options
 
 PROGRAM = "python -m runner"
 _SAFE_FOR_SHELL = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
@@ -122,7 +122,7 @@ def readable(overrides: list[str]) -> list[str]:
     `12e4567`, `1_1_1` and `true` stay what was typed; beyond ASCII and other characters that its grammar has no place for need
     no quotes, as long as no comma, quote or bracket leaves open what was meant.
     """
-    kinds = limits.typed_keys(schema.Config)
+    kinds = options.typed_keys()
     return [_readable(item, kinds.get(override_key(item))) for item in overrides]
 
 

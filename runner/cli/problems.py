@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from runner import limits, searchpath
+from runner import limits, options, searchpath
 from runner.cli.overrides import command, shell, typed
 from runner.errors import UserError
 from runner.schema import Config
@@ -98,7 +98,7 @@ def _parse(overrides: list[str], problems: list[UserError]) -> Iterator[Override
             continue
         if item.is_sweep_override():
             fix = command("-m", text)
-            if limits.is_text(limits.typed_keys(Config).get(item.key_or_group)):
+            if limits.is_text(options.typed_keys().get(item.key_or_group)):
                 fix += f", or as one text {shell(typed(item.key_or_group, item.get_value_string()))}"
             problems.append(
                 UserError(

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from hydra.utils import get_class
 from rich.console import Console
 
+from runner import options
 from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
 from runner.models import family_of
+from runner.precision.audit import audit_engine
 from runner.precision.formats import decode, encode, integers, scales_of
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
@@ -50,7 +53,7 @@ class Kernel(Protocol):
 
 
 class EngineProbe(Protocol):
-    """What `doctor engine` needs of an engine. Others register theirs with `register_probe`."""
+    """What `doctor engine` needs of an engine. Its option names it as `probe`."""
 
     name: str
     device: torch.device
@@ -73,31 +76,22 @@ class ProbedPool(Protocol):
         """[N, K] of one on-disk weight, recovered by one-hot inputs; raises UserError for a name the engine does not have."""
         ...
 
-    def describe(self) -> EngineDescription: ...
+    def describe(self) -> list[EngineDescription]: ...
 
     def close(self) -> None: ...
 
 
-ProbeFactory = Callable[[Config], EngineProbe]
-PROBES: dict[str, ProbeFactory] = {}
-
-
-def register_probe(rollout: str, factory: ProbeFactory) -> None:
-    """Make `doctor engine` work for `rollout=<name>`."""
-    PROBES[rollout] = factory
-
-
 def probe_for(cfg: Config) -> EngineProbe:
-    from runner.doctor import local_probe
-
-    register_probe("local", local_probe.LocalProbe)
-    if cfg.rollout.name not in PROBES:
+    target = options.option_of(cfg.rollout).probe
+    if target is None:
+        there = [choice for choice in options.choices() if choice.option.probe]
         raise UserError(
-            f"the engine of rollout={cfg.rollout.name} has no probe yet; there are: {', '.join(sorted(PROBES))}",
+            f"the engine of rollout={cfg.rollout.name} has no probe yet; there are: {', '.join(choice.name for choice in there)}",
             key="rollout",
-            fix="python -m runner doctor engine rollout=local",
+            fix=f"python -m runner doctor engine {there[0]}",
         )
-    return PROBES[cfg.rollout.name](cfg)
+    probe: EngineProbe = get_class(target)(cfg)
+    return probe
 
 
 def probed_formats() -> list[TensorFormat]:
@@ -146,14 +140,9 @@ def run_findings(cfg: Config, probe: EngineProbe) -> Iterator[Finding]:
             f"{report.arrived} tensors arrived, {report.resident_checked} compared with what is resident",
         )
         yield from recovered_findings(pool, plan)
-        formats = pool.describe().formats
-        differing = [n for n in plan.formats | formats if plan.formats.get(n) != formats.get(n)]
+        differing = [problem for engine in pool.describe() for problem in audit_engine(plan, engine)]
+        found = "; ".join(differing) or f"the engine names the plan's formats for all {len(plan.tensors)} weights"
         status = Status.fail if differing else Status.ok
-        found = (
-            f"differ for {shorten(differing)}"
-            if differing
-            else f"the engine names the plan's formats for all {len(formats)} weights"
-        )
         yield Finding("declared formats", status, found, "runner/precision/plan.py is the single source" if differing else "")
     finally:
         pool.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.local.pool import LocalPool
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, resident_weight
 from runner.samples import ExportedTensor
-from runner.schema import Config, LocalRolloutConfig
+from runner.schema import Config
 
 
 class LocalKernel:

@@ -17,9 +17,11 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from runner import options
 from runner.cores import available_cores
 from runner.doctor.findings import Finding, Status
-from runner.schema import Config, CpuMatmul, Format, LocalRolloutConfig, MegatronTrainerConfig, SglangRolloutConfig
+from runner.options import engine_layout
+from runner.schema import Config, CpuMatmul, Format
 
 GIB = 1024**3
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -28,10 +30,8 @@ GOOD_FREE_DISK_GIB = 10.0
 LEAST_MEMORY_GIB = 2.0  # torch, transformers and a tiny model
 GOOD_SHM_GIB = 1.0  # NCCL and Ray move tensors between processes there; containers often give 64 MiB
 GOOD_OPEN_FILES = 4096  # Ray opens some hundred files and sockets per worker
-# distribution, module, and what it is for
+# distribution, module, and what it is for, beside what options need
 OPTIONAL_PARTS = (
-    ("megatron-core", "megatron.core", "trainer=megatron"),
-    ("sglang", "sglang", "rollout=sglang"),
     ("triton", "triton", "fused quantization kernels on a GPU"),
     ("transformer-engine", "transformer_engine", "FP8 training and fused layers with trainer=megatron"),
     ("llmcompressor", "llmcompressor", "convert method=gptq"),
@@ -158,7 +158,7 @@ def int4_matmul(cfg: Config) -> Iterator[Finding]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    needed = isinstance(cfg.rollout, LocalRolloutConfig) and cfg.precision.rollout.format is Format.int4
+    needed = engine_layout(cfg).in_process and cfg.precision.rollout.format is Format.int4
     try:
         q = torch.arange(-8, 8, dtype=torch.int32).repeat(16, 4)  # [16, 64], every integer
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q + 8, 1)
@@ -204,15 +204,13 @@ def outputs_folder(cfg: Config) -> Iterator[Finding]:
 
 
 def optional_parts(cfg: Config) -> Iterator[Finding]:
-    needed = {
-        "megatron-core": isinstance(cfg.trainer, MegatronTrainerConfig),
-        "sglang": isinstance(cfg.rollout, SglangRolloutConfig),
-    }
+    parts = [(need.distribution, need.module, str(choice)) for choice in options.choices() for need in choice.option.needs]
+    needed = [need.distribution for choice in options.chosen(cfg) for need in choice.option.needs if need.when(cfg)]
     absent = []
-    for distribution, module, purpose in OPTIONAL_PARTS:
+    for distribution, module, purpose in (*parts, *OPTIONAL_PARTS):
         if has_module(module):
             yield Finding(distribution, Status.ok, f"{version_of(distribution)}, for {purpose}")
-        elif distribution in needed and needed[distribution]:
+        elif distribution in needed:
             yield Finding(distribution, Status.fail, "not installed, and this config uses it", f"pip install {distribution}")
         else:
             absent.append(f"{distribution} ({purpose})")

@@ -42,6 +42,15 @@ class VisualTower:
     deepstack_layers: tuple[int, ...] = (0,)  # tower layers whose output is added to the first decoder layers
 
 
+def token_side(model: ModelConfig) -> int | None:
+    """Pixels on each side of what one image token stands for; None where a rule refuses the checkpoint's tower."""
+    try:
+        shape = tower(model)
+    except UserError:
+        return None
+    return shape.patch_size * shape.merge
+
+
 def tower(model: ModelConfig) -> VisualTower:
     """The tower of a checkpoint, or the toy one. A hub id that is not on this machine yet counts as transformers' default tower
     until it is loaded."""
@@ -90,6 +99,7 @@ TOWER_KEYS = {  # of vision_config, with transformers' values for what is left o
     "spatial_merge_size": 2,
     "num_position_embeddings": 2304,
 }
+MARKS = 2  # tokens around those of an image: start and end of vision
 MEAN = STD = 0.5  # of every channel, after rescaling to [0, 1]: Qwen3-VL's own
 
 

@@ -8,12 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from runner.options import one_process
 from runner.planner.fit import largest_max_tokens, what_would_fit
 from runner.planner.memory import MemoryPlan, Phase, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.placement import Place, place, placement_problems, placement_warnings
 from runner.planner.traffic import bf16_stream_bytes, step_flows, stream_bytes, sync_flows
-from runner.planner.workload import GIB, longest_sequence_tokens, one_process
+from runner.planner.workload import GIB, longest_sequence_tokens
 from runner.schema import Config, Format
 
 TIGHT = 0.05  # a memory with less than this share free is called tight

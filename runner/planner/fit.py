@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from runner.errors import UserError
+from runner.options import engine_layout, trainer_layout
 from runner.planner.memory import MemoryPlan, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.placement import placement_problems
-from runner.planner.workload import is_megatron, longest_sequence_tokens, samples_per_step
-from runner.schema import Config, Format, SglangRolloutConfig
+from runner.planner.workload import longest_sequence_tokens, samples_per_step
+from runner.schema import Config, Format
 
 TOKENS_STEP = 512  # granularity of a proposed max_tokens_per_gpu
 TOKENS_LIMIT = 65536  # larger micro-batches gain nothing: the matmuls have long filled the GPU
@@ -51,9 +52,10 @@ def single_changes(cfg: Config) -> Iterator[Change]:
         yield _set("trainer.optimizer.cpu_offload", True)
     if cfg.precision.kv_cache == "bf16":
         yield _set("precision.kv_cache", "fp8_e4m3")
-    if isinstance(cfg.rollout, SglangRolloutConfig):
+    filled = engine_layout(cfg).memory_fraction
+    if filled is not None:
         for fraction in (0.9, 0.85, 0.8, 0.7, 0.6):
-            if fraction != cfg.rollout.memory_fraction:
+            if fraction != filled:
                 yield _set("rollout.memory_fraction", fraction)
     elif cfg.rollout.max_concurrency > 8:
         yield _set("rollout.max_concurrency", cfg.rollout.max_concurrency // 4)
@@ -73,7 +75,7 @@ def quantized_rollout() -> Change:
 
 def more_gpus(cfg: Config) -> Iterator[Change]:
     par = cfg.parallelism
-    if not par.gpus or not is_megatron(cfg):
+    if not par.gpus or trainer_layout(cfg).in_process:
         return
     if par.gpus_per_engine * 2 <= par.rollout_gpus:
         size = par.gpus_per_engine * 2

@@ -15,29 +15,17 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
+from runner.options import engine_layout, one_process, trainer_layout
 from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers, stored_bytes
 from runner.planner.workload import (
     GIB,
     base_bytes,
-    is_megatron,
     longest_sequence_tokens,
     micro_batch_tokens,
-    one_process,
     route_bytes_per_step,
 )
-from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
-from runner.schema import (
-    Config,
-    Format,
-    LocalRolloutConfig,
-    MegatronTrainerConfig,
-    ModelConfig,
-    QatPlacement,
-    SglangRolloutConfig,
-    TorchTrainerConfig,
-)
+from runner.schema import Config, Format, ModelConfig, QatPlacement
 
-MIB = 1024**2
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)
 # Share of a GPU lost to fragmentation of the caching allocator in training with varying lengths (an assumption).
@@ -144,11 +132,12 @@ def _stage_elements(
 
 
 def state_shares(cfg: Config, inventory: Inventory, stage: int) -> StateShares:
-    par, megatron = cfg.parallelism, is_megatron(cfg)
-    dense, expert, quantized = _stage_elements(inventory, stage, par.tp, par.pp, par.ep, par.etp, par.last_stage_layers, megatron)
-    sharded = isinstance(cfg.trainer, MegatronTrainerConfig) and cfg.trainer.distributed_optimizer
-    dense_dp = max(par.ranks // (par.tp * par.pp), 1) if sharded else 1
-    expert_dp = max(par.ranks // (par.ep * par.etp * par.pp), 1) if sharded else 1
+    par, layout = cfg.parallelism, trainer_layout(cfg)
+    dense, expert, quantized = _stage_elements(
+        inventory, stage, par.tp, par.pp, par.ep, par.etp, par.last_stage_layers, layout.pads_vocabulary
+    )
+    dense_dp = max(par.ranks // (par.tp * par.pp), 1) if layout.shards_states else 1
+    expert_dp = max(par.ranks // (par.ep * par.etp * par.pp), 1) if layout.shards_states else 1
     return StateShares(dense, expert, dense_dp, expert_dp, quantized)
 
 
@@ -181,8 +170,8 @@ def mlp_bytes_per_token(cfg: Config, moe: bool, sequence_split: int, act: int) -
 def activation_bytes(cfg: Config, stage: int, tokens: int) -> int:
     """Peak activations of one rank, with the micro-batches that 1F1B keeps in flight (pp - stage of them).
 
-    recompute none keeps every layer; full keeps each layer's input and one layer's inside. selective: Megatron recomputes the
-    core attention (with a fused kernel that is only its log-sum-exp), the torch trainer every mlp.
+    recompute none keeps every layer; full keeps each layer's input and one layer's inside. selective: fused kernels recompute
+    the core attention (only its log-sum-exp is saved), others every mlp.
     """
     par, model = cfg.parallelism, cfg.model
     act = base_bytes(cfg)
@@ -191,14 +180,15 @@ def activation_bytes(cfg: Config, stage: int, tokens: int) -> int:
     attention = attention_bytes_per_token(model, par.tp, sequence_split, act)
     kinds = [model.num_experts > 0 and layer >= model.num_dense_layers for layer in stages[stage]]
     mlps = [mlp_bytes_per_token(cfg, moe, sequence_split, act) for moe in kinds]
-    if isinstance(cfg.trainer, TorchTrainerConfig):
+    fused = trainer_layout(cfg).fused
+    if not fused:
         attention *= UNFUSED_ATTENTION
         mlps = [UNFUSED_MLP * mlp for mlp in mlps]
     inputs = act * model.hidden_size / sequence_split
     kept, working = attention * len(mlps) + sum(mlps), 0.0
     if cfg.trainer.recompute == "full":
         kept, working = len(mlps) * inputs, attention + max(mlps)
-    elif cfg.trainer.recompute == "selective" and is_megatron(cfg):
+    elif cfg.trainer.recompute == "selective" and fused:
         kept -= len(mlps) * 4 * model.num_heads / par.tp
     elif cfg.trainer.recompute == "selective":
         kept, working = len(mlps) * (attention + 2 * inputs), max(mlps)
@@ -216,24 +206,21 @@ def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) ->
     shares, base, pp = state_shares(cfg, inventory, stage), base_bytes(cfg), cfg.parallelism.pp
     device: dict[str, int] = {"weights": int(shares.elements * base)}
     host: dict[str, int] = {}
-    trainer = cfg.trainer
-    masters = not isinstance(trainer, TorchTrainerConfig) or (trainer.master_weights and base == 2)
+    layout = trainer_layout(cfg)
     gradients = int(shares.elements * 4)  # both trainers accumulate in fp32; a parameter's own gradient is freed at once
     states = {
-        "fp32 masters": int(shares.optimizer_elements * 4) if masters else 0,
+        "fp32 masters": int(shares.optimizer_elements * 4) if layout.masters else 0,
         "Adam moments": int(shares.optimizer_elements * 8),
     }
-    if trainer.optimizer.cpu_offload:
+    if cfg.trainer.optimizer.cpu_offload:
         host.update(states)
-        megatron = isinstance(trainer, MegatronTrainerConfig)
         host["gradients for offloaded Adam"] = int(shares.optimizer_elements * 4)
-        device["gradients"] = gradients if megatron else 0  # the torch trainer accumulates in host memory
+        device["gradients"] = 0 if layout.in_process else gradients  # a trainer in this process accumulates in host memory
     else:
         device.update({"gradients": gradients, **states})
     device.update(quantization_items(cfg, inventory, shares))
     if cfg.algorithm.kl_coef > 0:
-        resident = not isinstance(trainer, MegatronTrainerConfig) or trainer.resident_reference
-        (device if resident else host)["reference weights"] = int(shares.elements * base)
+        (device if layout.resident_reference else host)["reference weights"] = int(shares.elements * base)
     device["activations"] = activation_bytes(cfg, stage, tokens)
     if stage == pp - 1:
         device["logits of a chunk"] = logits_bytes(cfg, tokens)
@@ -251,8 +238,7 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
     if not quantized:
         return {}
     if Format.fp8 in quantized:
-        cached = is_megatron(cfg) and not cfg.precision.fp8_param_gather
-        return {"FP8 copies of weights": int(2 * shares.quantized)} if cached else {}
+        return {"FP8 copies of weights": int(2 * shares.quantized)} if trainer_layout(cfg).keeps_fp8 else {}
     if cfg.precision.qat_placement is QatPlacement.forward:
         layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == "full" else 1
         return {"fake-quantized copies": int(shares.quantized * base_bytes(cfg) / layers)}
@@ -262,7 +248,7 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
 
 def engine_weight_bytes(cfg: Config, inventory: Inventory) -> int:
     """Weights of one engine rank in rollout format: attention and dense parts over its ranks, experts over engine_ep."""
-    return _engine_bytes(inventory, ranks_per_engine(cfg), max(cfg.parallelism.engine_ep, 1), base_bytes(cfg))
+    return _engine_bytes(inventory, engine_layout(cfg).ranks, max(cfg.parallelism.engine_ep, 1), base_bytes(cfg))
 
 
 @functools.lru_cache(maxsize=64)
@@ -283,34 +269,27 @@ def kv_bytes_per_token(cfg: Config) -> int:
     layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == "mtp" else 0)
     if model.kv_lora_rank:
         return layers * (model.kv_lora_rank + model.qk_rope_head_dim) * value
-    heads = ceil(model.num_kv_heads / ranks_per_engine(cfg))
+    heads = ceil(model.num_kv_heads / engine_layout(cfg).ranks)
     return layers * 2 * heads * model.head_dim * value
 
 
 def engine_runtime_bytes(cfg: Config) -> int:
-    """Prefill activations, CUDA graphs and metadata outside the static part: SGLang's own estimate for its server (MiB:
-    512 + 1.5 per chunked prefill token + 2 per graph batch + 128 per GPU of the engine). Elsewhere: logits and a layer."""
-    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.parallelism.rollout_gpus:
-        mib = 512 + 1.5 * cfg.rollout.chunked_prefill_tokens + 2 * cfg.rollout.cuda_graph_max_batch
-        return int((mib + 128 * cfg.parallelism.gpus_per_engine) * MIB)
+    """Prefill activations, CUDA graphs and metadata outside weights and cache, as the engine says; else logits and a layer."""
+    layout = engine_layout(cfg)
+    if layout.runtime_bytes is not None:
+        return layout.runtime_bytes
     rows = cfg.rollout.max_concurrency * (1 + cfg.speculative.num_draft_tokens * (cfg.speculative.method != "none"))
-    prefill = 0
-    if isinstance(cfg.rollout, LocalRolloutConfig):
-        prefill = cfg.rollout.prefill_chunk_tokens
-    elif isinstance(cfg.rollout, SglangRolloutConfig):
-        prefill = cfg.rollout.chunked_prefill_tokens
     layer = attention_bytes_per_token(cfg.model, 1, 1, 2) + mlp_bytes_per_token(cfg, cfg.model.num_experts > 0, 1, 2)
-    return int(rows * cfg.model.vocab_size * 4 * 2 + prefill * layer)
+    return int(rows * cfg.model.vocab_size * 4 * 2 + layout.prefill_tokens * layer)
 
 
 def kv_cache(cfg: Config, capacity: int, weights: int) -> KvCache:
-    """SGLang fills memory_fraction of a GPU with weights and cache; in process and on a CPU the cache is what is asked for."""
+    """What memory_fraction of a GPU leaves beside the weights, or the cache that is asked for."""
     per_token, longest = kv_bytes_per_token(cfg), longest_sequence_tokens(cfg)
-    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.parallelism.rollout_gpus:
-        tokens = max(int(capacity * cfg.rollout.memory_fraction - weights) // per_token, 0)
-    else:
-        asked = cfg.rollout.kv_cache_tokens if isinstance(cfg.rollout, LocalRolloutConfig) else 0
-        tokens = asked or cfg.rollout.max_concurrency * longest
+    layout = engine_layout(cfg)
+    tokens = layout.cache_tokens or cfg.rollout.max_concurrency * longest
+    if layout.memory_fraction is not None:
+        tokens = max(int(capacity * layout.memory_fraction - weights) // per_token, 0)
     return KvCache(per_token, tokens, longest, cfg.rollout.max_concurrency)
 
 
@@ -348,9 +327,9 @@ def cpu_processes(
     cfg: Config, ranks: list[tuple[dict[str, int], dict[str, int]]], engine: dict[str, int], routes: int, capacity: int
 ) -> Phase:
     """Trainer ranks and engine processes of a laptop run, all in one machine's memory."""
-    par = cfg.parallelism
+    par, layout = cfg.parallelism, engine_layout(cfg)
     per_stage = max(par.ranks // par.pp, 1)
-    engine_processes = num_engines(cfg) * ranks_per_engine(cfg)
+    engine_processes = layout.engines * layout.ranks
     items = {"processes": (par.ranks + engine_processes) * CPU_PROCESS, "routes of a step": routes}
     for device, host in ranks:
         for name, size in (*device.items(), *host.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
+from runner.options import engine_layout
 from runner.schema import Config
 
 
@@ -61,7 +61,8 @@ def place(cfg: Config) -> list[Place]:
     """Every GPU in use, in order: trainer ranks from GPU 0; engines on the same GPUs, or after the trainer's."""
     par, per_node = cfg.parallelism, max(cfg.cluster.gpus_per_node, 1)
     first_engine_gpu = 0 if par.colocate else par.gpus
-    engine_gpus = num_engines(cfg) * ranks_per_engine(cfg) if par.rollout_gpus else 0
+    layout = engine_layout(cfg)
+    engine_gpus = layout.engines * layout.ranks if layout.on_gpu else 0
     places = []
     for gpu in range(gpus_needed(cfg)):
         rank = gpu if gpu < par.gpus else None
@@ -70,7 +71,7 @@ def place(cfg: Config) -> list[Place]:
             at = coordinates(rank, ranks=par.ranks, tp=par.tp, cp=par.cp, pp=par.pp, ep=par.ep, etp=par.etp)
         position = gpu - first_engine_gpu
         served = 0 <= position < engine_gpus
-        engine, engine_rank = divmod(position, par.gpus_per_engine) if served else (None, None)
+        engine, engine_rank = divmod(position, layout.ranks) if served else (None, None)
         places.append(Place(gpu, gpu // per_node, gpu % per_node, rank, at, engine, engine_rank))
     return places
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from runner.options import engine_layout, trainer_layout
 from runner.planner.memory import state_shares
 from runner.planner.parameters import Grid, Inventory, stored_bytes
 from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
-from runner.rollout.sglang.arguments import num_engines, ranks_per_engine
-from runner.schema import Config, Format, MegatronTrainerConfig, SglangRolloutConfig
+from runner.schema import Config, Format
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ def bf16_stream_bytes(cfg: Config, inventory: Inventory) -> int:
 
 def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     """Bytes of one weight sync by every transport of the rollout; the configured one is marked."""
-    stream, engines = stream_bytes(cfg, inventory), num_engines(cfg)
-    if not isinstance(cfg.rollout, SglangRolloutConfig):
+    stream, layout = stream_bytes(cfg, inventory), engine_layout(cfg)
+    if layout.in_process:
         return [Flow("weight sync, in process", stream, "one copy in rollout format, within the process")]
-    ranks = engines * ranks_per_engine(cfg)
+    engines, ranks = layout.engines, layout.engines * layout.ranks
     flows = {
         "tensor": (stream * (1 + engines), f"written once into the host's shared memory, read by {engines} engines"),
         "distributed": (stream * ranks, f"broadcast: every one of {ranks} engine ranks receives every tensor"),
@@ -49,7 +49,7 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
         ),
         "p2p": (stream * engines, "the ranks of an engine read one copy together and exchange it among themselves"),
     }
-    chosen = cfg.rollout.weight_transport
+    chosen = getattr(cfg.rollout, "weight_transport", None)
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]
 
 
@@ -62,7 +62,7 @@ def step_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
         flows.append(
             Flow("R3 routes", routes, f"{per_token} B a token, longest samples; int32 would be {4 // route_itemsize(cfg)}x")
         )
-    if isinstance(cfg.trainer, MegatronTrainerConfig):
+    if not trainer_layout(cfg).in_process:
         shares = max((state_shares(cfg, inventory, s) for s in range(par.pp)), key=lambda s: s.elements)
         parts = ((shares.dense, shares.dense_dp), (shares.expert, shares.expert_dp))
         moved = sum(n * (dp - 1) / dp for n, dp in parts)

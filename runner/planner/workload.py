@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from math import ceil
 
-from runner.schema import Config, LocalRolloutConfig, MegatronTrainerConfig, TorchTrainerConfig
+from runner.schema import Config
 
 GIB = 1024**3
-
-
-def is_megatron(cfg: Config) -> bool:
-    return isinstance(cfg.trainer, MegatronTrainerConfig)
-
-
-def one_process(cfg: Config) -> bool:
-    """The torch trainer and the in-process engine share one process and hold their memory at the same time."""
-    return isinstance(cfg.trainer, TorchTrainerConfig) and isinstance(cfg.rollout, LocalRolloutConfig)
 
 
 def base_bytes(cfg: Config) -> int:

@@ -5,7 +5,7 @@ Every function returns a list of differences in words, [] when the sides agree; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,18 @@ def forbidden(label: str, plan: PrecisionPlan) -> list[str]:
         if name in plan.parameters and plan.parameters[name].role in NEVER_QUANTIZED:
             found.setdefault(plan.parameters[name].role.name, []).append(name)
     return [f"{label} quantizes the {role}, which must stay bf16: {shorten(names)}" for role, names in found.items()]
+
+
+def audit_pool(plan: PrecisionPlan, described: Sequence[EngineDescription]) -> None:
+    """UserError with every difference where an engine of a pool computes with other weights than the run's plan says."""
+    labels = [f"engine {index}" if len(described) > 1 else "engine" for index in range(len(described))]
+    found = [problem for label, engine in zip(labels, described, strict=True) for problem in audit_engine(plan, engine, label)]
+    if found:
+        raise UserError(
+            f"the engines compute with other formats than the precision plan: {'; '.join(found)}",
+            key="precision",
+            fix="precision.roles of whole modules (engines fuse q, k, v and gate, up)",
+        )
 
 
 def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str = "engine") -> list[str]:

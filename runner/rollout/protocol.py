@@ -58,7 +58,9 @@ class RolloutPool(Protocol):
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1 of each token sequence [T]; `images`: one per sequence."""
         ...
 
-    def describe(self) -> EngineDescription: ...
+    def describe(self) -> list[EngineDescription]:
+        """What each engine of the pool computes with, as read back from it; every run compares it with its plan at the start."""
+        ...
 
     def metrics(self) -> dict[str, float]:
         """`rollout/spec_*` and `perf/*` counters since the last call."""

@@ -1,25 +1,24 @@
 """Rules between groups: what each group allows by itself and what cannot go together. Torch-free.
 
+Rules of one engine, trainer or task stand in its own room (options.py) and are asked where it is chosen.
+
 A rule yields a UserError per problem: what is wrong in numbers, the key, and what to type. All of them are reported at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
+from runner import options
 from runner.errors import UserError
-from runner.rules import checkpoint, loop, megatron, names, numbers, parallelism, precision, sglang, vision
+from runner.options import Rule
+from runner.rules import checkpoint, loop, names, numbers, parallelism, precision, vision
 from runner.schema import Config
 
-Rule = Callable[[Config], Iterator[UserError]]
 RULES: tuple[Rule, ...] = (
     *names.RULES,
     *checkpoint.RULES,
     *precision.RULES,
     *parallelism.RULES,
-    *megatron.RULES,
     *loop.RULES,
-    *sglang.RULES,
     *vision.RULES,
 )
 
@@ -36,7 +35,7 @@ def check(cfg: Config) -> list[UserError]:
             found.setdefault(str(error), error)
     known = {error.key for error in found.values()}
     allowed = numbers.within_ranges(cfg)
-    for rule in RULES:
+    for rule in (*RULES, *(rule for choice in options.chosen(allowed) for rule in choice.option.rules)):
         for error in rule(allowed):
             if error.key not in known:
                 found.setdefault(str(error), error)

@@ -1,22 +1,12 @@
-"""Rules of the loop: batches, sampling, router replay, speculation, task, optimizer, watch rules."""
+"""Rules of the loop: batches, sampling, router replay, speculation, optimizer, watch rules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runner.cli.overrides import shell, typed
 from runner.errors import UserError
 from runner.rules.parallelism import positive
-from runner.schema import (
-    ArithmeticTaskConfig,
-    Config,
-    Correction,
-    Estimator,
-    JsonlTaskConfig,
-    SglangRolloutConfig,
-)
-
-LOCAL_SPECULATION = ("none", "ngram", "draft")
+from runner.schema import Config, Correction, Estimator
 
 
 def sampling(cfg: Config) -> Iterator[UserError]:
@@ -192,16 +182,10 @@ def router_replay(cfg: Config) -> Iterator[UserError]:
         return
     if cfg.model.num_experts == 0:
         yield UserError(f"{cfg.model.name} is dense: it has no routes to replay", key="router_replay", fix="router_replay=none")
-    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.rollout.pause_mode == "retract":
-        yield UserError(
-            "a retracted request loses its routes",
-            key="rollout.pause_mode",
-            fix="rollout.pause_mode=abort, or router_replay=none",
-        )
 
 
 def speculation(cfg: Config) -> Iterator[UserError]:
-    spec, rollout = cfg.speculative, cfg.rollout.name
+    spec = cfg.speculative
     if spec.method != "none" and spec.num_draft_tokens == 0:
         yield UserError(
             f"{spec.method} proposes 0 tokens", key="speculative.num_draft_tokens", fix="speculative.num_draft_tokens=4"
@@ -228,43 +212,6 @@ def speculation(cfg: Config) -> Iterator[UserError]:
             key="speculative.online_training",
             fix="speculative.online_training=false",
         )
-    if spec.online_training and cfg.trainer.name == "megatron" and cfg.parallelism.pp > 1:
-        yield UserError(
-            "MTP layers are trained where the output layer is, and need the embedding, which is on another pipeline stage",
-            key="speculative.online_training",
-            fix="speculative.online_training=false, or parallelism.pp=1",
-        )
-    if rollout == "local" and spec.method not in LOCAL_SPECULATION:
-        yield UserError(
-            f"the in-process engine drafts by {', '.join(LOCAL_SPECULATION[1:])}, not by {spec.method}",
-            key="speculative.method",
-            fix="speculative=ngram, or rollout=sglang",
-        )
-
-
-def task(cfg: Config) -> Iterator[UserError]:
-    settings = cfg.task
-    if isinstance(settings, ArithmeticTaskConfig):
-        if settings.operands < 2:
-            yield UserError(f"a sum of {settings.operands} numbers", key="task.operands", fix="task.operands=2")
-        if settings.eval_problems < cfg.evaluation.num_prompts:
-            yield UserError(
-                f"{cfg.evaluation.num_prompts} prompts are evaluated, {settings.eval_problems} are held out",
-                key="evaluation.num_prompts",
-                fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
-            )
-    if isinstance(settings, JsonlTaskConfig):
-        for key in ("train_path", "eval_path"):
-            if not getattr(settings, key):
-                yield UserError(
-                    f"task={settings.name} reads its problems from a file", key=f"task.{key}", fix=f"task.{key}=<file.jsonl>"
-                )
-        if "{question}" not in settings.prompt_template:
-            yield UserError(
-                "the template has no {question}: every prompt would be the same",
-                key="task.prompt_template",
-                fix=f"put {{question}} into it, for example {shell(typed('task.prompt_template', '{question}'))}",
-            )
 
 
 def optimizer(cfg: Config) -> Iterator[UserError]:
@@ -308,7 +255,6 @@ RULES = (
     model_numbers,
     router_replay,
     speculation,
-    task,
     optimizer,
     watch,
 )

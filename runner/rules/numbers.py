@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
 from typing import Any
 
-import yaml
-
+from runner import options
 from runner.errors import UserError
 from runner.limits import CHOICES, RANGE, walk
 from runner.models import FAMILIES
 from runner.schema import Config
-from runner.searchpath import files_of
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
@@ -36,12 +33,15 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
 
 
 def within_ranges(cfg: Config) -> Config:
-    """A copy to ask the other rules with, which may divide by a number or count up to it."""
+    """A copy to ask the other rules with, which may divide by a number, count up to it, or ask an option what it is."""
     copy = deepcopy(cfg)
     replaced = {key: number for key, number, _ in out_of_range(cfg)}
     for key, holder, field in walk(copy):
         if key in replaced:
             setattr(holder, field.name, replaced[key])
+    for problem in targets(cfg):
+        section = getattr(copy, str(problem.key).partition(".")[0])
+        section._target_ = next(choice.target for choice in options.choices() if choice.option.schema is type(section))
     return copy
 
 
@@ -70,26 +70,16 @@ def texts(cfg: Config) -> Iterator[UserError]:
 
 def targets(cfg: Config) -> Iterator[UserError]:
     """`_target_` is the class that an option of its group names, never something that happens to be importable."""
-    for group in ("trainer", "rollout", "task"):
-        target, ours = getattr(cfg, group)._target_, _targets_of(group)
-        if target not in ours:
-            key, options = f"{group}._target_", " or ".join(f"{group}={name}" for name in ours.values())
+    ours = options.choices()
+    for group in options.groups():
+        target, named = getattr(cfg, group)._target_, [choice for choice in ours if choice.group == group]
+        if target not in (choice.target for choice in named):
             if target.startswith("runner."):
                 problem = f"{target} is what no option of {group} names"
             else:
                 problem = f"{target} is not a part of runner"
-            yield UserError(problem, key=key, fix=f"choose an option of {group} instead: {options}")
-
-
-@cache
-def _targets_of(group: str) -> dict[str, str]:
-    """`_target_` of this project -> the option that names it first."""
-    ours: dict[str, str] = {}
-    for file in files_of(group):
-        named = (yaml.safe_load(file.read_text()) or {}).get("_target_")
-        if isinstance(named, str) and named.startswith("runner."):
-            ours.setdefault(named, file.stem)
-    return ours
+            instead = " or ".join({choice.target: str(choice) for choice in reversed(named)}.values())
+            yield UserError(problem, key=f"{group}._target_", fix=f"choose an option of {group} instead: {instead}")
 
 
 RULES = (ranges, choices, texts, targets)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.errors import UserError
-from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
-from runner.schema import Config, SglangRolloutConfig
+from runner.options import engine_layout
+from runner.schema import Config
 
 
 def positive(cfg: Config) -> bool:
     """Whether sizes can be divided by at all; numbers.py reports those that cannot."""
     par = cfg.parallelism
-    sizes = (par.ranks, par.tp, par.pp, par.cp, par.ep, par.etp, par.engine_ep, ranks_per_engine(cfg))
+    sizes = (par.ranks, par.tp, par.pp, par.cp, par.ep, par.etp, par.engine_ep)
     return min(sizes) >= 1 and par.gpus_per_engine >= 0
 
 
@@ -38,12 +38,6 @@ def sizes_multiply(cfg: Config) -> Iterator[UserError]:
             f"ep {par.ep} x etp {par.etp} x pp {par.pp} = {expert} does not divide {par.ranks} trainer processes",
             key="parallelism.ep",
             fix=f"parallelism.ep={_largest_divisor(par.ranks // par.pp // par.etp, par.ep)}",
-        )
-    if cfg.trainer.name == "torch" and (par.ranks > 1 or dense > 1 or expert > 1):
-        yield UserError(
-            f"trainer=torch is one process, parallelism={par.name} asks for {max(par.ranks, dense, expert)}",
-            key="trainer",
-            fix="trainer=megatron, or parallelism=single (CPU), or parallelism=h200x1",
         )
     if par.sequence_parallel and par.tp == 1:
         yield UserError(
@@ -78,7 +72,8 @@ def model_divides(cfg: Config) -> Iterator[UserError]:
                 key=f"parallelism.{key}",
                 fix=f"parallelism.{key}={_largest_divisor(model.num_experts, getattr(par, key))}",
             )
-    for key, size in (("parallelism.tp", par.tp), (ranks_key(cfg), ranks_per_engine(cfg))):
+    engine = engine_layout(cfg)
+    for key, size in (("parallelism.tp", par.tp), (engine.ranks_key, engine.ranks)):
         if model.num_heads % size:
             yield UserError(
                 f"{model.num_heads} attention heads do not divide by {size}",
@@ -136,31 +131,18 @@ def engines(cfg: Config) -> Iterator[UserError]:
             key="parallelism.gpus_per_engine",
             fix=f"parallelism.gpus_per_engine={_largest_divisor(par.rollout_gpus, par.gpus_per_engine)}",
         )
-    ranks = ranks_per_engine(cfg)
-    if par.engine_ep > 1 and ranks % par.engine_ep:
+    engine = engine_layout(cfg)
+    if par.engine_ep > 1 and engine.ranks % par.engine_ep:
         yield UserError(
-            f"expert parallel {par.engine_ep} does not divide an engine of {ranks} ranks",
+            f"expert parallel {par.engine_ep} does not divide an engine of {engine.ranks} ranks",
             key="parallelism.engine_ep",
-            fix=f"parallelism.engine_ep={_largest_divisor(ranks, par.engine_ep)}, or {ranks_key(cfg)}={par.engine_ep}",
-        )
-    if cfg.rollout.name == "local" and max(par.gpus_per_engine, par.rollout_gpus) > 1:
-        yield UserError(
-            f"rollout=local is one engine on one device, not {max(par.gpus_per_engine, par.rollout_gpus)} GPUs",
-            key="rollout",
-            fix="rollout=sglang, or parallelism=h200x1",
+            fix=f"parallelism.engine_ep={_largest_divisor(engine.ranks, par.engine_ep)}, or {engine.ranks_key}={par.engine_ep}",
         )
     if par.colocate and par.gpus and par.rollout_gpus != par.gpus:
         yield UserError(
             f"colocated, yet the trainer has {par.gpus} GPUs and the engines {par.rollout_gpus}",
             key="parallelism.rollout_gpus",
             fix=f"parallelism.rollout_gpus={par.gpus} or parallelism.colocate=false",
-        )
-    rollout = cfg.rollout
-    if isinstance(rollout, SglangRolloutConfig) and rollout.weight_transport == "tensor" and not par.colocate:
-        yield UserError(
-            "weight_transport=tensor goes through the memory of one host, where trainer and engines share its GPUs",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=distributed",
         )
 
 

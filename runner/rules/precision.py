@@ -8,13 +8,11 @@ from dataclasses import replace
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
 from runner.models.family import Parameter
+from runner.options import engine_layout, trainer_layout
 from runner.precision.plan import PrecisionPlan, quantized_roles
-from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
-from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role, TorchTrainerConfig
+from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role
 
 FIXED_GROUPS = {Format.fp8: 128, Format.mxfp4: 32, Format.nvfp4: 16}
-LOCAL_INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
-LOCAL_INT4_ROWS = 16
 ROW_PARALLEL = ("o_proj", "down_proj")  # tensor parallelism cuts the input dimension of these, the output of the others
 KEY_VALUE = ("k_proj", "v_proj")
 REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")  # the down-projections of latent attention: every rank holds them whole
@@ -96,9 +94,9 @@ def sharded_weights(cfg: Config) -> Iterator[Parameter]:
 
 def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
     """A group never lies on two tensor-parallel ranks: its amax, and so its scale, would differ from the checkpoint's."""
-    if not known_model(cfg) or _bad_roles(cfg):
+    if not known_model(cfg) or bad_roles(cfg):
         return
-    par, ranks = cfg.parallelism, ranks_per_engine(cfg)
+    par, ranks = cfg.parallelism, engine_layout(cfg).ranks
     expert_shards = ranks // par.engine_ep if par.engine_ep else 1
     yield from _cut_groups(cfg, "trainer", cfg.precision.train, par.tp, par.etp)
     yield from _cut_groups(cfg, "engine", cfg.precision.rollout, ranks, expert_shards)
@@ -118,7 +116,9 @@ def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards
             shards = min(shards, cfg.model.num_kv_heads)
         row = projection in ROW_PARALLEL
         size = parameter.shape[1] if row else parameter.shape[0]
-        unit = (size if per_channel else grid.group_size) if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
+        unit = (
+            (size if per_channel else grid.group_size) if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
+        )
         if shards > 1 and size % (shards * unit):
             cut.setdefault((parameter.role.name, size, shards, unit, row), []).append(projection)
     for (role, size, shards, unit, row), projections in cut.items():
@@ -138,18 +138,19 @@ def _sharding_fix(cfg: Config, side: str, expert: bool, size: int, shards: int, 
     if expert and side == "engine":
         return (
             "parallelism.engine_ep",
-            f"parallelism.engine_ep={ranks_per_engine(cfg) // fits}, or a smaller precision.group_size",
+            f"parallelism.engine_ep={engine_layout(cfg).ranks // fits}, or a smaller precision.group_size",
         )
     if expert:
         return "parallelism.etp", f"parallelism.etp={fits}, or a smaller precision.group_size"
     if side == "trainer":
         return "parallelism.tp", f"parallelism.tp={fits}, or a smaller precision.group_size"
     ep = f" parallelism.engine_ep={min(par.engine_ep, fits)}" if par.engine_ep > 1 else ""
-    key = ranks_key(cfg)
+    key = engine_layout(cfg).ranks_key
     return key, f"{key}={fits}{ep}, or leave the role out of precision.roles"
 
 
-def _bad_roles(cfg: Config) -> bool:
+def bad_roles(cfg: Config) -> bool:
+    """Whether precision.roles cannot be had of this model; `weights_have_formats` says why."""
     try:
         quantized_roles(cfg.model, cfg.precision)
     except UserError:
@@ -157,38 +158,14 @@ def _bad_roles(cfg: Config) -> bool:
     return False
 
 
-def local_int4_matmul(cfg: Config) -> Iterator[UserError]:
-    """torch's weight-only int4 matmul, which the in-process engine decodes with, takes these shapes only."""
-    if cfg.rollout.name != "local" or cfg.precision.rollout.format is not Format.int4 or not known_model(cfg) or _bad_roles(cfg):
-        return
-    group = cfg.precision.rollout.group_size
-    if group not in LOCAL_INT4_GROUPS:
-        yield UserError(
-            f"the in-process engine's int4 matmul has no groups of {group}; it takes {', '.join(map(str, LOCAL_INT4_GROUPS))}",
-            key="precision.group_size",
-            fix="precision.group_size=32, or rollout=sglang",
-        )
-    shapes: dict[tuple[int, ...], Parameter] = {}
-    for parameter in sharded_weights(cfg):
-        if parameter.shape[0] % LOCAL_INT4_ROWS:
-            shapes.setdefault(parameter.shape, parameter)
-    for shape, parameter in shapes.items():
-        yield UserError(
-            f"the in-process engine's int4 matmul needs outputs in multiples of {LOCAL_INT4_ROWS}: {parameter.role.name} weight "
-            f"{parameter.name.split('.')[-2]} is {list(shape)}",
-            key="model.expert_ffn_size" if parameter.role is Role.routed_expert else "model.hidden_size",
-            fix="another size, or rollout=sglang",
-        )
-
-
 def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
     """Quantizing in place destroys the weight it reads, so there must be a master to return to."""
-    precision, trainer = cfg.precision, cfg.trainer
+    precision = cfg.precision
     if precision.train.format is Format.bf16 or precision.qat_placement is QatPlacement.forward:
         return
-    no_master = isinstance(trainer, TorchTrainerConfig) and not trainer.master_weights
-    if no_master or precision.base_dtype == "float32":
-        why = "trainer.master_weights is false" if no_master else "precision.base_dtype=float32 has no separate master"
+    wide = precision.base_dtype == "float32"
+    if wide or not trainer_layout(cfg).masters:
+        why = "precision.base_dtype=float32 has no separate master" if wide else "trainer.master_weights is false"
         yield UserError(
             f"quantizing in place needs fp32 masters beside bf16 weights, but {why}",
             key="precision.qat_placement",
@@ -204,12 +181,6 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_param_gather",
             fix="trainer.optimizer.cpu_offload=false or precision.fp8_param_gather=false",
         )
-    if precision.fp8_param_gather and cfg.trainer.name != "megatron":
-        yield UserError(
-            f"trainer={cfg.trainer.name} gathers no parameters",
-            key="precision.fp8_param_gather",
-            fix="precision.fp8_param_gather=false",
-        )
     for option in ("fp8_param_gather", "fp8_backward"):
         if getattr(precision, option) and precision.train.format is not Format.fp8:
             yield UserError(
@@ -219,10 +190,6 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
             )
     if precision.fp8_matmul == "scaled_mm":
         yield from _scaled_matmul(cfg)
-    if precision.kv_cache != "bf16" and cfg.rollout.name == "local":
-        yield UserError(
-            "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
-        )
 
 
 def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
@@ -234,15 +201,11 @@ def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
             f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}", key=key, fix=back
         )
         return
-    if cfg.trainer.name != "torch":
-        yield UserError(f"trainer={cfg.trainer.name} has FP8 matmuls of its own", key=key, fix=back)
     if precision.qat_placement is QatPlacement.forward:
         yield UserError(
             "multiplies the FP8 weights that are kept between optimizer steps", key=key, fix="precision.qat_placement=in_place"
         )
-    if getattr(cfg.trainer, "device", None) == "cpu":
-        yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=back)
-    if not known_model(cfg) or _bad_roles(cfg):
+    if not known_model(cfg) or bad_roles(cfg):
         return
     shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FIXED_GROUPS[Format.fp8] for size in p.shape)}
     if shapes:
@@ -255,7 +218,6 @@ RULES = (
     grids_agree,
     fixed_group_sizes,
     groups_survive_sharding,
-    local_int4_matmul,
     qat_needs_masters,
     fp8_options,
 )

@@ -10,16 +10,30 @@ The number after the last '=' is the answer. Numbers are zero-padded so that a c
 from __future__ import annotations
 
 import random
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from runner.errors import UserError
-from runner.samples import Sample
-from runner.schema import ArithmeticTaskConfig
+from runner.limits import number
+from runner.options import Option
+from runner.schema import Config, TaskConfig
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.samples import Sample
+
 MAX_OPERANDS = 10  # 10 * 9 and a carry of 9 still fit into the two digits of a column sum
+
+
+@dataclass
+class ArithmeticTaskConfig(TaskConfig):
+    operands: int = number(ge=2, le=MAX_OPERANDS)  # numbers that are added
+    digits: int = number(ge=1, le=100)  # of each number, at most
+    eval_problems: int = number(ge=1, le=10**6)  # held out from training
 
 
 class ArithmeticTask:
@@ -29,10 +43,6 @@ class ArithmeticTask:
         """UserError when the numbers make no task: fewer problems than are held out, or prompts that are too long."""
         self.cfg = cfg
         self.tokenizer = tokenizer
-        if not 2 <= cfg.operands <= MAX_OPERANDS:
-            raise UserError(f"{cfg.operands} operands", key="task.operands", fix=f"use 2 to {MAX_OPERANDS}")
-        if cfg.digits < 1:
-            raise UserError(f"{cfg.digits} digits", key="task.digits", fix="use 1 or more")
         problems = 10 ** (cfg.digits * cfg.operands)
         if 2 * cfg.eval_problems > problems:
             raise UserError(
@@ -104,3 +114,17 @@ class ArithmeticTask:
         while len(chosen) < self.cfg.eval_problems:
             chosen[self._draw(random_stream)] = None
         return list(chosen)
+
+
+def held_out(cfg: Config) -> Iterator[UserError]:
+    task = cfg.task
+    assert isinstance(task, ArithmeticTaskConfig)
+    if task.eval_problems < cfg.evaluation.num_prompts:
+        yield UserError(
+            f"{cfg.evaluation.num_prompts} prompts are evaluated, {task.eval_problems} are held out",
+            key="evaluation.num_prompts",
+            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
+        )
+
+
+OPTION = Option(ArithmeticTaskConfig, rules=(held_out,))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from runner.schema import JsonlTaskConfig
+from runner.options import Option
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
-from runner.tasks.jsonl import JsonlTask, Problem
+from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class DapoMathTask(JsonlTask):
@@ -40,3 +41,6 @@ class DapoMathTask(JsonlTask):
         r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference; see grading.py."""
         given = final_answer(text)
         return given is not None and same_answer(given, answer)
+
+
+OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE)

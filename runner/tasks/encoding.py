@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 FIRST_PRIVATE = 0xF0000  # of Unicode's private plane, where no text of a data set lies
 MAX_CHARACTERS_PER_TOKEN = 512  # on average; the longest tokens of published vocabularies are runs of 128 blanks

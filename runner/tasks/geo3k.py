@@ -6,26 +6,38 @@ A problem without <image> gets it in front. Encoded images stay in memory; pixel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from runner.errors import UserError
-from runner.images import ImageProcessor
-from runner.schema import Geo3kTaskConfig
+from runner.limits import number
+from runner.models import qwen3_vl
+from runner.options import Option
+from runner.schema import Config
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
-from runner.tasks.jsonl import JsonlTask, Problem
+from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
 from runner.tasks.pictures import image_bytes, open_rgb, resized
 from runner.tasks.protocol import Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.images import ImageProcessor
+
 PLACEHOLDER = "<image>"
 CACHED_IMAGES = 256  # decoded at one time, besides those in use
+
+
+@dataclass
+class Geo3kTaskConfig(JsonlTaskConfig):
+    min_image_pixels: int = number(ge=1, le=2**28)  # images are resized to whole tokens with this many pixels at least
+    max_image_pixels: int = number(ge=1, le=2**28)  # and this many at most
 
 
 class Geo3kTask(JsonlTask):
@@ -89,3 +101,27 @@ class Geo3kTask(JsonlTask):
         """The prompt with its image, whose tokens are in place already."""
         image = self.processor.at(prompt.tokens, self._pixels(prompt.info["place"]))
         return replace(prompt, image=image)
+
+
+def image_tokens(cfg: Config) -> Iterator[UserError]:
+    task = cfg.task
+    assert isinstance(task, Geo3kTaskConfig)
+    side = qwen3_vl.token_side(cfg.model)
+    if side is None:
+        return
+    tokens = task.max_image_pixels // side**2 + qwen3_vl.MARKS
+    if tokens >= task.max_prompt_tokens:
+        yield UserError(
+            f"an image of {task.max_image_pixels} pixels is {tokens} tokens, prompts have {task.max_prompt_tokens} at most",
+            key="task.max_image_pixels",
+            fix=f"task.max_image_pixels={max(1, task.max_prompt_tokens // 2) * side**2}",
+        )
+    if not side**2 <= task.min_image_pixels <= task.max_image_pixels:
+        yield UserError(
+            f"images of {task.min_image_pixels} to {task.max_image_pixels} pixels; one token is {side} x {side}",
+            key="task.min_image_pixels",
+            fix=f"task.min_image_pixels={min(max(side**2, task.min_image_pixels), max(side**2, task.max_image_pixels))}",
+        )
+
+
+OPTION = Option(Geo3kTaskConfig, rules=(*RULES, image_tokens), machine=MACHINE, shows_images=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.options import Option
 from runner.tasks.grading import after_hashes, final_number
-from runner.tasks.jsonl import JsonlTask, Problem
+from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
 from runner.tasks.numbers import quantity
 
 
@@ -26,3 +27,6 @@ class Gsm8kTask(JsonlTask):
         r"""The number of the last '####' or \boxed{} must equal the reference; without either, wrong."""
         given, wanted = final_number(text), quantity(answer, words=True)
         return given is not None and wanted is not None and given.equals(wanted)
+
+
+OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE)

@@ -10,17 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from runner import preflight
 from runner.cli.overrides import shell, typed
 from runner.errors import UserError
-from runner.samples import Sample
-from runner.schema import JsonlTaskConfig
+from runner.limits import lines, number
+from runner.schema import Config, TaskConfig
 from runner.tasks.encoding import TextEncoder, check_characters, check_length
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.samples import Sample
 
 MAX_LINE_BYTES = 64 << 20  # an image of the largest size that is taken, as base64, and its text
 OTHER_KINDS = {  # by their first bytes
@@ -32,6 +36,15 @@ OTHER_KINDS = {  # by their first bytes
     b"\xfd7zXZ": "an xz archive",
     b"PK\x03\x04": "a zip archive",
 }
+
+
+@dataclass
+class JsonlTaskConfig(TaskConfig):
+    """gsm8k, dapo_math: a prompt and a reference answer per line."""
+
+    prompt_template: str = lines()
+    max_train_problems: int = number(ge=0, le=10**12)  # 0: all
+    max_eval_problems: int = number(ge=0, le=10**12)
 
 
 @dataclass(frozen=True)
@@ -315,5 +328,26 @@ def _hub_rows(source: str, key: str, split: str, hub_config: str | None) -> Iter
     except Exception as error:  # the package raises many kinds: network, unknown id, unknown split
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot load '{source}' from the hub: {first}", key=key, fix="give the path of a JSONL file") from error
-    for number, row in enumerate(rows):
-        yield f"{source}[{split}]:{number}", row
+    for place, row in enumerate(rows):
+        yield f"{source}[{split}]:{place}", row
+
+
+def reads_a_file(cfg: Config) -> Iterator[UserError]:
+    task = cfg.task
+    assert isinstance(task, JsonlTaskConfig)
+    for key in ("train_path", "eval_path"):
+        if not getattr(task, key):
+            yield UserError(f"task={task.name} reads its problems from a file", key=f"task.{key}", fix=f"task.{key}=<file.jsonl>")
+    if "{question}" not in task.prompt_template:
+        yield UserError(
+            "the template has no {question}: every prompt would be the same",
+            key="task.prompt_template",
+            fix=f"put {{question}} into it, for example {shell(typed('task.prompt_template', '{question}'))}",
+        )
+
+
+def files(cfg: Config) -> Iterator[UserError]:
+    yield from preflight.missing({"task.train_path": cfg.task.train_path, "task.eval_path": cfg.task.eval_path})
+
+
+RULES, MACHINE = (reads_a_file,), (files,)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from runner.images import PromptImage
-from runner.samples import Sample
+if TYPE_CHECKING:
+    from runner.images import PromptImage
+    from runner.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -11,22 +11,42 @@ One number per row of cells, then their sum: the number after the last '=' is th
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from runner.errors import UserError
-from runner.images import ImageProcessor
-from runner.samples import Sample
-from runner.schema import VisualCountTaskConfig
+from runner.limits import number
+from runner.models import qwen3_vl
+from runner.options import Option
+from runner.schema import Config, TaskConfig
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.images import ImageProcessor
+    from runner.samples import Sample
 
 COLORS = {"red": (220, 50, 40), "green": (40, 180, 70), "blue": (50, 90, 220), "yellow": (230, 200, 40)}
 SHAPES = ("square", "triangle", "circle")  # the easier to tell apart first
 GROUND = (90, 150)  # gray levels of the ground
-SMALLEST_SHAPE = 5  # pixels, and of a cell that holds it 7
+SMALLEST_SHAPE, SMALLEST_CELL = 5, 7  # pixels of a shape, and of a cell that holds it in more than one place
+
+
+@dataclass
+class VisualCountTaskConfig(TaskConfig):
+    grid: int = number(ge=1, le=64)  # cells per side of the image
+    cell_pixels: int = number(ge=SMALLEST_CELL, le=512)  # side of a cell
+    colors: int = number(ge=1, le=len(COLORS))  # kinds of colour, of red, green, blue, yellow
+    shapes: int = number(ge=1, le=len(SHAPES))  # kinds of shape, of square, triangle, circle
+    max_count: int = number(ge=1, le=64**2)  # largest answer; answers are drawn evenly
+    clutter: float = number(ge=0, le=1)  # share of the other cells that hold another shape
+    noise: int = number(ge=0, le=255)  # gray levels by which a pixel may be off
+    eval_problems: int = number(ge=1, le=10**6)  # held out from training
 
 
 @dataclass(frozen=True)
@@ -146,3 +166,35 @@ def _mask(shape: str, size: int) -> np.ndarray:
         return inside
     triangle: np.ndarray = np.abs(columns) <= (rows + size / 2) / 2
     return triangle
+
+
+def image_tokens(cfg: Config) -> Iterator[UserError]:
+    task, side = cfg.task, qwen3_vl.token_side(cfg.model)
+    assert isinstance(task, VisualCountTaskConfig)
+    tokens = (task.grid * task.cell_pixels // side) ** 2 + qwen3_vl.MARKS if side else 0
+    if tokens >= task.max_prompt_tokens:
+        yield UserError(
+            f"an image of {task.grid} x {task.grid} cells is {tokens} tokens, prompts have {task.max_prompt_tokens} at most",
+            key="task.grid",
+            fix=f"a smaller task.grid, or task.max_prompt_tokens={tokens + 32}",
+        )
+
+
+def scenes(cfg: Config) -> Iterator[UserError]:
+    task = cfg.task
+    assert isinstance(task, VisualCountTaskConfig)
+    if task.colors == task.shapes == 1:
+        yield UserError("one kind of shape leaves nothing else in the image", key="task.colors", fix="task.colors=2")
+    if task.max_count > task.grid**2:
+        yield UserError(
+            f"{task.max_count} shapes in {task.grid} x {task.grid} cells", key="task.max_count", fix=f"task.max_count={task.grid}"
+        )
+    if task.eval_problems < cfg.evaluation.num_prompts:
+        yield UserError(
+            f"{cfg.evaluation.num_prompts} prompts are evaluated, {task.eval_problems} are held out",
+            key="evaluation.num_prompts",
+            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
+        )
+
+
+OPTION = Option(VisualCountTaskConfig, rules=(image_tokens, scenes), shows_images=True)

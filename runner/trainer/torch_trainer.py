@@ -25,7 +25,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.samples import Batch, Sample, WeightStream
-from runner.schema import Config, Format, QatPlacement, Role, TorchTrainerConfig
+from runner.schema import Config, Format, QatPlacement, Role
 from runner.trainer import attention, checkpoint, experts, microbatch, mtp, policy_step
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
@@ -35,6 +35,7 @@ from runner.trainer.parking import Parking
 from runner.trainer.policy import Loss, PolicyTrainer, PolicyUpdates, Updated, replays
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
+from runner.trainer.torch.option import TorchTrainerConfig
 from runner.trainer.torch_qat import (
     ForwardFakeQuantization,
     WeightLayout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from runner import schema
 from runner.schema import Config
+from runner.trainer.megatron.config import MegatronTrainerConfig
 from tests.trainer_configs import DENSE, MLA, MOE, config
 
 LAYOUTS: dict[str, dict[str, object]] = {
@@ -51,7 +52,7 @@ def megatron_config(model: str = "moe", layout: str = "single", **changes: objec
     }
     cfg = config(MODELS[model], **{key: value for key, value in changes.items() if not key.startswith("trainer.")})
     torch_trainer = cfg.trainer
-    cfg.trainer = schema.MegatronTrainerConfig(
+    cfg.trainer = MegatronTrainerConfig(
         _target_="runner.trainer.megatron.MegatronTrainer", name="megatron", optimizer=torch_trainer.optimizer,
         max_tokens_per_gpu=torch_trainer.max_tokens_per_gpu, recompute="none", max_nan_steps=3, logprob_chunk_tokens=4096,
         threads=1, distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True,

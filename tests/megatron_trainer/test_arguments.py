@@ -86,7 +86,7 @@ def test_a_cpu_rank_has_no_fused_kernel() -> None:
 def test_router_fusion_excludes_replay() -> None:
     cfg = megatron_config("moe", **{"router_replay.trainer": True, "trainer.router_fusion": True})
     with pytest.raises(UserError, match="ignores replayed routes"):
-        arguments.transformer(cfg)
+        arguments.check(cfg)
 
 
 def test_rope_scaling_of_kimi() -> None:

@@ -178,6 +178,6 @@ def test_description_and_metrics(running: Any) -> None:
     metrics = running.pool.metrics()
     assert metrics["perf/rollout_tokens"] == sum(sample.response_length for sample in samples)
     assert metrics["perf/rollout_tokens_per_second"] > 0
-    description = running.pool.describe()
+    description = running.pool.describe()[0]
     assert set(description.formats) == {item.name for item in running.items}
     assert set(description.formats.values()) == {"bf16"}

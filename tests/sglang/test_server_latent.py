@@ -29,7 +29,7 @@ def test_latent_attention_computes_what_transformers_does_and_follows_its_weight
             built, items = exported(cfg, seed=version + 1)
             assert pool.update_weights(version, iter(items)).problems == []
             check(cfg, pool, built)
-        quantized = sum(form == "int4" for form in pool.describe().formats.values())
+        quantized = sum(form == "int4" for form in pool.describe()[0].formats.values())
         assert quantized == len(pool.plan.quantized)
         assert (quantized > 0) == cfg.precision.rollout.format.name.startswith("int4")
     finally:

@@ -48,7 +48,7 @@ def test_two_ranks_compute_what_transformers_does_over_every_transport(two_ranks
 
 
 def test_every_ranks_formats_are_read_back(two_ranks: Any) -> None:
-    formats = two_ranks.pool.describe().formats
+    formats = two_ranks.pool.describe()[0].formats
     assert all(formats[item.name] == item.format for item in two_ranks.items)
     assert sum(form == "int4" for form in formats.values()) == 4 * (8 * 3 + 4)
 

@@ -22,7 +22,7 @@ def test_fp8_blocks_compute_with_their_effective_weights_over_every_transport() 
     try:
         built, items = exported(cfg)
         assert pool.update_weights(0, iter(items)).problems == []
-        assert sum(form == "fp8" for form in pool.describe().formats.values()) == len(pool.plan.quantized) > 0
+        assert sum(form == "fp8" for form in pool.describe()[0].formats.values()) == len(pool.plan.quantized) > 0
         for sample in pool.generate(requests(6)):
             torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-3, rtol=0)
         for transport in ("distributed", "disk_full", "disk_delta", *([] if transfer_engine.obstacles("tcp") else ["p2p"])):

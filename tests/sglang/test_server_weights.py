@@ -23,6 +23,8 @@ from cases import (
 from reference import reference_routes
 
 from runner.errors import UserError
+from runner.precision.audit import audit_pool
+from runner.precision.plan import PrecisionPlan
 
 pytestmark = pytest.mark.sglang
 
@@ -35,7 +37,7 @@ def test_packed_int4_computes_with_the_trainers_effective_weights(sglang_int4: A
         torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
         theirs = reference_routes(built, sample.tokens)
         assert torch.equal(sample.routes.long().sort(-1).values, theirs.sort(-1).values)
-    formats = sglang_int4.pool.describe().formats
+    formats = sglang_int4.pool.describe()[0].formats
     for item in sglang_int4.items:
         assert formats[item.name] == item.format
     assert sum(form == "int4" for form in formats.values()) == 4 * (8 * 3 + 4)  # experts and attention of every layer
@@ -209,18 +211,11 @@ def _greedy(pool: Any) -> Any:
 
 
 def test_a_plan_that_the_engine_does_not_follow_stops_the_start(sglang_fp32: Any) -> None:
-    pool = sglang_fp32.pool
-    plan = pool.plan
+    described = sglang_fp32.pool.describe()
+    audit_pool(sglang_fp32.pool.plan, described)
     int4 = config("sglang", "model=tiny_moe", "precision=int4_qat", "precision.qat_placement=forward")
-    from runner.precision.plan import PrecisionPlan
-
-    pool.plan = PrecisionPlan.build(int4.model, int4.precision, "rollout")
-    try:
-        with pytest.raises(UserError, match="other formats than the precision plan.*is bf16 there and int4 in the plan"):
-            pool._audit()
-    finally:
-        pool.plan = plan
-    pool._audit()
+    with pytest.raises(UserError, match="other formats than the precision plan.*run int4, engine bf16"):
+        audit_pool(PrecisionPlan.build(int4.model, int4.precision, "rollout"), described)
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])

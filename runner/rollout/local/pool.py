@@ -18,11 +18,12 @@ from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.engine import Engine
 from runner.rollout.local.model import EngineModel
+from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.local.speculation import DraftSpeculation, NgramSpeculation, Speculation
 from runner.rollout.local.store import WeightStore
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, LocalRolloutConfig, SpeculativeConfig
+from runner.schema import Config, SpeculativeConfig
 from runner.weights.stream import SealedTensor, seal
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
@@ -124,15 +125,17 @@ class LocalPool:
         """
         return self.store.effective_weight(name)
 
-    def describe(self) -> EngineDescription:
-        """Formats by HF name; `info`: how quantized weights are computed with, and why not with the int4 kernel."""
-        return EngineDescription(
-            formats=self.plan.formats,
-            group_size=self._grid.group_size,
-            convention=self._grid.convention.name,
-            product_rounding=self.store.product_rounding(),
-            info={"engine": "local", "device": str(self._device), **self.store.kernels()},
-        )
+    def describe(self) -> list[EngineDescription]:
+        """Formats of the resident weights; `info`: how quantized ones are computed with, and why not with the int4 kernel."""
+        return [
+            EngineDescription(
+                formats=self.store.formats(),
+                group_size=self._grid.group_size,
+                convention=self._grid.convention.name,
+                product_rounding=self.store.product_rounding(),
+                info={"engine": "local", "device": str(self._device), **self.store.kernels()},
+            )
+        ]
 
     def metrics(self) -> dict[str, float]:
         """`rollout/spec_*` and `perf/rollout_*` since the last call."""

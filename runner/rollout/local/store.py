@@ -143,6 +143,11 @@ class WeightStore:
         first = sum(weight.rows[: weight.names.index(name)])
         return weight.linear(identity).t()[first : first + weight.rows[weight.names.index(name)]].contiguous()
 
+    def formats(self) -> dict[str, str]:
+        """Format by HF name, of what is resident."""
+        plain = dict.fromkeys(self.model.others, Format.bf16.name)
+        return plain | {name: weight.format.format.name for name, weight in self.model.weights.items()}
+
     def _quantized(self) -> Iterator[ResidentWeight]:
         unique = {id(weight): weight for weight in self.model.weights.values()}
         return (weight for weight in unique.values() if weight.format.quantized)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.errors import UserError
+from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.schema import Config, Format, SglangRolloutConfig
+from runner.schema import Config, Format
 
 Arguments = dict[str, Any]
 # Known when the process starts. The pool sets them; nobody else can.
@@ -60,38 +61,9 @@ CONTEXT_SLACK = 8  # SGLang takes inputs of at most context_length - 6 tokens; t
 CPU_MEMORY_FRACTION = 0.3  # SGLang asks for one; max_total_tokens is what bounds the cache there
 
 
-def on_cpu(cfg: Config) -> bool:
-    return cfg.parallelism.rollout_gpus == 0
-
-
-def shares_gpus(cfg: Config) -> bool:
-    """Whether trainer and engines are processes on the same GPUs (colocation.py). An in-process engine lives in the trainer's."""
-    par = cfg.parallelism
-    return isinstance(cfg.rollout, SglangRolloutConfig) and par.colocate and min(par.gpus, par.rollout_gpus) > 0
-
-
-def num_engines(cfg: Config) -> int:
-    """Engines of the run; 1 for the in-process one."""
-    if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg):
-        return cfg.rollout.cpu_engines
-    return max(1, cfg.parallelism.rollout_gpus // max(1, cfg.parallelism.gpus_per_engine))
-
-
-def ranks_per_engine(cfg: Config) -> int:
-    """Tensor-parallel size of every engine; 1 for the in-process one."""
-    if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg):
-        return cfg.rollout.cpu_tp
-    return max(1, cfg.parallelism.gpus_per_engine)
-
-
-def ranks_key(cfg: Config) -> str:
-    """The key that decides `ranks_per_engine`."""
-    return "rollout.cpu_tp" if isinstance(cfg.rollout, SglangRolloutConfig) and on_cpu(cfg) else "parallelism.gpus_per_engine"
-
-
 def server_arguments(cfg: Config) -> Arguments:
     """Options of SGLang's ServerArgs for every server of this run, without those of RUNTIME; sorted by name."""
-    rollout, par = _rollout(cfg), cfg.parallelism
+    rollout, par = settings(cfg), cfg.parallelism
     device = "cpu" if on_cpu(cfg) else "cuda"
     decided: Arguments = {
         "attention_backend": ATTENTION[device] if rollout.attention_backend == "auto" else rollout.attention_backend,
@@ -107,7 +79,7 @@ def server_arguments(cfg: Config) -> Arguments:
         "max_running_requests": rollout.max_concurrency,
         "skip_server_warmup": True,
         "skip_tokenizer_init": True,  # tokens go in and come out
-        "tp_size": ranks_per_engine(cfg),
+        "tp_size": layout(cfg).ranks,
         "trust_remote_code": False,
     }
     if par.engine_ep > 1:
@@ -124,7 +96,7 @@ def server_arguments(cfg: Config) -> Arguments:
     else:
         decided |= {
             "cuda_graph_max_bs_decode": rollout.cuda_graph_max_batch,
-            "enable_memory_saver": shares_gpus(cfg),
+            "enable_memory_saver": layout(cfg).shares_gpus,
             "mem_fraction_static": rollout.memory_fraction,
             "sampling_backend": "pytorch",  # the one whose every way of sampling takes a request's seed
         }
@@ -159,7 +131,7 @@ def _speculation(cfg: Config) -> Arguments:
 
 def problems(cfg: Config) -> Iterator[UserError]:
     """Options in rollout.server_args that SGLang does not have, that are decided elsewhere, or that are refused."""
-    rollout = _rollout(cfg)
+    rollout = settings(cfg)
     known = options()
     decided = server_arguments(_without_extra(cfg))
     for name, value in rollout.server_args.items():
@@ -208,10 +180,10 @@ SOURCES = {
 
 def warnings(cfg: Config) -> list[str]:
     """What is allowed but probably not meant; the pool prints them when it starts, and `plan` may."""
-    rollout = _rollout(cfg)
+    rollout = settings(cfg)
     found = []
     prompts = cfg.algorithm.prompts_per_step + cfg.algorithm.oversample_prompts
-    asked = -(-prompts * cfg.algorithm.samples_per_prompt // num_engines(cfg))
+    asked = -(-prompts * cfg.algorithm.samples_per_prompt // layout(cfg).engines)
     asked = min(rollout.max_concurrency, asked)
     graphs = rollout.server_args.get("cuda_graph_bs_decode") or [rollout.cuda_graph_max_batch]
     if not on_cpu(cfg) and not rollout.server_args.get("disable_cuda_graph") and max(graphs) < asked:
@@ -231,12 +203,7 @@ def warnings(cfg: Config) -> list[str]:
     return found
 
 
-def _rollout(cfg: Config) -> SglangRolloutConfig:
-    assert isinstance(cfg.rollout, SglangRolloutConfig)
-    return cfg.rollout
-
-
 def _without_extra(cfg: Config) -> Config:
     import dataclasses
 
-    return dataclasses.replace(cfg, rollout=dataclasses.replace(_rollout(cfg), server_args={}))
+    return dataclasses.replace(cfg, rollout=dataclasses.replace(settings(cfg), server_args={}))

@@ -20,11 +20,12 @@ from runner import scratch
 from runner.errors import UserError
 from runner.images import PromptImage
 from runner.precision import cpu_matmul
-from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.plan import PrecisionPlan
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.background import BackgroundLoop
 from runner.rollout.sglang.client import EngineFailure, Refused
+from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
@@ -36,7 +37,7 @@ from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.routing.routes import RouteError
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, Format, Role, SglangRolloutConfig
+from runner.schema import Config, Format, Role
 from runner.weights.stream import SealedTensor
 from runner.weights.transfer_engine import Endpoint, TransferError
 
@@ -49,13 +50,13 @@ class SglangPool:
 
         Logs and weights on disk lie in the run's folder. Outside of a run, logs that tell of a failure stay in one of their own.
         """
-        rollout = cast(SglangRolloutConfig, cfg.rollout)
+        rollout = settings(cfg)
         self.version = -1
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
         self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
-        self._repacks = not arguments.on_cpu(cfg) and cfg.precision.rollout.format is not Format.bf16
+        self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format is not Format.bf16
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
@@ -76,18 +77,17 @@ class SglangPool:
         try:
             self._loop.run(self._fleet.start())
             self._info = self._loop.run(self._fleet.ask("describe"))
-            self._audit()
         except BaseException:
             self.close(keep_logs=True)
             raise
 
     def _servers(self, api_key: str) -> list[Server]:
-        count = arguments.num_engines(self._cfg)
+        lying = layout(self._cfg)
         common = arguments.server_arguments(self._cfg)
-        threads = threads_per_rank(count * arguments.ranks_per_engine(self._cfg))
+        threads = threads_per_rank(lying.engines * lying.ranks)
         variables = cpu_matmul.environment(self._cfg.precision.cpu_matmul) if common["device"] == "cpu" else {}
         servers = []
-        for index in range(count):
+        for index in range(lying.engines):
             started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
             if self._cfg.speculative.method == "mtp":
                 started_with["speculative_draft_model_path"] = started_with["model_path"]
@@ -117,7 +117,7 @@ class SglangPool:
 
     def _settings(self) -> Settings:
         rollout = self._rollout
-        backend = "gloo" if arguments.on_cpu(self._cfg) else "nccl"
+        backend = "gloo" if on_cpu(self._cfg) else "nccl"
         return Settings(
             startup_seconds=rollout.startup_timeout_seconds,
             request_seconds=rollout.request_timeout_seconds,
@@ -139,21 +139,6 @@ class SglangPool:
             raise UserError(
                 str(error), key="rollout.weight_transport", fix=f"look at {log}, or rollout.weight_transport=distributed"
             ) from error
-
-    def _audit(self) -> None:
-        """The engines quantize what the plan says, in every server, or the run does not start."""
-        wanted = {name: tensor.format.name for name, tensor in self.plan.quantized.items()}
-        for index, answer in enumerate(self._info):
-            found: dict[str, str] = answer["formats"]
-            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            if wrong:
-                first = wrong[0]
-                raise UserError(
-                    f"SGLang server {index} computes with other formats than the precision plan: {shorten(wrong)}; "
-                    f"{first} is {found.get(first, 'bf16')} there and {wanted.get(first, 'bf16')} in the plan",
-                    key="precision",
-                    fix="precision.roles of whole modules (SGLang fuses q, k, v and gate, up)",
-                )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples as they finish; `requests` is pulled as room appears. May be closed at any sample: what runs is aborted.
@@ -304,25 +289,24 @@ class SglangPool:
         except EngineFailure as failure:
             raise UserError(f"SGLang could not score a sequence: {failure}", key="rollout", fix="look at its log") from failure
 
-    def describe(self) -> EngineDescription:
-        """Formats as read back from the engines; `info`: what they say about themselves."""
-        answer = self._info[0]
-        formats = {name: answer["formats"].get(name, "bf16") for name in self.plan.tensors}
-        grid = self._cfg.precision.rollout
-        kernels = "dequantized" if answer["device"] == "cpu" else "marlin"
-        return EngineDescription(
-            formats=formats,
-            group_size=grid.group_size,
-            convention=grid.convention.name,
-            product_rounding="bf16",  # the CPU twin's effective weights and Marlin's products alike
-            info={
-                "engine": "sglang",
-                "servers": len(self._info),
-                "device": answer["device"],
-                "attention_backend": answer["attention_backend"],
-                "quantized_weights": kernels,
-            },
-        )
+    def describe(self) -> list[EngineDescription]:
+        """Formats as read back from every engine; `info`: what it says about itself."""
+        grid, plain = self._cfg.precision.rollout, dict.fromkeys(self.plan.tensors, Format.bf16.name)
+        return [
+            EngineDescription(
+                formats=plain | answer["formats"],
+                group_size=grid.group_size,
+                convention=grid.convention.name,
+                product_rounding="bf16",  # the CPU twin's effective weights and Marlin's products alike
+                info={
+                    "engine": "sglang",
+                    "device": answer["device"],
+                    "attention_backend": answer["attention_backend"],
+                    "quantized_weights": "dequantized" if answer["device"] == "cpu" else "marlin",
+                },
+            )
+            for answer in self._info
+        ]
 
     def metrics(self) -> dict[str, float]:
         """`perf/rollout_*`, `rollout/spec_*` and the pool's own counts since the last call."""

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
-from runner.errors import UserError
+from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.models.agreement import Rope
 from runner.models.family import Family
-from runner.schema import Config, Format, MegatronTrainerConfig, ModelConfig
+from runner.schema import Config, Format, ModelConfig
+from runner.trainer.megatron.config import MegatronTrainerConfig
 
 Arguments = dict[str, Any]
 FULL_ROUTER_DTYPE = "fp32"  # routers are computed in fp32: near ties of bf16 logits would route at random
@@ -150,24 +151,16 @@ def _recompute(cfg: Config) -> Arguments:
             return {}
         case "full":
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        case "selective":
+        case _:  # selective
             modules = ["moe"] if cfg.model.num_experts else ["mlp"]
             if cfg.model.num_experts and cfg.model.num_dense_layers:
                 modules.append("mlp")
             return {"recompute_granularity": "selective", "recompute_modules": modules}
-        case other:
-            raise UserError(f"recompute '{other}' is not known", key="trainer.recompute", fix="use none, selective or full")
 
 
 def _experts(cfg: Config) -> Arguments:
     model, trainer = cfg.model, trainer_config(cfg)
     cuda = Device.of(cfg).cuda
-    if cfg.router_replay.trainer and trainer.router_fusion:
-        raise UserError(
-            "the fused router ignores replayed routes without a word",
-            key="trainer.router_fusion",
-            fix="trainer.router_fusion=false",
-        )
     arguments: Arguments = {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.experts_top_k,
@@ -319,34 +312,11 @@ def everything(cfg: Config) -> Arguments:
 
 
 def check(cfg: Config) -> Family:
-    """What this trainer cannot do, before a process is started; returns the model's family."""
-    device, model = Device.of(cfg), cfg.model
+    """The model's family. UserError for what this trainer cannot do, before a process is started."""
+    from runner.trainer.megatron.rules import RULES
+
     world_size(cfg)
-    if cfg.precision.fp8_param_gather and not device.cuda:
-        raise UserError(
-            "gathering parameters in FP8 is Transformer Engine's, which needs CUDA; CPU ranks simulate FP8 in bf16",
-            key="precision.fp8_param_gather",
-            fix="precision.fp8_param_gather=false",
-        )
-    if cfg.precision.fp8_matmul != "simulated":
-        raise UserError(
-            "Megatron's FP8 matmuls are Transformer Engine's on CUDA, and simulated on CPU ranks",
-            key="precision.fp8_matmul",
-            fix="precision.fp8_matmul=simulated",
-        )
-    if cfg.precision.train.format is Format.nvfp4:
-        raise UserError(
-            "NVFP4 has a scale over a whole weight, which Megatron fuses and divides",
-            key="precision",
-            fix="precision=mxfp4_qat or int4_qat, or trainer=torch",
-        )
-    if cfg.speculative.online_training and model.num_mtp_layers and cfg.parallelism.pp > 1:
-        raise UserError(
-            "MTP layers are trained where the output layer is, and need the embedding, which is on another pipeline stage",
-            key="speculative.online_training",
-            fix="speculative.online_training=false, or parallelism.pp=1",
-        )
-    if model.vision:
-        raise UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
+    if problems := [problem for rule in RULES for problem in rule(cfg)]:
+        raise problems[0] if len(problems) == 1 else UserErrors(problems)
     everything(cfg)
-    return family_of(model)
+    return family_of(cfg.model)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.errors import UserError
-from runner.schema import Config, Format, MegatronTrainerConfig, QatPlacement
+from runner.options import Rule
+from runner.schema import Config, Format, QatPlacement
+from runner.trainer.megatron.arguments import trainer_config
 
 
 def router(cfg: Config) -> Iterator[UserError]:
-    trainer = cfg.trainer
-    if not isinstance(trainer, MegatronTrainerConfig):
-        return
+    trainer = trainer_config(cfg)
     if trainer.router_fusion and cfg.router_replay.trainer:
         yield UserError(
             "the fused router ignores replayed routes without a word",
@@ -27,9 +27,7 @@ def router(cfg: Config) -> Iterator[UserError]:
 
 
 def optimizer(cfg: Config) -> Iterator[UserError]:
-    trainer = cfg.trainer
-    if not isinstance(trainer, MegatronTrainerConfig):
-        return
+    trainer = trainer_config(cfg)
     for option in ("overlap_param_gather", "precision_aware_optimizer"):
         if getattr(trainer, option) and not trainer.distributed_optimizer:
             yield UserError(
@@ -46,14 +44,18 @@ def optimizer(cfg: Config) -> Iterator[UserError]:
 
 
 def quantization(cfg: Config) -> Iterator[UserError]:
-    trainer, precision = cfg.trainer, cfg.precision
-    if not isinstance(trainer, MegatronTrainerConfig):
-        return
+    trainer, precision = trainer_config(cfg), cfg.precision
     if precision.fp8_param_gather and not cfg.parallelism.gpus:
         yield UserError(
             "gathering parameters in FP8 is Transformer Engine's, which needs CUDA; CPU ranks simulate FP8 in bf16",
             key="precision.fp8_param_gather",
             fix="precision.fp8_param_gather=false",
+        )
+    if precision.fp8_matmul != "simulated":
+        yield UserError(
+            "trainer=megatron has FP8 matmuls of its own: Transformer Engine's on CUDA, simulated on CPU ranks",
+            key="precision.fp8_matmul",
+            fix="precision.fp8_matmul=simulated",
         )
     if precision.train.format is Format.nvfp4:
         yield UserError(
@@ -70,10 +72,17 @@ def quantization(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def drafts(cfg: Config) -> Iterator[UserError]:
+    if cfg.speculative.online_training and cfg.parallelism.pp > 1:
+        yield UserError(
+            "MTP layers are trained where the output layer is, and need the embedding, which is on another pipeline stage",
+            key="speculative.online_training",
+            fix="speculative.online_training=false, or parallelism.pp=1",
+        )
+
+
 def heads(cfg: Config) -> Iterator[UserError]:
     model, par = cfg.model, cfg.parallelism
-    if not isinstance(cfg.trainer, MegatronTrainerConfig):
-        return
     if not model.kv_lora_rank and 0 < model.num_kv_heads < par.tp:
         yield UserError(
             f"{model.num_kv_heads} key/value heads on {par.tp} tensor-parallel ranks: Megatron gives each rank at least one",
@@ -97,4 +106,4 @@ def heads(cfg: Config) -> Iterator[UserError]:
         yield UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
 
 
-RULES = (router, optimizer, quantization, heads)
+RULES: tuple[Rule, ...] = (router, optimizer, quantization, drafts, heads)

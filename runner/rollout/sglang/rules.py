@@ -6,21 +6,23 @@ from collections.abc import Iterator
 
 from runner.errors import UserError
 from runner.rollout.sglang import arguments
+from runner.rollout.sglang.config import on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
-from runner.schema import Config, Format, SglangRolloutConfig
+from runner.schema import Config, Format
 
 CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
 
 
 def options(cfg: Config) -> Iterator[UserError]:
-    if isinstance(cfg.rollout, SglangRolloutConfig) and cfg.speculative.method in ("none", *arguments.ALGORITHMS):
+    if cfg.speculative.method in ("none", *arguments.ALGORITHMS):
         yield from arguments.problems(cfg)
 
 
 def speculation(cfg: Config) -> Iterator[UserError]:
     """SGLang's CPU path verifies drafts by argmax, whatever the temperature: sampled rollouts would be greedy ones."""
-    if not isinstance(cfg.rollout, SglangRolloutConfig) or cfg.speculative.method == "none":
+    if cfg.speculative.method == "none":
         return
+    rollout = settings(cfg)
     verified = cfg.speculative.num_draft_tokens + 1
     if cfg.speculative.method == "mtp" and cfg.model.num_mtp_layers > 1:
         yield UserError(
@@ -32,27 +34,25 @@ def speculation(cfg: Config) -> Iterator[UserError]:
     if cfg.evaluation.interval_steps:
         sampled["evaluation"] = cfg.evaluation.sampling.temperature
     for where, temperature in sampled.items():
-        if arguments.on_cpu(cfg) and temperature > 0:
+        if on_cpu(cfg) and temperature > 0:
             yield UserError(
                 f"SGLang on a CPU accepts drafts greedily and ignores {where}.sampling.temperature={temperature}",
                 key="speculative",
                 fix="speculative=none, or rollout=local",
             )
             return
-    if cfg.router_replay.rollout and cfg.rollout.max_concurrency * verified > cfg.rollout.chunked_prefill_tokens:
+    if cfg.router_replay.rollout and rollout.max_concurrency * verified > rollout.chunked_prefill_tokens:
         yield UserError(
-            f"{cfg.rollout.max_concurrency} sequences x {verified} draft tokens do not fit SGLang's buffer of routes, which has "
-            f"{cfg.rollout.chunked_prefill_tokens} rows",
+            f"{rollout.max_concurrency} sequences x {verified} draft tokens do not fit SGLang's buffer of routes, which has "
+            f"{rollout.chunked_prefill_tokens} rows",
             key="rollout.chunked_prefill_tokens",
-            fix=f"rollout.chunked_prefill_tokens={cfg.rollout.max_concurrency * verified}",
+            fix=f"rollout.chunked_prefill_tokens={rollout.max_concurrency * verified}",
         )
 
 
 def formats(cfg: Config) -> Iterator[UserError]:
-    if not isinstance(cfg.rollout, SglangRolloutConfig):
-        return
     chosen = cfg.precision.rollout.format
-    if arguments.on_cpu(cfg) and chosen not in CPU_FORMATS:
+    if on_cpu(cfg) and chosen not in CPU_FORMATS:
         yield UserError(
             f"the CPU twin of SGLang computes with {', '.join(f.name for f in CPU_FORMATS)}, not with {chosen.name}",
             key="precision.rollout.format",
@@ -61,9 +61,14 @@ def formats(cfg: Config) -> Iterator[UserError]:
 
 
 def limits(cfg: Config) -> Iterator[UserError]:
-    if not isinstance(cfg.rollout, SglangRolloutConfig):
-        return
-    if cfg.rollout.use_router and cfg.router_replay.rollout:
+    rollout = settings(cfg)
+    if cfg.router_replay.rollout and rollout.pause_mode == "retract":
+        yield UserError(
+            "a retracted request loses its routes",
+            key="rollout.pause_mode",
+            fix="rollout.pause_mode=abort, or router_replay=none",
+        )
+    if rollout.use_router and cfg.router_replay.rollout:
         yield UserError(
             "sglang-router drops the routes that router replay needs",
             key="rollout.use_router",
@@ -75,7 +80,13 @@ def limits(cfg: Config) -> Iterator[UserError]:
             key="cluster.interface",
             fix="cluster.interface=<a name or an address>, or null for loopback",
         )
-    if cfg.rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not arguments.on_cpu(cfg):
+    if rollout.weight_transport == "tensor" and not cfg.parallelism.colocate:
+        yield UserError(
+            "weight_transport=tensor goes through the memory of one host, where trainer and engines share its GPUs",
+            key="rollout.weight_transport",
+            fix="rollout.weight_transport=distributed",
+        )
+    if rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not on_cpu(cfg):
         yield UserError(
             "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
             key="rollout.weight_transport",

@@ -1,0 +1,131 @@
+"""rollout=local: the in-process engine. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+
+from runner import preflight
+from runner.errors import UserError
+from runner.limits import number, one_of
+from runner.models.family import Parameter
+from runner.options import EngineLayout, Option
+from runner.rules.parallelism import positive
+from runner.rules.precision import bad_roles, known_model, sharded_weights
+from runner.schema import Config, Format, Role, RolloutConfig
+
+SPECULATION = ("none", "ngram", "draft")
+INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
+INT4_ROWS = 16
+
+
+@dataclass
+class LocalRolloutConfig(RolloutConfig):
+    device: str = one_of("auto", "cpu", "cuda")
+    kv_cache_tokens: int = number(ge=0, le=2**31)  # slots over all running sequences; 0: from max_concurrency
+    prefill_chunk_tokens: int = number(ge=1, le=2**24)
+
+
+def settings(cfg: Config) -> LocalRolloutConfig:
+    assert isinstance(cfg.rollout, LocalRolloutConfig)
+    return cfg.rollout
+
+
+def layout(cfg: Config) -> EngineLayout:
+    return EngineLayout(
+        engines=1,
+        ranks=1,
+        ranks_key="parallelism.gpus_per_engine",
+        on_gpu=cfg.parallelism.rollout_gpus > 0,
+        in_process=True,
+        prefill_tokens=settings(cfg).prefill_chunk_tokens,
+        cache_tokens=settings(cfg).kv_cache_tokens,
+    )
+
+
+def one_device(cfg: Config) -> Iterator[UserError]:
+    par = cfg.parallelism
+    wanted = max(par.gpus_per_engine, par.rollout_gpus)
+    if positive(cfg) and wanted > 1:
+        yield UserError(
+            f"rollout=local is one engine on one device, not {wanted} GPUs",
+            key="rollout",
+            fix="rollout=sglang, or parallelism=h200x1",
+        )
+
+
+def speculation(cfg: Config) -> Iterator[UserError]:
+    if cfg.speculative.method not in SPECULATION:
+        yield UserError(
+            f"the in-process engine drafts by {', '.join(SPECULATION[1:])}, not by {cfg.speculative.method}",
+            key="speculative.method",
+            fix="speculative=ngram, or rollout=sglang",
+        )
+
+
+def cache(cfg: Config) -> Iterator[UserError]:
+    if cfg.precision.kv_cache != "bf16":
+        yield UserError(
+            "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
+        )
+
+
+def int4_matmul(cfg: Config) -> Iterator[UserError]:
+    """torch's weight-only int4 matmul, which this engine decodes with, takes these shapes only."""
+    if cfg.precision.rollout.format is not Format.int4 or not known_model(cfg) or bad_roles(cfg):
+        return
+    group = cfg.precision.rollout.group_size
+    if group not in INT4_GROUPS:
+        yield UserError(
+            f"the in-process engine's int4 matmul has no groups of {group}; it takes {', '.join(map(str, INT4_GROUPS))}",
+            key="precision.group_size",
+            fix="precision.group_size=32, or rollout=sglang",
+        )
+    shapes: dict[tuple[int, ...], Parameter] = {}
+    for parameter in sharded_weights(cfg):
+        if parameter.shape[0] % INT4_ROWS:
+            shapes.setdefault(parameter.shape, parameter)
+    for shape, parameter in shapes.items():
+        yield UserError(
+            f"the in-process engine's int4 matmul needs outputs in multiples of {INT4_ROWS}: {parameter.role.name} weight "
+            f"{parameter.name.split('.')[-2]} is {list(shape)}",
+            key="model.expert_ffn_size" if parameter.role is Role.routed_expert else "model.hidden_size",
+            fix="another size, or rollout=sglang",
+        )
+
+
+def device(cfg: Config) -> Iterator[UserError]:
+    yield from preflight.device("rollout.device", settings(cfg).device)
+
+
+def memory(cfg: Config) -> Iterator[UserError]:
+    """What the engine would allocate at its first request, on a CPU: its KV cache, and logits of every draft token."""
+    rollout, model = settings(cfg), cfg.model
+    if rollout.device == "cuda" or preflight.visible_gpus():
+        return
+    width = 2 if cfg.precision.base_dtype == "bfloat16" else 4
+    tokens = cfg.task.max_prompt_tokens + max(
+        cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
+    )
+    cached = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
+    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != "none" else 0
+    there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cached + (drafts + 1) * model.vocab_size * 4)
+    if wanted > there:
+        fits = max(1, rollout.max_concurrency * there // (2 * wanted))
+        yield UserError(
+            f"{rollout.max_concurrency} sequences of {tokens} tokens, {drafts} of them drafts, take {wanted / 2**30:,.1f} GiB; "
+            f"this machine has {there / 2**30:,.1f} GiB",
+            key="rollout.max_concurrency",
+            fix=f"rollout.max_concurrency={fits}",
+        )
+
+
+OPTION = Option(
+    LocalRolloutConfig,
+    rules=(one_device, speculation, cache, int4_matmul),
+    machine=(device, memory),
+    engines=layout,
+    probe="runner.doctor.local_probe.LocalProbe",
+)

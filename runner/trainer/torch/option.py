@@ -1,0 +1,59 @@
+"""trainer=torch: a transformers model in the loop's own process, on a CPU or one GPU. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from runner import preflight
+from runner.errors import UserError
+from runner.limits import one_of
+from runner.options import Option, TrainerLayout
+from runner.rules.parallelism import positive
+from runner.schema import Config, TrainerConfig
+
+
+@dataclass
+class TorchTrainerConfig(TrainerConfig):
+    master_weights: bool = MISSING  # fp32 masters of bf16 weights; false: train base_dtype weights directly
+    device: str = one_of("auto", "cpu", "cuda")
+
+
+def settings(cfg: Config) -> TorchTrainerConfig:
+    assert isinstance(cfg.trainer, TorchTrainerConfig)
+    return cfg.trainer
+
+
+def layout(cfg: Config) -> TrainerLayout:
+    masters = settings(cfg).master_weights and cfg.precision.base_dtype == "bfloat16"
+    return TrainerLayout(in_process=True, fused=False, masters=masters)
+
+
+def one_process(cfg: Config) -> Iterator[UserError]:
+    par = cfg.parallelism
+    wanted = max(par.ranks, par.tp * par.pp * par.cp, par.ep * par.etp * par.pp)
+    if positive(cfg) and wanted > 1:
+        yield UserError(
+            f"trainer=torch is one process, parallelism={par.name} asks for {wanted}",
+            key="trainer",
+            fix="trainer=megatron, or parallelism=single (CPU), or parallelism=h200x1",
+        )
+
+
+def fp8(cfg: Config) -> Iterator[UserError]:
+    if cfg.precision.fp8_param_gather:
+        yield UserError(
+            "trainer=torch gathers no parameters", key="precision.fp8_param_gather", fix="precision.fp8_param_gather=false"
+        )
+    if cfg.precision.fp8_matmul == "scaled_mm" and settings(cfg).device == "cpu":
+        key = "precision.fp8_matmul"
+        yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=f"{key}=simulated")
+
+
+def device(cfg: Config) -> Iterator[UserError]:
+    yield from preflight.device("trainer.device", settings(cfg).device)
+
+
+OPTION = Option(TorchTrainerConfig, rules=(one_process, fp8), machine=(device,), trainer=layout)
