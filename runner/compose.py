@@ -7,15 +7,13 @@ loaded.raw       the same as a DictConfig, interpolations kept
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -224,34 +222,3 @@ def to_yaml(raw: DictConfig, *, resolve: bool, package: str | None = None) -> st
     if node is None:
         raise UserError(f"the config has no part {package!r}", fix=f"one of: {', '.join(str(name) for name in raw)}")
     return OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else f"{node}\n"
-
-
-def with_prefix(overrides: list[str], group: str) -> list[str]:
-    """`source=DIR` -> `convert.source=DIR`: a verb's own keys may be typed without their group."""
-    own = {field.name for field in fields(schema.ConvertConfig)}
-    return [f"{group}.{item}" if item.partition("=")[0] in own else item for item in overrides]
-
-
-def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None:
-    """The overrides of a sweep, or None when this is a single run.
-
-    A sweep is `-m`, `hydra.mode=MULTIRUN`, or a recipe that sets `hydra.mode: MULTIRUN` and `hydra.sweeper.params`.
-    Its jobs get `hydra.mode=RUN`, so that a recipe's job does not start the sweep again.
-    """
-    if not multirun and not any(item.startswith(("recipe=", "hydra.")) for item in overrides):
-        return None
-    overrides = readable(overrides)
-    parser = OverridesParser.create()
-    try:
-        swept = [item for item in overrides if parser.parse_override(item).is_sweep_override()]
-        settings = hydra_settings([item for item in overrides if item not in swept])
-    except (HydraException, OmegaConfBaseException, ValueError):
-        if multirun:
-            return overrides  # every problem is reported when the jobs are composed
-        return None
-    if not multirun and settings.mode != RunMode.MULTIRUN:
-        return None
-    given = {override_key(item) for item in overrides}
-    params = [f"{key}={value}" for key, value in (settings.sweeper.get("params") or {}).items() if key not in given]
-    kept = [item for item in overrides if override_key(item) != "hydra.mode"]
-    return [*kept, *params, *(["hydra.mode=RUN"] if settings.mode == RunMode.MULTIRUN else [])]

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from runner import compose, preflight
+from runner.cli.sweep import sweep_overrides
 from runner.errors import UserError, UserErrors
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.sglang.config import SglangRolloutConfig
@@ -253,8 +254,8 @@ def test_resume_recomposes_the_runs_own_overrides(tmp_path: Path) -> None:
 
 
 def test_sweeps_come_from_the_flag_or_from_a_recipe() -> None:
-    assert compose.sweep_overrides(["seed=1"], multirun=False) is None
-    assert compose.sweep_overrides(["seed=1,2"], multirun=True) == ["seed=1,2"]
-    swept = compose.sweep_overrides(["recipe=laptop_group_size", "steps=3"], multirun=False)
+    assert sweep_overrides(["seed=1"], multirun=False) is None
+    assert sweep_overrides(["seed=1,2"], multirun=True) == ["seed=1,2"]
+    swept = sweep_overrides(["recipe=laptop_group_size", "steps=3"], multirun=False)
     assert swept == ["recipe=laptop_group_size", "steps=3", "precision.group_size=32,64", "seed=1,2,3", "hydra.mode=RUN"]
-    assert compose.sweep_overrides(["recipe=laptop_group_size", "hydra.mode=RUN"], multirun=False) is None  # a job of it
+    assert sweep_overrides(["recipe=laptop_group_size", "hydra.mode=RUN"], multirun=False) is None  # a job of it

@@ -13,9 +13,7 @@ from planner_configs import config, local, megatron, parallelism, precision, sgl
 from rich.console import Console
 
 from runner.doctor import machine
-from runner.doctor.cli import main
 from runner.doctor.findings import Finding, Status, show
-from runner.errors import UserError
 from runner.schema import Config, CpuMatmul, TrackingConfig
 
 Usage = namedtuple("Usage", "total used free")
@@ -35,7 +33,9 @@ def found(cfg: Config) -> dict[str, Finding]:
 
 def test_this_machine_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
     out = io.StringIO()
-    code = main(laptop(tmp_path / "outputs"), "machine", Console(file=out, width=200, color_system=None))
+    code = show(
+        "This machine", machine.check_machine(laptop(tmp_path / "outputs")), Console(file=out, width=200, color_system=None)
+    )
     assert code == 0, out.getvalue()
     assert list(tmp_path.iterdir()) == []
     for name in ("python", "pinned packages", "cores", "int4 matmul", "disk", "write permission", "/dev/shm", "open files"):
@@ -153,8 +153,3 @@ def test_exit_code_and_summary() -> None:
     assert "all 2 checks passed, 1 with a warning" in out.getvalue() and "do z" in out.getvalue()
     assert show("t", [Finding("a", Status.ok, "x"), Finding("b", Status.fail, "y", "do z")], console) == 1
     assert "1 of 2 checks failed: b" in out.getvalue()
-
-
-def test_unknown_part(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no part 'engines'"):
-        main(laptop(tmp_path), "engines")

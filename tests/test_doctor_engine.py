@@ -11,7 +11,6 @@ from rich.console import Console
 
 from runner.compose import load
 from runner.doctor import engine
-from runner.doctor.cli import main
 from runner.doctor.engine import check_weight, probed_formats, probed_weights, recovered_findings, run_findings
 from runner.doctor.findings import Status
 from runner.doctor.local_probe import LocalProbe
@@ -159,8 +158,8 @@ def test_swapped_experts_are_found_by_name() -> None:
 def test_command_and_its_errors() -> None:
     out = io.StringIO()
     cfg = load([]).config
-    assert main(cfg, "engine", Console(file=out, width=200, color_system=None)) == 0
+    assert engine.check_engine(cfg, Console(file=out, width=200, color_system=None)) == 0
     assert "recovered through its kernels (tiny_moe)" in out.getvalue() and "checks passed" in out.getvalue()
     cfg.rollout.name = "elsewhere"
     with pytest.raises(UserError, match="rollout=elsewhere has no probe yet"):
-        main(cfg, "engine")
+        engine.check_engine(cfg, Console())

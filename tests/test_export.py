@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner.__main__ import main
 from runner.convert import export
 from runner.convert.engine import convert
 from runner.errors import UserError
@@ -88,11 +89,13 @@ def test_a_weight_that_is_missing_stops_the_export(tmp_path: Path) -> None:
     [
         (["target=x"], "needs run="),
         (["run=x"], "needs target="),
+        (["run=x", "traget=y"], "did you mean target=y?"),
         (["run=x", "target=y", "format=int5"], "unknown format"),
         (["run=x", "target=y", "step=last"], "not a step"),
         (["run"], "not key=value"),
+        (["run=x", "target=.", "step=last"], "2 problems"),
     ],
 )
-def test_mistakes_of_the_command(argv: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        export.main(argv)
+def test_mistakes_of_the_command(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", *argv]) == 2
+    assert message in capsys.readouterr().err

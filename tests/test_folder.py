@@ -375,15 +375,15 @@ def test_a_damaged_status_is_unknown_and_written_anew(tmp_path: Path, damage: by
 
 
 def test_a_report_of_a_damaged_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from runner.tracking.report import main
+    from runner.__main__ import main
 
     JsonlTracker(tmp_path).log(0, {"a": 1.0})
     (tmp_path / "status.json").write_bytes(b"")
     (tmp_path / "rollouts" / "step_x.jsonl").touch()
-    assert main([str(tmp_path)]) == 0 and "unknown" in (tmp_path / "report.html").read_text()
+    assert main(["report", str(tmp_path)]) == 0 and "unknown" in (tmp_path / "report.html").read_text()
     for name in ("resolved.yaml", "environment.json", "events.jsonl", "metrics.jsonl"):
         (tmp_path / name).write_bytes(b"\xff\xfe\n")
-        assert main([str(tmp_path)]) == 2 and name in capsys.readouterr().err
+        assert main(["report", str(tmp_path)]) == 2 and name in capsys.readouterr().err
         (tmp_path / name).unlink()
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from runner import compose, options, preflight, rules
+from runner import compose, options, preflight, rules, searchpath
 from runner.doctor.machine import optional_parts
 from runner.errors import UserErrors
 from runner.planner.memory import CPU_PROCESS, plan_memory
@@ -92,8 +91,8 @@ Add = Callable[[str, str, str, str], None]
 def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
     """(package, file inside it, its text, conf file with its text after a newline): a room and its option, for one test."""
     conf = tmp_path / "conf"
-    shutil.copytree(compose.CONFIG_DIR, conf, symlinks=False)
-    monkeypatch.setattr(compose, "CONFIG_DIR", conf)
+    conf.mkdir()
+    monkeypatch.setenv(searchpath.VARIABLE, str(tmp_path))
     made: list[str] = []
 
     def added(package: str, module: str, text: str, option: str) -> None:
@@ -104,6 +103,7 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
         monkeypatch.setattr(home, "__path__", [*home.__path__, str(folder)])
         importlib.invalidate_caches()
         name, _, body = option.partition("\n")
+        (conf / name).parent.mkdir(exist_ok=True)
         (conf / name).write_text(body)
         made.append(f"{package}.toy")
 
@@ -142,7 +142,7 @@ def test_an_engine_with_a_layout_and_a_need_of_its_own_is_its_folder_and_one_fil
 
 def test_every_option_of_conf_with_a_target_has_a_door() -> None:
     there = {str(choice) for choice in options.choices()}
-    files = {f"{group}={file.stem}" for group in options.groups() for file in (compose.CONFIG_DIR / group).glob("*.yaml")}
+    files = {f"{group}={file.stem}" for group in options.groups() for file in (searchpath.CONFIG_DIR / group).glob("*.yaml")}
     assert there == files and {"trainer=torch", "rollout=sglang", "task=gsm8k"} <= there
     for choice in options.choices():
         assert (choice.option.engines is not None) == (choice.group == "rollout")

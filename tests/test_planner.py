@@ -14,7 +14,6 @@ from rich.console import Console
 
 from runner.compose import load_config
 from runner.errors import UserError
-from runner.planner.cli import main, ranges
 from runner.planner.fit import largest_max_tokens, try_changes, what_would_fit
 from runner.planner.memory import (
     CPU_PROCESS,
@@ -26,6 +25,7 @@ from runner.planner.memory import (
 )
 from runner.planner.parameters import BF16, Grid, stage_layers, stored_bytes, take_inventory
 from runner.planner.placement import coordinates, place, placement_problems
+from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
 from runner.schema import Config, Format, QatPlacement, Role
@@ -411,7 +411,7 @@ def test_largest_max_tokens_is_the_border() -> None:
 
 def run_plan(cfg: Config) -> tuple[int, str]:
     out = io.StringIO()
-    return main(cfg, Console(file=out, width=200, color_system=None)), out.getvalue()
+    return show(cfg, Console(file=out, width=200, color_system=None)), out.getvalue()
 
 
 def test_output_and_exit_codes() -> None:
@@ -431,7 +431,7 @@ def test_ranges() -> None:
 
 
 def test_planner_imports_no_torch() -> None:
-    code = "import sys, runner.planner.cli, runner.planner.formats; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, runner.planner.tables, runner.planner.formats; print('torch' in sys.modules, 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["False", "False"]
 

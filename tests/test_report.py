@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from runner.__main__ import main
 from runner.errors import UserError
 from runner.tracking import charts, folder, report
 from runner.tracking.tracker import JsonlTracker
@@ -111,7 +112,7 @@ def test_empty_and_broken_runs(tmp_path: Path) -> None:
 def test_comparison_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for size in (32, 64, 128):
         make_run(tmp_path / "sweep" / f"group_size={size}", reward=size / 200, group_size=size)
-    assert report.main([str(tmp_path / "sweep")]) == 0
+    assert main(["report", str(tmp_path / "sweep")]) == 0
     path = Path(capsys.readouterr().out.strip())
     text = path.read_text()
     assert path == tmp_path / "sweep" / "comparison.html"
@@ -123,9 +124,9 @@ def test_comparison_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
-    assert report.main([str(run)]) == 0 and (run / "report.html").exists()
-    assert report.main([str(run), str(run), "--out", str(tmp_path / "two.html")]) == 0 and (tmp_path / "two.html").exists()
-    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert main(["report", str(run)]) == 0 and (run / "report.html").exists()
+    assert main(["report", str(run), str(run), "--out", str(tmp_path / "two.html")]) == 0 and (tmp_path / "two.html").exists()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
     assert "no run named" in capsys.readouterr().err
 
 

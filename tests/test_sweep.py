@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from runner import lock, schema
-from runner.cluster import sweep
+from runner.cli.sweep import jobs as sweep_jobs
+from runner.cli.sweep import summary, supervise
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
 from runner.tracking.tracker import JsonlTracker
@@ -57,22 +58,22 @@ def fake_load(outputs: Path):
 
 
 def fake_command(modes: dict[str, str]):
-    def command(job: sweep.Job) -> list[str]:
+    def command(job: sweep_jobs.Job) -> list[str]:
         size = int(job.point["precision.group_size"])
         return [sys.executable, "-c", JOB, str(job.folder), str(size / 1000), modes.get(job.name, "ok")]
 
     return command
 
 
-def jobs_of(tmp_path: Path, *overrides: str) -> tuple[Path, list[sweep.Job]]:
-    return sweep.plan(list(overrides), fake_load(tmp_path))
+def jobs_of(tmp_path: Path, *overrides: str) -> tuple[Path, list[sweep_jobs.Job]]:
+    return sweep_jobs.plan(list(overrides), fake_load(tmp_path))
 
 
 # ---- expansion
 
 
 def test_expand_is_the_product_with_the_last_key_fastest() -> None:
-    jobs = sweep.expand(["seed=1,2", "steps=4", "precision=choice(bf16,int4_qat)", "x=range(0,2)"])
+    jobs = sweep_jobs.expand(["seed=1,2", "steps=4", "precision=choice(bf16,int4_qat)", "x=range(0,2)"])
     assert [list(point.values()) for point, _ in jobs] == [
         [seed, precision, x] for seed in "12" for precision in ("bf16", "int4_qat") for x in "01"
     ]
@@ -80,28 +81,28 @@ def test_expand_is_the_product_with_the_last_key_fastest() -> None:
 
 
 def test_expand_keeps_lists_and_quotes_whole() -> None:
-    assert [point["a"] for point, _ in sweep.expand(["a=[1,2],[3]"])] == ["[1,2]", "[3]"]
-    assert [point["a"] for point, _ in sweep.expand(["a='x,y',z"])] == ["'x,y'", "z"]
-    assert sweep.expand(["a=[1,2]"]) == [({}, ["a=[1,2]"])]
+    assert [point["a"] for point, _ in sweep_jobs.expand(["a=[1,2],[3]"])] == ["[1,2]", "[3]"]
+    assert [point["a"] for point, _ in sweep_jobs.expand(["a='x,y',z"])] == ["'x,y'", "z"]
+    assert sweep_jobs.expand(["a=[1,2]"]) == [({}, ["a=[1,2]"])]
 
 
 def test_a_value_named_twice_is_one_run_and_a_key_swept_twice_takes_all_values() -> None:
-    assert [point for point, _ in sweep.expand(["seed=1,1"])] == [{"seed": "1"}]
-    assert [point["seed"] for point, _ in sweep.expand(["seed=1,2", "steps=3", "seed=2,4"])] == ["1", "2", "4"]
-    assert len(sweep.expand(["trainer.optimizer.lr=1e-4,0.0001,1.0e-4"])) == 1
-    assert [point["x"] for point, _ in sweep.expand(["x=true,1,'a',a"])] == ["True", "1", "'a'"]
-    assert [point["run_name"] for point, _ in sweep.expand(["run_name=1e5,100000.0"])] == ["'1e5'", "'100000.0'"]
-    assert sweep.merged(["seed=1,2", "x=3,4"]) == []
-    assert "seed names a value more than once" in sweep.merged(["seed=1,1"])[0]
-    assert "seed is swept 2 times; its values together: 1, 2, 3" in sweep.merged(["seed=1,2", "seed=3,1"])[0]
+    assert [point for point, _ in sweep_jobs.expand(["seed=1,1"])] == [{"seed": "1"}]
+    assert [point["seed"] for point, _ in sweep_jobs.expand(["seed=1,2", "steps=3", "seed=2,4"])] == ["1", "2", "4"]
+    assert len(sweep_jobs.expand(["trainer.optimizer.lr=1e-4,0.0001,1.0e-4"])) == 1
+    assert [point["x"] for point, _ in sweep_jobs.expand(["x=true,1,'a',a"])] == ["True", "1", "'a'"]
+    assert [point["run_name"] for point, _ in sweep_jobs.expand(["run_name=1e5,100000.0"])] == ["'1e5'", "'100000.0'"]
+    assert sweep_jobs.merged(["seed=1,2", "x=3,4"]) == []
+    assert "seed names a value more than once" in sweep_jobs.merged(["seed=1,1"])[0]
+    assert "seed is swept 2 times; its values together: 1, 2, 3" in sweep_jobs.merged(["seed=1,2", "seed=3,1"])[0]
     with pytest.raises(UserError, match="seed: is swept, and set to one value"):
-        sweep.expand(["seed=1,2", "seed=3"])
+        sweep_jobs.expand(["seed=1,2", "seed=3"])
 
 
 @pytest.mark.parametrize("bad", ["a=glob(*)", "a=interval(0,1)", "a b", "a=[1"])
 def test_overrides_that_cannot_be_listed_are_refused(bad: str) -> None:
     with pytest.raises(UserError):
-        sweep.expand([bad])
+        sweep_jobs.expand([bad])
 
 
 def test_folders_are_deterministic_distinct_and_safe(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_folders_are_deterministic_distinct_and_safe(tmp_path: Path) -> None:
     again, _ = jobs_of(tmp_path, "seed=1,2", "precision.group_size=32,64")
     assert jobs_of(tmp_path, "precision.group_size=32,64", "seed=1,2")[0] == first and again != first
     assert jobs_of(tmp_path, "precision.group_size=32,128")[0] != first
-    names = {sweep.job_name({"a": value}) for value in ("x/y", "x_y", "x:y", "z" * 300, "z" * 301)}
+    names = {sweep_jobs.job_name({"a": value}) for value in ("x/y", "x_y", "x:y", "z" * 300, "z" * 301)}
     assert len(names) == 5 and not any("/" in name or len(name) > 140 for name in names)
 
 
@@ -120,7 +121,7 @@ def test_a_changed_default_is_another_sweep(tmp_path: Path) -> None:
         cfg.steps = 7
         return cfg
 
-    assert sweep.plan(["seed=1,2"], other)[0] != sweep.plan(["seed=1,2"], fake_load(tmp_path))[0]
+    assert sweep_jobs.plan(["seed=1,2"], other)[0] != sweep_jobs.plan(["seed=1,2"], fake_load(tmp_path))[0]
 
 
 def test_every_problem_of_every_job_before_anything_starts(tmp_path: Path) -> None:
@@ -131,17 +132,17 @@ def test_every_problem_of_every_job_before_anything_starts(tmp_path: Path) -> No
 
 def test_real_command_starts_or_resumes(tmp_path: Path) -> None:
     _, (job, _) = jobs_of(tmp_path, "precision.group_size=32,64")
-    command = sweep.run_command(job)
+    command = sweep_jobs.run_command(job)
     assert command[1:4] == ["-m", "runner", "run"] and "precision.group_size=32" in command
-    parser = sweep.OverridesParser.create()
+    parser = sweep_jobs.OverridesParser.create()
     values = {text.split("=")[0]: parser.parse_override(text).value() for text in command[5:]}
     assert values == {"run_name": f"{job.folder.parent.name}/{job.name}", "tracking.group": job.folder.parent.name}
     _, (grouped, _) = jobs_of(tmp_path, "precision.group_size=32,64", "tracking.group=mine")
-    assert not any(text.startswith("tracking.group=s") for text in sweep.run_command(grouped))
+    assert not any(text.startswith("tracking.group=s") for text in sweep_jobs.run_command(grouped))
     checkpoint = job.folder / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
-    assert sweep.run_command(job)[4:] == [f"resume='{job.folder}'"]
+    assert sweep_jobs.run_command(job)[4:] == [f"resume='{job.folder}'"]
 
 
 # ---- running
@@ -150,7 +151,7 @@ def test_real_command_starts_or_resumes(tmp_path: Path) -> None:
 def test_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, jobs = jobs_of(tmp_path, "precision.group_size=32,64,128")
     failing = {"precision.group_size=64": "fail"}
-    assert sweep.Sweep(root, jobs, fake_command(failing)).run() == 1
+    assert supervise.Sweep(root, jobs, fake_command(failing)).run() == 1
     shown = capsys.readouterr()
     assert "failed (exit code 1): out of memory" in shown.out and "1 of 3 jobs did not complete" in shown.err
     rows = list(csv.DictReader((root / "summary.csv").open()))
@@ -164,7 +165,7 @@ def test_goes_on_after_a_failure_and_skips_what_is_done(tmp_path: Path, capsys: 
     assert "group_size=128" in (root / "comparison.html").read_text()
     assert "job says 0.064" in (jobs[1].folder / "logs" / "sweep.log").read_text()
 
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
     shown = capsys.readouterr()
     assert shown.out.count("already completed, skipped") == 2
     assert [len((job.folder / "count").read_text()) for job in jobs] == [3, 6, 3]
@@ -176,16 +177,16 @@ def test_seeds_are_averaged_over_completed_jobs(tmp_path: Path) -> None:
     for job, reward in zip(jobs, (0.1, 0.2, 0.3, 0.5, 0.7, 0.9), strict=True):
         JsonlTracker(job.folder).log(0, {"rollout/raw_reward": reward})
         folder.write_status(job.folder, "failed" if reward == 0.9 else "completed", step=1)
-    columns, rows = sweep.seed_rows(jobs)
+    columns, rows = summary.seed_rows(jobs)
     assert columns[:3] == ["precision.group_size", "seeds", "reward"]
     assert [row[:3] for row in rows] == [["32", "3", "0.2 ± 0.1"], ["64", "2", "0.6 ± 0.14"]]
-    sweep.write_summary(root, jobs)
+    summary.write_summary(root, jobs)
     assert "0.6 ± 0.14" in (root / "summary.md").read_text()
 
 
 def test_a_job_that_dies_before_its_first_word_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, jobs = jobs_of(tmp_path, "precision.group_size=32")
-    assert sweep.Sweep(root, jobs, lambda job: [sys.executable, "-c", "import nothing_of_the_kind"]).run() == 1
+    assert supervise.Sweep(root, jobs, lambda job: [sys.executable, "-c", "import nothing_of_the_kind"]).run() == 1
     shown = capsys.readouterr().out
     assert "failed (exit code 1): ModuleNotFoundError" in shown and "comparison:" not in shown
     assert "| failed" in (root / "summary.md").read_text()
@@ -194,21 +195,21 @@ def test_a_job_that_dies_before_its_first_word_has_failed(tmp_path: Path, capsys
 def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
     folder.write_status(jobs[0].folder, "stopped", step=2)
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 1  # a stopped job is no completed one
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 1  # a stopped job is no completed one
     assert f"resume={jobs[0].folder} continues it" in capsys.readouterr().out
     assert [job.state for job in jobs] == ["stopped", "completed"]
     folder.write_status(jobs[0].folder, "running", step=2)  # by this process
     with pytest.raises(UserError, match="is being run"):
-        sweep.Sweep(root, jobs, fake_command({})).run()
+        supervise.Sweep(root, jobs, fake_command({})).run()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     driver = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
-        "import test_sweep as t; from runner.cluster import sweep;"
+        "import test_sweep as t; from runner.cli.sweep.supervise import Sweep;"
         "root, jobs = t.jobs_of(Path(sys.argv[2]), 'precision.group_size=32,64,128');"
-        "sys.exit(sweep.Sweep(root, jobs, t.fake_command({'precision.group_size=64': 'slow'})).run())"
+        "sys.exit(Sweep(root, jobs, t.fake_command({'precision.group_size=64': 'slow'})).run())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", driver, str(Path(__file__).parent), str(tmp_path)],
@@ -228,7 +229,7 @@ def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, n
     assert "2 jobs are left. The same command continues" in err and "Traceback" not in err + out
     status = folder.read_status(jobs[1].folder)
     assert status is not None and not sweep_child_alive(status["pid"])
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
 
 
 def sweep_child_alive(pid: int) -> bool:
@@ -273,8 +274,8 @@ def test_a_job_that_another_process_runs_is_waited_for(
             other.stdin.close()
             other.wait()
 
-    monkeypatch.setattr(sweep.time, "sleep", wait)
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    monkeypatch.setattr(supervise.time, "sleep", wait)
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
     shown = capsys.readouterr().out
     assert f"waiting for process {other.pid} on host" in shown and len(waits) == 3
     assert ("already completed, skipped" in shown) == (ends == "completed")
@@ -295,14 +296,14 @@ open({str(job / "pid")!r}, "w").write(str(other.pid))
 os._exit(2)
 """
     waits: list[float] = []
-    monkeypatch.setattr(sweep.time, "sleep", waits.append)  # the other one ends with its stdin, which its starter held
+    monkeypatch.setattr(supervise.time, "sleep", waits.append)  # the other one ends with its stdin, which its starter held
     starts: list[str] = []
 
-    def command(started: sweep.Job) -> list[str]:
+    def command(started: sweep_jobs.Job) -> list[str]:
         starts.append(started.name)
         return [sys.executable, "-c", script]
 
-    assert sweep.Sweep(root, jobs, command).run() == 0
+    assert supervise.Sweep(root, jobs, command).run() == 0
     assert starts == [jobs[0].name] and jobs[0].state == "completed"
 
 
@@ -311,18 +312,18 @@ def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
     root.mkdir()
     held = lock.Lock(root)
     with pytest.raises(UserError, match=f"this sweep is being run by process {os.getpid()}"):
-        sweep.Sweep(root, jobs, fake_command({})).run()
+        supervise.Sweep(root, jobs, fake_command({})).run()
     held.release()
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
 
 
 def test_a_damaged_job_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, jobs = jobs_of(tmp_path, "precision.group_size=32,64")
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
     (jobs[0].folder / "metrics.jsonl").write_bytes(b"\xff\n")
     (jobs[1].folder / "status.json").write_bytes(b"")
     capsys.readouterr()
-    assert sweep.Sweep(root, jobs, fake_command({})).run() == 0
+    assert supervise.Sweep(root, jobs, fake_command({})).run() == 0
     assert f"{jobs[0].name} is left out of the summary" in capsys.readouterr().err
     assert [row["reward"] for row in csv.DictReader((root / "summary.csv").open())] == ["", "0.064"]
     assert len((jobs[1].folder / "count").read_text()) == 6  # nobody knew how it had ended
@@ -333,5 +334,5 @@ def test_a_folder_in_the_way_of_a_job_stays_as_it_is(tmp_path: Path) -> None:
     jobs[0].folder.mkdir(parents=True)
     (jobs[0].folder / "metrics.jsonl").write_text("somebody's")
     with pytest.raises(UserError, match="not the folder of a run"):
-        sweep.Sweep(root, jobs, fake_command({})).run()
+        supervise.Sweep(root, jobs, fake_command({})).run()
     assert (jobs[0].folder / "metrics.jsonl").read_text() == "somebody's"

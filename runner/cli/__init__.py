@@ -1,1 +1,1 @@
-"""The command line: help, and the explanation of what is wrong with a config. Imports neither torch nor ray."""
+"""The command line: main.py dispatches, verb.py parses, and every verb is a file. Imports neither torch nor ray."""

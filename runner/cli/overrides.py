@@ -19,9 +19,8 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from runner import limits, options
+from runner import PROGRAM, limits, options
 
-PROGRAM = "python -m runner"
 _SAFE_FOR_SHELL = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 _CHOICE = re.compile(r"choice\s*\((.*)\)", re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""`python -m runner export run=RUN target=DIR [format=bf16|int4|...] [step=N] [key=value ...]`: a run's weights as an HF folder.
+"""A run's weights as an HF folder.
 
 The source is always bf16(master), never the quantized weights of the trainer: a BF16 export loses nothing, and an INT4 export
 has the integers and scales that the run's engine computed with. A torch run's checkpoint holds bf16(master) under HF names
@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,69 +30,22 @@ from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Config, Format, GridConfig
 
-USAGE = "python -m runner export run=<run folder> target=<folder to make> format=bf16|int4"
 SHARD_BYTES = 4 << 30
-OWN_KEYS = ("run", "target", "format", "step")
-FORMATS = tuple(format.name for format in Format if format is not Format.int8)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A parsed command. `step` None: the newest complete checkpoint; `format` None: the rollout format of the run."""
-
-    run: str
-    target: Path
-    format: str | None
-    step: int | None
-    overrides: list[str]
-
-
-def main(argv: list[str]) -> int:
-    """Write the folder and print what it holds; returns 0. Raises UserError for a run, step or target that does not fit."""
-    from runner import compose
-    from runner.cli.overrides import expand_home, given, override
-    from runner.folder import find_run
-
-    request = parse(argv)
-    if request.target.exists():
-        raise UserError(f"{request.target} is already there", key="target", fix="target=<a folder to be made>")
-    outputs_dir = given(request.overrides, "outputs_dir") or compose.default_outputs_dir()
-    run = find_run(expand_home(request.run), expand_home(outputs_dir))
-    cfg = compose.load([*request.overrides, override("resume", str(run))]).config
-    folder = _checkpoint(run, request.step) / "trainer"
-    plan = plan_of(cfg, request.format)
+def export(cfg: Config, run: Path, target: Path, *, format: str | None, step: int | None) -> None:
+    """Write the folder and print what it holds. `step` None: the newest complete checkpoint; `format` None: the rollout format
+    of the run. Raises UserError for a step or target that does not fit."""
+    folder = _checkpoint(run, step) / "trainer"
+    plan = plan_of(cfg, format)
     started = time.perf_counter()
-    size = write(cfg, plan, _weights(cfg, folder), request.target)
+    size = write(cfg, plan, _weights(cfg, folder), target)
     seconds = time.perf_counter() - started
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{request.target}: {plan.summary()}, from {folder.parent.name} of {run}", markup=False)
+    console.print(f"{target}: {plan.summary()}, from {folder.parent.name} of {run}", markup=False)
     for note in reader_notes(plan):
         console.print(f"note: {note}", markup=False)
     console.print(f"{size / 1e6:.1f} MB in {seconds:.1f} s")
-    return 0
-
-
-def parse(argv: list[str]) -> Request:
-    """Own keys and overrides of the run's config. UserError for a word without `=` and for missing or unknown values."""
-    own: dict[str, str] = {}
-    overrides = []
-    for item in argv:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{item!r} is not key=value", fix=USAGE)
-        if key in OWN_KEYS:
-            own[key] = value
-        else:
-            overrides.append(item)
-    for key in ("run", "target"):
-        if not own.get(key):
-            raise UserError(f"export needs {key}=", key=key, fix=USAGE)
-    if own.get("format", FORMATS[0]) not in FORMATS:
-        raise UserError(f"unknown format {own['format']!r}", key="format", fix=f"format={' or '.join(FORMATS)}")
-    if not own.get("step", "0").isdigit():
-        raise UserError(f"{own['step']!r} is not a step", key="step", fix="step=40")
-    step = int(own["step"]) if "step" in own else None
-    return Request(own["run"], Path(own["target"]).expanduser(), own.get("format"), step, overrides)
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

@@ -1,5 +1,1 @@
 """`python -m runner doctor` checks the machine; `python -m runner doctor engine` proves an engine's kernels."""
-
-from runner.doctor.cli import main
-
-__all__ = ["main"]

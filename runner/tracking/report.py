@@ -1,17 +1,10 @@
-"""report.html: one self-contained file per run, and a comparison of several runs.
-
-python -m runner report RUN            rewrite that run's report.html
-python -m runner report RUN RUN ...    one page that lays the runs over each other
-python -m runner report SWEEP          the same for every job of a sweep's folder
-"""
+"""report.html: one self-contained file per run, and a comparison of several runs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -380,24 +373,3 @@ def find_runs(target: str) -> list[Path]:
         if jobs:
             return jobs
     raise UserError(f"no run named {target!r}", fix="give a run's folder, for example outputs/<run>")
-
-
-def main(argv: list[str]) -> int:
-    """`python -m runner report RUN [RUN ...] [--out FILE]`. Prints the path of the page."""
-    parser = argparse.ArgumentParser(
-        prog="python -m runner report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or its name under outputs/, or a sweep's folder")
-    parser.add_argument("--out", type=Path, help="file of the comparison (default: comparison.html beside the first run)")
-    arguments = parser.parse_args(argv)
-    try:
-        folders = list(dict.fromkeys(folder for target in arguments.runs for folder in find_runs(target)))
-        if len(folders) == 1 and arguments.out is None:
-            print(write_report(folders[0]))
-        else:
-            out = arguments.out or folders[0].parent / "comparison.html"
-            print(write_comparison(folders, out, "Comparison" if len(arguments.runs) > 1 else Path(arguments.runs[0]).name))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0

@@ -1,4 +1,4 @@
-"""`python -m runner convert source=DIR target=DIR precision=...`: the verb."""
+"""A conversion as a config describes it, with its progress and summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runner.rules.numbers import choices, ranges
 from runner.schema import Config, ModelConfig, PrecisionConfig, Role
 
 
-def main(cfg: Config, overrides: list[str]) -> int:
+def run(cfg: Config, overrides: list[str]) -> int:
     """Run the conversion that `cfg.convert` and `cfg.precision` describe; prints progress and a summary. Returns 0.
 
     Family and sizes come from the source's own config.json, and so does a group size that `overrides` (what the user

@@ -1,10 +1,4 @@
-"""`python -m runner audit`: two checkpoint folders, or a folder and a config.
-
-    python -m runner audit DIR DIR                      same quantized set, same grids, same bits
-    python -m runner audit DIR precision=int4_qat ...   does the folder hold what a run with this config expects
-
-Prints every difference and returns 1 when there is one.
-"""
+"""Two checkpoint folders, or a folder and a config: every difference in what is quantized, how, and in the bits."""
 
 from __future__ import annotations
 
@@ -14,27 +8,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from runner.convert.grid import with_groups_of
+from runner.convert.source import model_of, open_source, without_unused
+from runner.convert.stored import problems
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
 from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ModelConfig
+from runner.schema import ModelConfig, PrecisionConfig
 
-USAGE = "python -m runner audit DIR DIR, or python -m runner audit DIR precision=int4_qat [key=value ...]"
 SHOWN = 40  # differences of single tensors that are printed; all are counted
 
 
-def main(argv: list[str]) -> int:
-    """0 when the sides agree, 1 with one line per difference; UserError for folders that cannot be read."""
-    folders = [Path(word).expanduser() for word in argv if "=" not in word]
-    overrides = [word for word in argv if "=" in word]
-    if overrides and len(folders) == 1:
-        title, found = against_config(folders[0], overrides)
-    elif not overrides and len(folders) == 2:
-        title, found = two_folders(folders[0], folders[1])
-    else:
-        raise UserError(f"audit takes two folders, or a folder and a config; got {' '.join(argv) or 'nothing'}", fix=USAGE)
+def show(title: str, found: list[str]) -> int:
+    """Print the differences; 0 when there is none, else 1."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(title, markup=False)
     for problem in found[:SHOWN]:
@@ -63,12 +51,9 @@ def two_folders(a: Path, b: Path) -> tuple[str, list[str]]:
         return title, compare_checkpoints(a, b)
 
 
-def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
-    """A folder against the rollout side of a config's precision; the model is the folder's own."""
-    from runner import compose
-    from runner.convert.grid import with_groups_of
-
-    precision = compose.load(overrides, check_rules=False).config.precision
+def against_config(folder: Path, precision: PrecisionConfig, overrides: list[str]) -> tuple[str, list[str]]:
+    """A folder against the rollout side of `precision`; the model is the folder's own, and so is a group size that `overrides`
+    (what the user typed) do not name."""
     model = _model(folder)
     tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
@@ -79,9 +64,6 @@ def against_config(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
 
 def _broken(folder: Path, model: ModelConfig) -> list[str]:
     """Where a folder's tensors differ from its own config.json: then they cannot be compared with anything else."""
-    from runner.convert.source import open_source, without_unused
-    from runner.convert.stored import problems
-
     source, _ = without_unused(open_source(folder), model)
     try:
         own = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
@@ -91,6 +73,4 @@ def _broken(folder: Path, model: ModelConfig) -> list[str]:
 
 
 def _model(folder: Path) -> ModelConfig:
-    from runner.convert.source import model_of, open_source
-
     return model_of(open_source(folder))

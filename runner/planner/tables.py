@@ -1,4 +1,4 @@
-"""`python -m runner plan`: what goes on which GPU, what fits, what moves per step. Needs no GPU and imports no torch."""
+"""The plan as tables: what goes on which GPU, what fits, what moves per step. Needs no GPU and imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIGHT = 0.05  # a memory with less than this share free is called tight
 SHOWN_PLACES = 16
 
 
-def main(cfg: Config, console: Console | None = None) -> int:
+def show(cfg: Config, console: Console | None = None) -> int:
     """Print the plan; 0 when it fits, 1 when it does not. Raises UserError for a config that has no plan."""
     console = console or make_console()
     inventory = take_inventory(cfg)

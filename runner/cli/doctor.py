@@ -1,0 +1,40 @@
+"""`python -m runner doctor`: this machine; `doctor engine`: what the engines really compute with."""
+
+from __future__ import annotations
+
+from runner.cli.show import config_flags
+from runner.cli.verb import Command, Verb
+
+
+def start(command: Command) -> int:
+    from runner import compose
+
+    config = compose.load(command.overrides).config
+    from runner.doctor.findings import make_console, show
+
+    if command.words == ["engine"]:
+        from runner.doctor.engine import check_engine
+
+        return check_engine(config, make_console())
+    from runner.doctor.machine import check_machine
+
+    return show("This machine", check_machine(config), make_console())
+
+
+VERB = Verb(
+    name="doctor",
+    summary="check this machine; doctor engine checks what the engines really compute with",
+    usage="[machine|engine] [key=value ...]",
+    about="""doctor          what this machine has and lacks
+doctor engine   recover the weights that an engine really computes with, through its own kernels, and compare them with the plan
+Exit code 0: nothing failed; 1: something did; 2: a mistake to mend.""",
+    examples=(
+        ("doctor", "cores, memory, disk, GPUs, packages"),
+        ("doctor engine", "the engine of the default run"),
+        ("doctor engine rollout=sglang precision=fp8", "real SGLang servers, in FP8"),
+    ),
+    start=start,
+    words=("machine", "engine"),
+    groups=True,
+    flags=config_flags,
+)

@@ -1,0 +1,32 @@
+"""`python -m runner plan`: what goes on which GPU, what fits, what moves."""
+
+from __future__ import annotations
+
+from runner.cli.show import config_flags
+from runner.cli.verb import Command, Verb
+
+
+def start(command: Command) -> int:
+    from runner import compose
+
+    loaded = compose.load(command.overrides)
+    from runner.planner.tables import show
+
+    return show(loaded.config)
+
+
+VERB = Verb(
+    name="plan",
+    summary="what goes on which GPU, what fits, what moves; needs no GPU",
+    usage="[key=value ...]",
+    about="""Parameters by role and format, ranks and engines by GPU, memory at its peak, and bytes that move per step.
+Exit code 0: it fits; 1: it does not, and the changes that would make it fit are listed; 2: a mistake to mend.""",
+    examples=(
+        ("plan recipe=kimi_k2_int4", "what goes on which GPU, what fits, what moves; no GPU needed"),
+        ("plan model=qwen3_30b precision=bf16", "whether it fits without quantization"),
+        ("plan model=qwen3_30b trainer.max_tokens_per_gpu=32768", "a change, before it is tried"),
+    ),
+    start=start,
+    groups=True,
+    flags=config_flags,
+)
