@@ -36,8 +36,9 @@ from runner.cli.overrides import override, override_key, readable, shell, typed
 from runner.errors import UserError, UserErrors
 from runner.redaction import shown
 from runner.schema import Config
+from runner.storage import atomic_write
 from runner.tracking.charts import format_number
-from runner.tracking.folder import atomic_write, plain_config, read_status, run_state
+from runner.tracking.folder import plain_config, read_status, run_state
 from runner.tracking.report import key_results, read_run, write_comparison
 
 MAX_NAME = 120  # characters of a job's folder name; a longer one is cut and hashed

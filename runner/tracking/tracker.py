@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from runner.decisions import EVENT
 from runner.errors import Failure, UserError
 from runner.schema import Config
+from runner.storage import atomic_write
 from runner.tracking.folder import (
     Problem,
-    atomic_write,
     encode_number,
     event_problem,
     metrics_problem,

@@ -18,7 +18,7 @@ import wandb
 
 from runner.errors import UserError
 from runner.schema import Config
-from runner.tracking.folder import atomic_write
+from runner.storage import atomic_write
 from runner.tracking.tracker import BaseTracker
 
 STEP_METRIC = "runner/step"
