@@ -18,7 +18,7 @@ from runner.models.config_file import CONFIG, architectures_of, check_model, rea
 from runner.rollout.sglang.arguments import takes_turns
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
-from runner.weights import transfer_engine
+from runner.weights.transports import TRANSPORTS
 
 PACKAGES = {  # option -> (module, what installs it, what needs it)
     "trainer=megatron": ("megatron.core", "make setup", "Megatron's trainer ranks need megatron-core"),
@@ -106,14 +106,7 @@ def _engines(cfg: Config) -> list[UserError]:
                 fix="precision=fp8 or bf16, rollout=local, or 'precision.roles=[routed_expert]' on a mixture of experts",
             )
         )
-    if cfg.rollout.weight_transport == "p2p" and (missing := transfer_engine.obstacles(cfg.rollout.transfer_protocol)):
-        errors.append(
-            UserError(
-                f"weights cannot be read peer to peer over {cfg.rollout.transfer_protocol} here: {'; '.join(missing)}",
-                key="rollout.weight_transport",
-                fix="rollout.weight_transport=distributed or disk_delta, or (slower than those) rollout.transfer_protocol=tcp",
-            )
-        )
+    errors += TRANSPORTS[cfg.rollout.weight_transport].obstacles(cfg)
     errors += _draft(cfg)
     if takes_turns(cfg) and not installed("torch_memory_saver"):
         errors.append(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from runner.errors import UserError
 from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
-from runner.schema import Config, SglangRolloutConfig
+from runner.schema import Config
 
 
 def positive(cfg: Config) -> bool:
@@ -154,13 +154,6 @@ def engines(cfg: Config) -> Iterator[UserError]:
             f"colocated, yet the trainer has {par.gpus} GPUs and the engines {par.rollout_gpus}",
             key="parallelism.rollout_gpus",
             fix=f"parallelism.rollout_gpus={par.gpus} or parallelism.colocate=false",
-        )
-    rollout = cfg.rollout
-    if isinstance(rollout, SglangRolloutConfig) and rollout.weight_transport == "tensor" and not par.colocate:
-        yield UserError(
-            "weight_transport=tensor goes through the memory of one host, where trainer and engines share its GPUs",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=distributed",
         )
 
 

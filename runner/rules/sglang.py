@@ -8,6 +8,7 @@ from runner.errors import UserError
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.interface import wildcard
 from runner.schema import Config, Format, SglangRolloutConfig
+from runner.weights.transports import TRANSPORTS
 
 CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
 
@@ -75,12 +76,8 @@ def limits(cfg: Config) -> Iterator[UserError]:
             key="cluster.interface",
             fix="cluster.interface=<a name or an address>, or null for loopback",
         )
-    if cfg.rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not arguments.on_cpu(cfg):
-        yield UserError(
-            "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=tensor, or parallelism.colocate=false",
-        )
+    if transport := TRANSPORTS.get(cfg.rollout.weight_transport):  # what is none, rules/numbers.py names
+        yield from transport.problems(cfg)
     if cfg.model.vision:
         yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
 
