@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from runner.rollout.sglang.process import free_ports
-from runner.rollout.sglang.sender import Sender, lent
-from runner.rollout.sglang.weight_files import WeightSet, WeightWriter, shared_memory_folder
 from runner.samples import ExportedTensor
 from runner.weights.transfer_engine import Endpoint
+from runner.weights.transports.broadcast import Sender
+from runner.weights.transports.p2p import lent
+from runner.weights.weight_set import WeightSet, WeightWriter, shared_memory_folder
 
 HOST, READERS, ROUNDS, TENSOR_BYTES, BUCKET_BYTES = "127.0.0.1", 2, 5, 16 << 20, 128 << 20
 
@@ -71,8 +72,8 @@ def serve_reader(rank: int, meeting_port: int) -> None:
     import torch.distributed as dist
     from safetensors import safe_open
 
-    from runner.weights import broadcast, p2p
     from runner.weights.buckets import Piece
+    from runner.weights.transports import broadcast, p2p
 
     dist.init_process_group("gloo", init_method=f"tcp://{HOST}:{meeting_port}", world_size=READERS, rank=rank)
     endpoint = Endpoint(HOST, "tcp", log=Path(os.devnull))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import xxhash
 
+from runner import storage
 from runner.errors import Failure, UserError
 from runner.trainer.protocol import Saved, Saving
 
@@ -77,8 +77,7 @@ class Checkpoints:
             _seal(partial)
             if target.exists():
                 shutil.rmtree(target)
-            partial.rename(target)
-            sync_to_disk(self.root)
+            storage.publish(partial, target, durable=True)
         for old in complete(self.run_dir)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -193,12 +192,7 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3_64": _digest(path)}
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    with (folder / MANIFEST).open("w") as handle:
-        json.dump({"files": files}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def _digest(path: Path) -> str:
@@ -207,15 +201,6 @@ def _digest(path: Path) -> str:
         while block := handle.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sync_to_disk(path: Path) -> None:
-    """Flush a file, or a folder's list of files, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _disk_error(error: OSError, root: Path) -> Failure:

@@ -21,7 +21,8 @@ from runner.lock import NAME as LOCK
 from runner.lock import Held, Lock
 from runner.rules.names import name_problem
 from runner.schema import Config
-from runner.tracking.folder import atomic_write, read_status
+from runner.storage import atomic_write
+from runner.tracking.folder import read_status
 
 OVERRIDES = Path(".hydra") / "overrides.yaml"
 CLEARED = ("metrics.jsonl", "status.json", "rollouts", "checkpoints")  # of an attempt that died before its first checkpoint

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from runner import __version__
+from runner import __version__, storage
 from runner.errors import Failure, UserError
 from runner.images import PromptImage
 from runner.rollout.collect import Collector, Interrupted
@@ -71,15 +69,11 @@ def warm_start(
     trainer.version = 0
     tracker.event("warm_start", "warm start: {reward:.2f} sampled success after {steps} steps".format(**summary), summary)
     if cfg.warm_start.cache:
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            trainer.save(partial)
-            (partial / "done.json").write_text(json.dumps(summary))
-            partial.rename(folder)
+            with storage.new_folder(folder) as partial:
+                trainer.save(partial)
+                (partial / "done.json").write_text(json.dumps(summary))
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             if not (folder / "done.json").is_file():  # else another run of a sweep was first
                 tracker.event("warning", f"the warm start could not be cached under {folder}: {error.strerror}", {})
 

@@ -450,7 +450,7 @@ import os, subprocess, sys
 from pathlib import Path
 from runner import checkpoint
 from runner.errors import Failure
-from runner.tracking.folder import atomic_write
+from runner.storage import atomic_write
 from runner.tracking.tracker import JsonlTracker, StatusTracker
 run = Path(sys.argv[1])
 lines, status = JsonlTracker(run), StatusTracker(run)

@@ -13,8 +13,8 @@ from runner import compose, preflight
 from runner.errors import UserError, UserErrors
 from runner.rollout.sglang.interface import LOOPBACK, interfaces, listen_address, name_of, wildcard
 from runner.schema import ClusterConfig, Config
-from runner.weights import broadcast
 from runner.weights.buckets import describe
+from runner.weights.transports import broadcast
 
 OUTSIDE = [(name, ips[0]) for name, ips in interfaces().items() if not ips[0].startswith("127.")]
 
@@ -63,13 +63,11 @@ def test_a_router_that_is_not_installed_is_found_before_the_start(monkeypatch: p
 @pytest.mark.parametrize("host", [LOOPBACK, *(address for _, address in OUTSIDE[:1])])
 def test_a_broadcast_listens_on_its_address_alone(host: str) -> None:
     """The store and gloo's own sockets; torch's defaults are every interface, and whatever the host name resolves to."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
-    meeting = broadcast.Meeting(host, port, 2, "gloo", 20.0)
+    before = _listening()
+    listener = socket.create_server((host, 0))
+    meeting = broadcast.Meeting(host, listener.getsockname()[1], 2, "gloo", 20.0)
     tensors = [torch.arange(7, dtype=torch.int32), torch.ones(3, 2)]
     pieces = describe([("a", tensors[0]), ("b", tensors[1])])
-    before = _listening()
     arrived: dict[str, torch.Tensor] = {}
     together = threading.Barrier(2)
 
@@ -80,7 +78,7 @@ def test_a_broadcast_listens_on_its_address_alone(host: str) -> None:
 
     receiver = threading.Thread(target=receive)
     receiver.start()
-    group = broadcast.join(meeting, 0, host)
+    group = broadcast.join(meeting, 0, host, listener)
     opened = _listening() - before
     together.wait(20)
     broadcast.send(group, tensors, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Weight files of the SGLang pool that need no server: what killed drivers left, damaged deltas."""
+"""Files that transports write: what killed drivers left, damaged deltas."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ import pytest
 import torch
 
 from runner.errors import UserError
-from runner.rollout.sglang import delta, weight_files
 from runner.samples import ExportedTensor
+from runner.weights import weight_set
 from runner.weights.stream import digest
+from runner.weights.transports import delta
 
 
 def test_folders_of_dead_drivers_are_removed_and_those_of_living_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a lock, which ends with its process; process ids of another container would look dead."""
-    monkeypatch.setattr(weight_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(weight_set.tempfile, "tempdir", str(tmp_path))
     code = """
 import sys, time
-from runner.rollout.sglang import weight_files
-weight_files.tempfile.tempdir = sys.argv[1]
-print(weight_files.shared_memory_folder(1 << 60), flush=True)
+from runner.weights import weight_set
+weight_set.tempfile.tempdir = sys.argv[1]
+print(weight_set.shared_memory_folder(1 << 60), flush=True)
 time.sleep(60)
 """
     drivers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -34,8 +35,8 @@ time.sleep(60)
     assert all(folder.is_dir() for folder in folders)
     drivers[0].kill()
     drivers[0].wait()
-    made = weight_files.shared_memory_folder(1 << 60)  # more than shared memory has: the temporary folder
-    again = weight_files.shared_memory_folder(1 << 60)  # this process's own is locked, too
+    made = weight_set.shared_memory_folder(1 << 60)  # more than shared memory has: the temporary folder
+    again = weight_set.shared_memory_folder(1 << 60)  # this process's own is locked, too
     assert made.parent == tmp_path and made.is_dir() and again.is_dir()
     assert not folders[0].exists() and folders[1].is_dir()
     drivers[1].kill()
@@ -45,7 +46,7 @@ time.sleep(60)
 def test_a_resumed_run_writes_over_what_a_killed_one_left(tmp_path: Path) -> None:
     """Names of sets begin anew in every process; a torn write leaves a hidden folder."""
     for _ in range(2):
-        writer = weight_files.WeightWriter(tmp_path / "weights", durable=True)
+        writer = weight_set.WeightWriter(tmp_path / "weights", durable=True)
         kept = writer.write(0, [tensor("a", 1.0)], None)
         assert writer.write(1, [tensor("a", 2.0)], None).version == 1 and kept.folder.is_dir()
         (tmp_path / "weights" / ".v000003").mkdir()  # killed here: nothing is closed
@@ -67,11 +68,11 @@ def tensor(name: str, value: float) -> ExportedTensor:
 def test_a_damaged_delta_is_named_and_not_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], message: str
 ) -> None:
-    writer = delta.DeltaWriter(tmp_path / "disk", tmp_path / "local", 1 << 20)
+    writer = delta.DeltaWriter(tmp_path / "disk", tmp_path / "local")
     base = writer.write(0, [tensor("a", 1.0)], None)
     real = writer._deltas.write
 
-    def write(*given: Any) -> weight_files.WeightSet:
+    def write(*given: Any) -> weight_set.WeightSet:
         written = real(*given)
         damage(written.files[0])
         return written
@@ -86,7 +87,7 @@ def test_a_damaged_delta_is_named_and_not_applied(
 
 def test_a_delta_over_a_wrong_base_does_not_have_the_trainers_hash(tmp_path: Path) -> None:
     """So the engines refuse it when it arrives."""
-    writer = delta.DeltaWriter(tmp_path / "disk", tmp_path / "local", 1 << 20)
+    writer = delta.DeltaWriter(tmp_path / "disk", tmp_path / "local")
     base = writer.write(0, [tensor("a", 1.0)], None)
     file = base.files[0]
     content = bytearray(file.read_bytes())
@@ -105,5 +106,5 @@ def test_a_delta_over_a_wrong_base_does_not_have_the_trainers_hash(tmp_path: Pat
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(delta, "difference", as_if_intact)
         after = writer.write(1, [changed], base)
-    ((_, arrived),) = weight_files.read_parts(after, ["a"])
+    ((_, arrived),) = weight_set.read_parts(after, ["a"])
     assert digest(arrived) != after.digests["a"] == digest(changed.parts["a"])

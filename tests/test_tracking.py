@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runner import schema
+from runner import schema, storage
 from runner.errors import UserError
 from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.tracking import console, folder
@@ -145,14 +145,14 @@ def test_environment_says_what_a_result_depends_on(tmp_path: Path, monkeypatch: 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    folder.atomic_write(path, "old")
+    storage.atomic_write(path, "old")
 
     def fail(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UserError):
-        folder.atomic_write(path, "new")
+        storage.atomic_write(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

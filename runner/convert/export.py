@@ -9,8 +9,6 @@ names (`parallelism=single` on one machine).
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from runner import checkpoint
+from runner import checkpoint, storage
 from runner.convert.jobs import reader_notes
 from runner.convert.source import CONFIG, INDEX, SINGLE
 from runner.errors import UserError
@@ -94,25 +92,20 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
     """
     from runner.models.build import save_config
 
-    partial = target.with_name(f".{target.name}.partial.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        shards = _Shards(partial)
-        missing = set(plan.parameters)
-        for exported in formats.encode_all(weights, plan):
-            missing.discard(exported.name)
-            shards.add(exported)
-        if missing:
-            raise UserError(f"{len(missing)} weights are not in the checkpoint, first {min(missing)}", key="run")
-        size = shards.finish()
-        save_config(cfg.model, partial)
-        _add_quantization_config(plan, partial / CONFIG)
-        partial.rename(target)
+        with storage.new_folder(target) as partial:
+            shards = _Shards(partial)
+            missing = set(plan.parameters)
+            for exported in formats.encode_all(weights, plan):
+                missing.discard(exported.name)
+                shards.add(exported)
+            if missing:
+                raise UserError(f"{len(missing)} weights are not in the checkpoint, first {min(missing)}", key="run")
+            size = shards.finish()
+            save_config(cfg.model, partial)
+            _add_quantization_config(plan, partial / CONFIG)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}", key="target", fix="target=<a folder with space>") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return size
 
 

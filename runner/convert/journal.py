@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint import sync_to_disk
+from runner import storage
 from runner.errors import UserError
 
 JOURNAL = ".convert.jsonl"
@@ -113,12 +113,7 @@ class Partial:
 
     def publish(self) -> None:
         """Make the folder the target, in one rename; the journal goes last, so a kill before it loses nothing."""
-        for path in self.folder.rglob("*"):
-            if path.suffix != ".safetensors":  # shards are on the disk since they were finished
-                sync_to_disk(path)
-        sync_to_disk(self.folder)
-        self.folder.rename(self.target)
-        sync_to_disk(self.target.parent)
+        storage.publish(self.folder, self.target, durable=True)
         (self.target / JOURNAL).unlink()
 
 

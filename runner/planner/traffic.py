@@ -9,6 +9,7 @@ from runner.planner.memory import state_shares
 from runner.planner.parameters import Grid, Inventory, stored_bytes
 from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
 from runner.schema import Config, Format
+from runner.weights.transports import TRANSPORTS
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,7 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     if layout.in_process:
         return [Flow("weight sync, in process", stream, "one copy in rollout format, within the process")]
     engines, ranks = layout.engines, layout.engines * layout.ranks
-    flows = {
-        "tensor": (stream * (1 + engines), f"written once into the host's shared memory, read by {engines} engines"),
-        "distributed": (stream * ranks, f"broadcast: every one of {ranks} engine ranks receives every tensor"),
-        "disk_full": (stream * (1 + engines), f"written once, read by {engines} engines"),
-        "disk_delta": (
-            stream // 100 * (1 + engines),
-            "for each 1% of the bytes that changed; written once, read by every engine",
-        ),
-        "p2p": (stream * engines, "the ranks of an engine read one copy together and exchange it among themselves"),
-    }
+    flows = {name: transport.traffic(stream, engines, ranks) for name, transport in TRANSPORTS.items()}
     chosen = getattr(cfg.rollout, "weight_transport", None)
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]
 

@@ -12,9 +12,11 @@ from runner.errors import UserError
 from runner.limits import CHOICES, RANGE, walk
 from runner.models import FAMILIES
 from runner.schema import Config
+from runner.weights.transports import TRANSPORTS
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
+NAMED = {"model.family": FAMILIES, "rollout.weight_transport": TRANSPORTS}  # choices that stand in a registry
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
@@ -52,7 +54,7 @@ def ranges(cfg: Config) -> Iterator[UserError]:
 
 def choices(cfg: Config) -> Iterator[UserError]:
     for key, holder, field in walk(cfg):
-        known = tuple(FAMILIES) if key == "model.family" else field.metadata.get(CHOICES)
+        known = tuple(NAMED[key]) if key in NAMED else field.metadata.get(CHOICES)
         value = getattr(holder, field.name)
         if known is not None and value is not None and value not in known:
             close = difflib.get_close_matches(value, known, n=1)

@@ -26,10 +26,11 @@ import yaml
 
 from runner import lock
 from runner.cores import available_cores
-from runner.errors import Failure, UserError
+from runner.errors import UserError
 from runner.redaction import REDACTED as REDACTED
 from runner.redaction import redacted as redact
 from runner.schema import Config
+from runner.storage import atomic_write
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
@@ -52,29 +53,6 @@ def plain_config(cfg: Config, *, secrets: bool = False) -> dict[str, Any]:
 
     config: dict[str, Any] = plain(dataclasses.asdict(cfg))
     return config if secrets else redact(config)
-
-
-def atomic_write(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write `text` so that a reader, or a kill at any moment, sees the old file or the new one and nothing between. `durable`:
-    a power cut, too.
-
-    Raises Failure where the file cannot be written (full disk, read-only folder).
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # a read-only file system refuses this, too
-            temporary.unlink(missing_ok=True)
-        raise Failure(
-            f"cannot write {path}: {error.strerror}", fix="free some space or set outputs_dir=<a writable folder>"
-        ) from error
 
 
 def write_resolved(run_dir: Path, cfg: Config) -> None:

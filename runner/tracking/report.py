@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from runner.errors import UserError
+from runner.storage import atomic_write
 from runner.tracking import page
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
-from runner.tracking.folder import atomic_write, event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
+from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
 KEY_STEPS = 5  # steps at the start and at the end over which the key results are means
 SHOWN_SAMPLE_STEPS = 4

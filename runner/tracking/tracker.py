@@ -16,11 +16,11 @@ from typing import Any
 from runner.decisions import EVENT
 from runner.errors import Failure, UserError
 from runner.schema import Config
+from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker, Progress
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
-    atomic_write,
     encode_number,
     event_problem,
     metrics_problem,

@@ -18,8 +18,8 @@ import wandb
 
 from runner.errors import UserError
 from runner.schema import Config
+from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker
-from runner.tracking.folder import atomic_write
 
 STEP_METRIC = "runner/step"
 

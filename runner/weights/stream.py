@@ -40,6 +40,12 @@ def seal(stream: Iterable[ExportedTensor]) -> Iterator[SealedTensor]:
         yield SealedTensor(exported, {name: digest(part) for name, part in exported.parts.items()})
 
 
+def sealed(stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[SealedTensor]:
+    """Seals what is not sealed yet, as it passes."""
+    for item in stream:
+        yield item if isinstance(item, SealedTensor) else next(seal([item]))
+
+
 def check(sealed: SealedTensor) -> list[str]:
     """Problems of one arrived tensor, each naming the part: missing, unexpected or with other bytes than were sent."""
     parts, digests = sealed.exported.parts, sealed.digests

@@ -17,12 +17,13 @@ from runner.precision.formats import decode, encode
 from runner.precision.plan import PrecisionPlan
 from runner.samples import ExportedTensor, Request, Sample, SamplingParams
 from runner.schema import Config
-from runner.weights.transfer_engine import Endpoint, obstacles
+from runner.weights.transfer_engine import obstacles
+from runner.weights.transports import TRANSPORTS, Site, Transport
 
 FP32 = ("precision.base_dtype=float32", "speculative=none", "rollout.max_concurrency=16")
 
 P2P = pytest.param("p2p", marks=pytest.mark.skipif(bool(obstacles("tcp")), reason="; ".join(obstacles("tcp"))))
-TRANSPORTS = ["tensor", "distributed", "disk_full", "disk_delta", P2P]
+EVERY_TRANSPORT = ["tensor", "distributed", "disk_full", "disk_delta", P2P]
 
 
 def config(rollout: str, *overrides: str) -> Config:
@@ -87,37 +88,70 @@ def flipped(item: ExportedTensor, part: str) -> ExportedTensor:
     return ExportedTensor(item.name, item.format, parts)
 
 
-def over(settings: Any, transport: str) -> Any:
-    """A fleet's settings with another transport (files for those that are neither a broadcast nor reads)."""
-    return dataclasses.replace(
-        settings,
-        broadcast="gloo" if transport == "distributed" else None,
-        endpoint=Endpoint("127.0.0.1", "tcp") if transport == "p2p" else None,
-    )
+class Switch(Transport):
+    """A transport for pools that serve many tests: weights travel by the config's transport, and in `over` by another one.
+
+    Drivers stay until the pool closes: an engine that is started again needs the set that it had."""
+
+    name = "switch"
+
+    def __init__(self, usual: str) -> None:
+        self.transport = usual
+        self.drivers: dict[str, Any] = {}
+        self._turned = False
+
+    def driver(self, site: Site) -> Switch:
+        self._site = dataclasses.replace(site, transfer_protocol="tcp")
+        return self
+
+    @property
+    def current(self) -> Any:
+        if self.transport not in self.drivers:
+            self.drivers[self.transport] = TRANSPORTS[self.transport].driver(self._site)
+        return self.drivers[self.transport]
+
+    @contextmanager
+    def over(self, transport: str) -> Iterator[None]:
+        before, self.transport, self._turned = self.transport, transport, True
+        try:
+            yield
+        finally:
+            self.transport, self._turned = before, True
+
+    def write(self, version: int, stream: Any, previous: Any) -> Any:
+        """The first set after a turn travels whole, as a pool's first does."""
+        written = self.current.write(version, stream, None if self._turned else previous)
+        self._turned = False
+        return written
+
+    async def carry(self, *given: Any) -> str:
+        return str(await self.current.carry(*given))
+
+    def close(self) -> None:
+        for driver in self.drivers.values():
+            driver.close()
 
 
-@contextmanager
-def switched(pool: Any, transport: str) -> Iterator[None]:
-    """The pool sends weights another way; engines keep what arrived, the pool forgets it."""
-    kept, settings, before = pool._writer, pool._fleet.settings, pool._rollout.weight_transport
-    pool._rollout.weight_transport, pool._writer = transport, None
-    pool._fleet.settings = over(settings, transport)
-    if pool._fleet.weights is not None:
-        pool._fleet.weights.remove()
-    pool._fleet.weights = None
-    try:
-        yield
-    finally:
-        if pool._writer is not None:
-            pool._writer.close()
-        pool._writer, pool._fleet.weights = kept, None
-        pool._rollout.weight_transport, pool._fleet.settings = before, settings
+def started(cfg: Config) -> Any:
+    """A pool of servers whose transport tests may switch (`pool.driver.over`)."""
+    from runner.rollout.sglang import SglangPool
+
+    return SglangPool(cfg, Switch(cfg.rollout.weight_transport))
+
+
+def asked(pool: Any, action: str, weights: Any, names: list[str], **request: Any) -> Any:
+    """The first engine's answer to a plugin action that needs these parts of a set."""
+    from runner.rollout.sglang.engines import EngineUpdate
+
+    update = EngineUpdate(pool._fleet.engines[0])
+    pool._loop.run(pool._fleet.send(action, [update], weights, names, **request))
+    return update
 
 
 def assert_follows_over(pool: Any, cfg: Config, transport: str, *, tolerance: float) -> None:
     """Two updates with different weights, after each of which logprobs are those of transformers over them. (The second one
     is a real delta.)"""
-    with switched(pool, transport):
+    with pool.driver.over(transport):
         for version, seed in enumerate((1, 2)):
             built, items = exported(cfg, seed=seed)
             assert pool.update_weights(version, iter(items)).problems == []

@@ -8,29 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from cases import Running, config
+from cases import Running, config, started
 
 from runner.rollout.local import LocalPool
 
 
 @pytest.fixture(scope="session")
 def sglang_fp32() -> Iterator[Running]:
-    from runner.rollout.sglang import SglangPool
-
     cfg = config("sglang", "model=tiny_moe", "precision=bf16")
-    pool = SglangPool(cfg)
+    pool = started(cfg)
     yield Running(pool, cfg)
     pool.close()
 
 
 @pytest.fixture(scope="session")
 def sglang_int4() -> Iterator[Running]:
-    from runner.rollout.sglang import SglangPool
-
     roles = "precision.roles=[routed_expert,attention]"
     forward = "precision.qat_placement=forward"  # fp32 training has no masters to quantize from
     cfg = config("sglang", "model=tiny_moe", "precision=int4_qat", roles, forward)
-    pool = SglangPool(cfg)
+    pool = started(cfg)
     yield Running(pool, cfg)
     pool.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,13 +22,15 @@ from runner.rollout.sglang import fleet as fleets
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation
 from runner.rollout.sglang.fleet import Fleet, Settings
-from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Status
+from runner.weights.transports import Driver, Site, broadcast
+from runner.weights.transports.files import FilesDriver
+from runner.weights.weight_set import WeightSet
 
 SETTINGS = Settings(
-    startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode="abort", broadcast=None,
-    endpoint=None, repacks=False, host="127.0.0.1", draft=frozenset(),
+    startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode="abort", repacks=False, draft=frozenset(),
 )  # fmt: skip
+FILES = FilesDriver("tensor", None)  # type: ignore[arg-type]  # nothing is written here
 
 
 class FakeServer:
@@ -79,8 +80,9 @@ def reply(tokens: list[int], reason: str = "length", version: str = "3.1") -> di
     return {"output_ids": tokens, "meta_info": meta}
 
 
-def ready_fleet(*clients: FakeClient, **settings: Any) -> Fleet:
-    found = Fleet([FakeServer(i) for i in range(len(clients))], "key", dataclasses.replace(SETTINGS, **settings))  # type: ignore[misc]
+def ready_fleet(*clients: FakeClient, driver: Driver = FILES, **settings: Any) -> Fleet:
+    servers: Any = [FakeServer(i) for i in range(len(clients))]
+    found = Fleet(servers, "key", dataclasses.replace(SETTINGS, **settings), driver)
     found.updates = 1
     for engine, client in zip(found.engines, clients, strict=True):
         engine.client, engine.up, engine.synced = client, True, 1  # type: ignore[assignment]
@@ -358,7 +360,7 @@ def test_a_server_that_never_answers_is_one_message(monkeypatch: pytest.MonkeyPa
         stop = kill
 
     async def run() -> None:
-        fleet = Fleet([Silent(0)], "key", dataclasses.replace(SETTINGS, startup_seconds=0.2))  # type: ignore[list-item]
+        fleet = Fleet([Silent(0)], "key", dataclasses.replace(SETTINGS, startup_seconds=0.2), FILES)  # type: ignore[list-item]
         with pytest.raises(UserError, match="(?s)SGLang server 0 did not answer within 0 s.*startup_timeout_seconds"):
             await fleet.start()
         assert fleet.engines[0].server.dead  # type: ignore[attr-defined]
@@ -366,15 +368,18 @@ def test_a_server_that_never_answers_is_one_message(monkeypatch: pytest.MonkeyPa
     asyncio.run(run())
 
 
-def test_a_broadcast_whose_port_somebody_took_is_a_problem_of_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner.rollout.sglang import sender
+def test_a_broadcast_that_cannot_listen_is_a_problem_of_the_sync(tmp_path: Path) -> None:
+    """203.0.113.77 is an address of no machine."""
+    driver = broadcast.BroadcastDriver(site(tmp_path, host="203.0.113.77"))
+    fleet = ready_fleet(FakeClient(), driver=driver)
+    answers, _ = asyncio.run(fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0))
+    assert answers[0].problems[0].startswith("broadcast: ") and fleet.engines[0].synced == 0
+    driver.close()
 
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        monkeypatch.setattr(sender, "free_ports", lambda host, count: [taken.getsockname()[1]])
-        broadcast = sender.Sender("gloo", "127.0.0.1", 2, WeightSet(4, tmp_path), [])
-        assert "in use" in broadcast.run()
+
+def site(folder: Path, **changes: Any) -> Site:
+    there = Site("127.0.0.1", "lo", False, folder / "disk", folder, 1, "tcp", [])
+    return dataclasses.replace(there, **changes)
 
 
 def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tmp_path: Path) -> None:
@@ -425,8 +430,8 @@ def test_an_engine_that_refuses_a_broadcast_does_not_leave_the_driver_waiting(
         async def plugin(self, action: str, **request: Any) -> dict[str, Any]:
             return {"problems": ["load: no"] if action == "load" else []}
 
-    monkeypatch.setattr(fleets, "Sender", Alone)
-    fleet = ready_fleet(Refusing(), broadcast="gloo")
+    monkeypatch.setattr(broadcast, "Sender", Alone)
+    fleet = ready_fleet(Refusing(), driver=broadcast.BroadcastDriver(site(tmp_path)))
     answers, _ = asyncio.run(asyncio.wait_for(fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0), 5))
     assert answers[0].problems == ["load: no"] and fleet.engines[0].synced == 0
 

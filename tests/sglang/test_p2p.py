@@ -18,12 +18,11 @@ from cases import P2P
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.rollout.sglang.sender import lent
-from runner.rollout.sglang.weight_files import WeightSet, WeightWriter
 from runner.samples import ExportedTensor
 from runner.weights import transfer_engine
-from runner.weights.p2p import Lent, ranges_of, receive
 from runner.weights.transfer_engine import Endpoint, TransferError
+from runner.weights.transports.p2p import Lent, lent, ranges_of, receive
+from runner.weights.weight_set import WeightSet, WeightWriter
 
 HOST = "127.0.0.1"
 needs_mooncake = P2P.marks[0]
@@ -35,7 +34,7 @@ READER = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from runner.weights.p2p import Lent, receive
+from runner.weights.transports.p2p import Lent, receive
 from runner.weights.stream import digest
 from runner.weights.transfer_engine import Endpoint
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import P2P, Running, by_key, config, exported, flipped, over, requests
+from cases import P2P, Running, asked, by_key, config, exported, flipped, requests, started
 from drafting import EagleHead, Propose, expected, greedy, mtp_step, recurrent, standalone
 from safetensors.torch import save_file
 
@@ -35,11 +35,9 @@ def speculating(*overrides: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def with_mtp() -> Iterator[Any]:
-    from runner.rollout.sglang import SglangPool
-
     cfg = config("sglang", "model=tiny_mtp", "precision=bf16")
     cfg.speculative = speculating("speculative=mtp", "speculative.num_draft_tokens=3")
-    pool = SglangPool(cfg)
+    pool = started(cfg)
     yield Running(pool, cfg)
     pool.close()
 
@@ -73,17 +71,14 @@ def drafted(running: Any) -> tuple[dict[Any, list[int]], dict[str, float]]:
 @pytest.mark.parametrize("transport", ["tensor", "distributed", P2P])
 def test_a_new_mtp_layer_drafts_after_the_update_that_brought_it(with_mtp: Any, transport: str) -> None:
     """The same policy twice, with a blind and with a perfect MTP layer: only what is accepted changes."""
-    pool, settings = with_mtp.pool, with_mtp.pool._fleet.settings
+    pool = with_mtp.pool
     hidden = with_mtp.cfg.model.hidden_size
     blind, perfect = torch.zeros(hidden, 2 * hidden), torch.cat([torch.zeros(hidden, hidden), torch.eye(hidden)], 1)
-    pool._fleet.settings = over(settings, transport)
-    try:
+    with pool.driver.over(transport):
         with_mtp.sync(chain(with_mtp.items, blind), 1)
         tokens, before = drafted(with_mtp)
         with_mtp.sync(chain(with_mtp.items, perfect), 2)
         again, after = drafted(with_mtp)
-    finally:
-        pool._fleet.settings = settings
     assert tokens == again
     assert before["rollout/spec_accept_rate"] < 0.2 and before["rollout/spec_accept_length"] < 1.6
     # the last step of a sample proposes tokens that it has no room for
@@ -110,18 +105,15 @@ def test_the_drafts_tensors_are_sent_and_verified_like_the_policys(with_mtp: Any
 
 
 def test_a_resident_bit_of_the_draft_that_differs_is_named(with_mtp: Any) -> None:
-    from runner.rollout.sglang.fleet import EngineUpdate
-
     with_mtp.fresh()
     pool = with_mtp.pool
     name = f"{MTP}self_attn.k_proj.weight"
     for change, wrong in ((lambda item: item, False), (lambda item: flipped(item, name), True)):
         changed = [change(item) if item.name == name else item for item in with_mtp.items]
-        other = pool._weight_writer().write(99, iter(changed), None)
-        update = EngineUpdate(pool._fleet.engines[0])
+        other = pool.driver.write(99, iter(changed), None)
         request = {"parts": [name], "repacked": [], "draft": [name]}
         try:
-            pool._loop.run(pool._fleet._send("check", [update], other, [name], **request))
+            update = asked(pool, "check", other, [name], **request)
         finally:
             other.remove()
         assert update.checked == 1

@@ -62,13 +62,9 @@ def test_an_update_never_sends_pickles_and_flushes(sglang_fp32: Any, monkeypatch
         return await real(self, path, body, **options)
 
     monkeypatch.setattr(Client, "_call", call)
-    settings = pool._fleet.settings
-    for broadcast in (None, "gloo"):
-        pool._fleet.settings = dataclasses.replace(settings, broadcast=broadcast)
-        try:
+    for transport in ("tensor", "distributed"):
+        with pool.driver.over(transport):
             sglang_fp32.fresh()
-        finally:
-            pool._fleet.settings = settings
     assert {path for path, _ in asked} == {
         "/pause_generation", "/begin_weight_update", "/update_weights_from_ipc", "/end_weight_update", "/continue_generation",
     }  # fmt: skip
@@ -127,7 +123,7 @@ cfg = config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none
 pool = SglangPool(cfg)
 assert pool.update_weights(0, iter(exported(cfg)[1])).problems == []
 assert len(list(pool.generate(requests(2, routes=False)))) == 2
-print(pool._writer.root)
+print(pool.driver.writer.root)
 pool.close()
 """
     here = Path(__file__).parent

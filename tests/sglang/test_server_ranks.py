@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import P2P, Running, config, over, reference_logprobs, requests
+from cases import P2P, Running, asked, config, reference_logprobs, requests, started
 from reference import reference_routes
 
 from runner.samples import ExportedTensor
@@ -19,11 +19,9 @@ INT4 = ("precision=int4_qat", "precision.roles=[routed_expert,attention]", "prec
 
 @pytest.fixture(scope="module", params=["tensor parallel", "expert parallel"])
 def two_ranks(request: pytest.FixtureRequest) -> Iterator[Running]:
-    from runner.rollout.sglang import SglangPool
-
     expert = ["parallelism.engine_ep=2"] if request.param == "expert parallel" else []
     cfg = config("sglang", "model=tiny_moe", *INT4, "rollout.cpu_tp=2", *expert)
-    pool = SglangPool(cfg)
+    pool = started(cfg)
     yield Running(pool, cfg)
     pool.close()
 
@@ -31,13 +29,10 @@ def two_ranks(request: pytest.FixtureRequest) -> Iterator[Running]:
 @pytest.mark.parametrize("transport", ["tensor", "distributed", P2P])
 def test_two_ranks_compute_what_transformers_does_over_every_transport(two_ranks: Any, transport: str) -> None:
     """Everything resident is checked, as at a first sync; the ranks' shares together are the tensors."""
-    pool, settings = two_ranks.pool, two_ranks.pool._fleet.settings
-    pool._fleet.settings = over(settings, transport)
+    pool = two_ranks.pool
     pool.version = -1
-    try:
+    with pool.driver.over(transport):
         report = pool.update_weights(0, iter(two_ranks.items))
-    finally:
-        pool._fleet.settings = settings
     assert report.problems == [] and report.arrived == report.resident_checked == len(two_ranks.items)
     samples = list(pool.generate(requests(8)))
     assert len(samples) == 8
@@ -56,8 +51,6 @@ def test_every_ranks_formats_are_read_back(two_ranks: Any) -> None:
 @pytest.mark.parametrize("expert", [0, 7])
 def test_a_bit_that_differs_on_one_rank_is_named_with_it(two_ranks: Any, expert: int) -> None:
     """The last integers of a row of down_proj are the second rank's share; of whole experts, the last four are its own."""
-    from runner.rollout.sglang.fleet import EngineUpdate
-
     two_ranks.fresh()
     pool = two_ranks.pool
     weight = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
@@ -69,11 +62,10 @@ def test_a_bit_that_differs_on_one_rank_is_named_with_it(two_ranks: Any, expert:
         return dataclasses.replace(item, parts={**item.parts, part: packed})
 
     items = [change(item) if item.name == weight else item for item in two_ranks.items]
-    other = pool._weight_writer().write(99, iter(items), None)
-    update = EngineUpdate(pool._fleet.engines[0])
+    other = pool.driver.write(99, iter(items), None)
     parts = other.parts_of([weight])
     try:
-        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
+        update = asked(pool, "check", other, parts, parts=parts, repacked=[])
     finally:
         other.remove()
     rank = 1 if two_ranks.cfg.parallelism.engine_ep == 1 else expert // 4

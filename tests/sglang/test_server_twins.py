@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_follows_over, config, exported, reference_logprobs, requests
+from cases import assert_follows_over, config, exported, reference_logprobs, requests, started
 from reference import reference_routes
 
 from runner import compose
@@ -14,11 +14,9 @@ pytestmark = pytest.mark.sglang
 
 
 def test_fp8_blocks_compute_with_their_effective_weights_over_every_transport() -> None:
-    from runner.rollout.sglang import SglangPool
-
     # k_proj has 64 rows here, and SGLang cannot cut its stacked q, k and v at half a block
     cfg = config("sglang", "model=tiny_moe", "precision=fp8_rollout", "precision.roles=[routed_expert]")
-    pool = SglangPool(cfg)
+    pool = started(cfg)
     try:
         built, items = exported(cfg)
         assert pool.update_weights(0, iter(items)).problems == []

@@ -8,17 +8,16 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    EVERY_TRANSPORT,
     P2P,
-    TRANSPORTS,
+    asked,
     assert_follows_over,
     by_key,
     config,
     exported,
     flipped,
-    over,
     reference_logprobs,
     requests,
-    switched,
 )
 from reference import reference_routes
 
@@ -55,22 +54,15 @@ def test_shares_that_changed(sglang_int4: Any) -> None:
     assert other.arrived == len(others) and other.resident_checked == sglang_int4.cfg.mismatch.residency_tensors
 
 
-def _answer_of(pool: Any) -> Any:
-    from runner.rollout.sglang.fleet import EngineUpdate  # SGLang's packages are not installed everywhere
-
-    return EngineUpdate(pool._fleet.engines[0])
-
-
 def _resident_check(running: Any, names: list[str], change: Any, *, repacked: bool = False) -> list[str]:
     """Load the items, then ask the residency check about a set of files in which `change` was made to the named."""
     running.fresh()
     pool = running.pool
     changed = [change(item) if item.name in names else item for item in running.items]
-    other = pool._weight_writer().write(99, iter(changed), None)
-    update = _answer_of(pool)
+    other = pool.driver.write(99, iter(changed), None)
     parts = other.parts_of(names)
     try:
-        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=parts if repacked else []))
+        update = asked(pool, "check", other, parts, parts=parts, repacked=parts if repacked else [])
     finally:
         other.remove()
     assert update.checked == len(parts)
@@ -123,13 +115,12 @@ def test_effective_weights_that_were_not_derived_again_are_found(sglang_int4: An
     sglang_int4.fresh()
     pool = sglang_int4.pool
     _, others = exported(sglang_int4.cfg, seed=2)
-    other = pool._weight_writer().write(99, iter(others), None)
-    update = _answer_of(pool)
+    other = pool.driver.write(99, iter(others), None)
     parts = other.parts_of(["model.layers.1.mlp.experts.3.down_proj.weight"])
     try:
-        pool._loop.run(pool._fleet._send("load", [update], other, list(other.digests), digests=other.digests))
+        update = asked(pool, "load", other, list(other.digests), digests=other.digests)
         assert update.problems == []
-        pool._loop.run(pool._fleet._send("check", [update], other, parts, parts=parts, repacked=[]))
+        update = asked(pool, "check", other, parts, parts=parts, repacked=[])
     finally:
         other.remove()
     assert any("effective w2_weight differs" in problem for problem in update.problems), update.problems
@@ -144,10 +135,9 @@ def test_names_that_the_engine_does_not_know_are_found(sglang_fp32: Any) -> None
     strange = dataclasses.replace(
         item, name="model.layers.0.mystery.weight", parts={"model.layers.0.mystery.weight": torch.ones(3, 4)}
     )
-    other = pool._weight_writer().write(99, iter([strange]), None)
-    update = _answer_of(pool)
+    other = pool.driver.write(99, iter([strange]), None)
     try:
-        pool._loop.run(pool._fleet._send("check", [update], other, list(strange.parts), parts=list(strange.parts), repacked=[]))
+        update = asked(pool, "check", other, list(strange.parts), parts=list(strange.parts), repacked=[])
     finally:
         other.remove()
     assert update.problems == ["model.layers.0.mystery.weight: has 12 values, but 0 resident values follow it"]
@@ -168,7 +158,7 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
 def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
     sglang_int4.fresh()
-    with switched(pool, transport):
+    with pool.driver.over(transport):
         whole = pool.update_weights(1, iter(sglang_int4.items))
         assert whole.problems == [] and whole.wire_bytes > 1_000_000
         items = list(sglang_int4.items)
@@ -182,7 +172,7 @@ def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: st
     assert all(torch.equal(samples[key].tokens, again.tokens) for key, again in _greedy(pool).items())
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", EVERY_TRANSPORT)
 def test_bf16_follows_over_every_transport(sglang_fp32: Any, transport: str) -> None:
     """The engine computes in fp32 here, so the bits of bf16 and of fp32 weights travel alike."""
     assert_follows_over(sglang_fp32.pool, sglang_fp32.cfg, transport, tolerance=1e-4)
@@ -192,18 +182,14 @@ def test_bf16_follows_over_every_transport(sglang_fp32: Any, transport: str) -> 
 def test_weights_that_cannot_be_read_are_a_problem_and_the_next_sync_is_whole(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
     sglang_int4.fresh()
-    settings = pool._fleet.settings
-    pool._fleet.settings = over(settings, transport)
-    session = pool._fleet.settings.endpoint.session
-    try:
-        pool._fleet.settings.endpoint.session = "127.0.0.1:1"
+    with pool.driver.over(transport):
+        endpoint = pool.driver.current.endpoint
+        session, endpoint.session = endpoint.session, "127.0.0.1:1"
         report = pool.update_weights(1, iter(sglang_int4.items))
         assert "could not be read over tcp" in report.problems[0] and (report.arrived, pool.version) == (0, 0)
-        pool._fleet.settings.endpoint.session = session
+        endpoint.session = session
         again = pool.update_weights(1, iter(sglang_int4.items))
         assert again.problems == [] and again.arrived == len(sglang_int4.items) and pool.version == 1
-    finally:
-        pool._fleet.settings = settings
 
 
 def _greedy(pool: Any) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from runner.cli.sweep.jobs import Job
 from runner.errors import UserError
+from runner.storage import atomic_write
 from runner.tracking.charts import format_number
-from runner.tracking.folder import atomic_write
 from runner.tracking.report import key_results, read_run
 
 COLUMNS = (("reward", "reward"), ("eval", "best eval"), ("mismatch", "mismatch"), ("seconds", "seconds"))

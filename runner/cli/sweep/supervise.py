@@ -16,7 +16,8 @@ from runner.cli.sweep.jobs import Job, run_command
 from runner.cli.sweep.summary import job_results, write_summary
 from runner.errors import UserError
 from runner.redaction import shown
-from runner.tracking.folder import atomic_write, read_status
+from runner.storage import atomic_write
+from runner.tracking.folder import read_status
 from runner.tracking.report import write_comparison
 
 WAIT_SECONDS = 0.5  # between looks at a job that another process runs

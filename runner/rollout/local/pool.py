@@ -24,7 +24,7 @@ from runner.rollout.local.store import WeightStore
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, SpeculativeConfig
-from runner.weights.stream import SealedTensor, seal
+from runner.weights.stream import SealedTensor, sealed
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
@@ -72,7 +72,7 @@ class LocalPool:
         began = time.perf_counter()
         first = self.version < 0
         with torch.inference_mode():
-            outcome = self.store.load(_sealed(stream), check_all=first, check_tensors=self._residency_tensors, turn=version)
+            outcome = self.store.load(sealed(stream), check_all=first, check_tensors=self._residency_tensors, turn=version)
         if not outcome.problems:
             self.version = version
         self.engine.weights_changed(self.version)
@@ -82,8 +82,8 @@ class LocalPool:
             wire_bytes=outcome.wire_bytes,
             arrived=outcome.arrived,
             resident_checked=outcome.resident_checked,
-            changed_integers=None if first else outcome.share("integers"),
-            changed_scales=None if first else outcome.share("scales"),
+            changed_integers=None if first else outcome.changes.share("integers"),
+            changed_scales=None if first else outcome.changes.share("scales"),
             problems=outcome.problems,
         )
 
@@ -171,11 +171,6 @@ class LocalPool:
     def _need_weights(self) -> None:
         if self.version < 0:
             raise UserError("the local engine has no weights yet", fix="call update_weights with the trainer's export first")
-
-
-def _sealed(stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[SealedTensor]:
-    for item in stream:
-        yield item if isinstance(item, SealedTensor) else next(seal([item]))
 
 
 def _device(wanted: str) -> torch.device:

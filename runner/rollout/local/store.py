@@ -11,25 +11,22 @@ import torch
 from runner.errors import UserError
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.model import EngineModel
-from runner.rollout.local.weights import Int4Weight, ResidentWeight, changed, int4_kernel_limits, same_bits
+from runner.rollout.local.weights import Int4Weight, ResidentWeight, int4_kernel_limits
 from runner.samples import ExportedTensor
 from runner.schema import Format
+from runner.weights.bits import Changes, same_bits
 from runner.weights.stream import SealedTensor, check, wire_bytes
 
 
 @dataclass
 class LoadOutcome:
-    """Counts of one sync; `changes`: "integers" or "scales" -> [values that differ from before, values]."""
+    """Counts of one sync."""
 
     problems: list[str] = field(default_factory=list)
     arrived: int = 0
     wire_bytes: int = 0
     resident_checked: int = 0
-    changes: dict[str, list[int]] = field(default_factory=lambda: {"integers": [0, 0], "scales": [0, 0]})
-
-    def share(self, kind: str) -> float | None:
-        different, total = self.changes[kind]
-        return different / total if total else None
+    changes: Changes = field(default_factory=Changes)
 
 
 class WeightStore:
@@ -109,9 +106,7 @@ class WeightStore:
                 bits = weight.format.bits if kind == "integers" else 8 * tensor.element_size()
                 if kind == "scales" and isinstance(weight, Int4Weight):
                     old, tensor = old[..., 0], tensor[..., 0]  # beside each scale lies a zero point that is always 0
-                different, total = changed(old, tensor, bits)
-                outcome.changes[kind][0] += different
-                outcome.changes[kind][1] += total
+                outcome.changes.count(kind, old, tensor, bits)
         weight.load(fresh)
 
     def _check(self, kept: dict[str, ExportedTensor], outcome: LoadOutcome) -> list[str]:

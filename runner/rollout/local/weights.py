@@ -19,6 +19,7 @@ from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
 from runner.schema import Format
+from runner.weights.bits import same_bits
 
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
 INT4_ROWS_PER_CALL = 64  # the CPU kernel is built for few rows: 8 calls of 64 rows take a tenth of one call of 512
@@ -182,25 +183,3 @@ def resident_weight(
     if tensor_format.format is Format.int4 and not int4_kernel_limits((sum(rows), columns), tensor_format, dtype, device):
         return Int4Weight(names, rows, columns, tensor_format, device)
     return TransientWeight(names, rows, columns, tensor_format, device)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal dtype, shape and bytes (so -0.0 differs from 0.0 and a NaN equals itself)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(as_bytes(a), as_bytes(b.to(a.device)))
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
-def changed(old: torch.Tensor, new: torch.Tensor, bits: int) -> tuple[int, int]:
-    """(values that differ, values) of two tensors that hold `bits`-bit values; 4-bit values are nibbles of any layout."""
-    a, b = as_bytes(old), as_bytes(new)
-    if bits == 4:
-        differing = a ^ b
-        count = torch.count_nonzero(differing & 15) + torch.count_nonzero(differing & 240)
-        return int(count), 2 * a.numel()
-    width = max(bits // 8, 1)
-    return int(torch.count_nonzero((a != b).view(-1, width).any(-1))), a.numel() // width

@@ -14,6 +14,7 @@ from runner.errors import UserError
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.option_table import options, problem_of
 from runner.schema import Config, Format
+from runner.weights.transports import TRANSPORTS
 
 Arguments = dict[str, Any]
 # Known when the process starts. The pool sets them; nobody else can.
@@ -195,11 +196,7 @@ def warnings(cfg: Config) -> list[str]:
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
     if cfg.speculative.method == "draft":
         found.append("SGLang 0.5.23 shows a draft model the text without its first token, so even an equal model misses some")
-    if rollout.weight_transport == "p2p":
-        found.append(
-            "weight_transport=p2p: while weights move, whoever reaches this machine and the engines' can read them (RDMA and "
-            "Mooncake know no keys); a change on the way is found by its hash"
-        )
+    found += TRANSPORTS[rollout.weight_transport].warnings(cfg)
     return found
 
 

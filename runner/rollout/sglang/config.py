@@ -18,7 +18,7 @@ MIB = 1024**2
 class SglangRolloutConfig(RolloutConfig):
     memory_fraction: float = number(gt=0, le=1)  # of a GPU's memory, for weights and KV cache
     attention_backend: str = MISSING  # auto, or a name that SGLang knows
-    weight_transport: str = one_of("tensor", "distributed", "disk_full", "disk_delta", "p2p")
+    weight_transport: str = MISSING  # the name of one in weights/transports
     transfer_protocol: str = one_of("rdma", "tcp")  # of p2p
     transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
     pause_mode: str = one_of("abort", "retract", "in_place")

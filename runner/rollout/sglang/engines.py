@@ -9,7 +9,6 @@ from typing import Any
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client
 from runner.rollout.sglang.server import Server
-from runner.weights.transfer_engine import Endpoint
 
 
 @dataclass
@@ -19,9 +18,6 @@ class Settings:
     health_seconds: float
     max_retries: int
     pause_mode: str
-    broadcast: str | None  # backend of the distributed transport
-    endpoint: Endpoint | None  # of the p2p transport; with neither, weights travel as files
-    host: str  # where the driver's side of a broadcast listens
     repacks: bool  # whether engines lay quantized weights out for a kernel: they are then checked by whole layers
     draft: frozenset[str]  # weights of the policy's export that the draft model takes
 

@@ -17,10 +17,10 @@ from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label, version_of_label
 from runner.rollout.sglang.process import PORT_TAKEN, start_problem
 from runner.rollout.sglang.router import Router
-from runner.rollout.sglang.sender import Sender, lent
 from runner.rollout.sglang.server import Server
-from runner.rollout.sglang.weight_files import WeightSet
 from runner.samples import Sample, Status
+from runner.weights.transports import Driver
+from runner.weights.weight_set import WeightSet
 
 WATCH_SECONDS = 0.2  # between looks at whether the processes live
 BACKOFF_SECONDS = 0.2  # doubles with every failure of a request
@@ -35,8 +35,11 @@ RESTARTS = 3  # starts of an engine that died, until it counts as broken
 class Fleet:
     """Every method runs inside the event loop."""
 
-    def __init__(self, servers: list[Server], api_key: str, settings: Settings, router: Router | None = None) -> None:
-        """`router`: generation goes through it; without one the fleet chooses an engine for every request itself."""
+    def __init__(
+        self, servers: list[Server], api_key: str, settings: Settings, driver: Driver, router: Router | None = None
+    ) -> None:
+        """`driver`: brings weights to the engines. `router`: generation goes through it; without one the fleet chooses an engine
+        for every request itself."""
         self.engines = [Engine(server) for server in servers]
         self.router = router
         self.settings = settings
@@ -44,6 +47,7 @@ class Fleet:
         self.updates = 0  # finished weight updates; grows always, versions of the trainer may start anew
         self.counters: dict[str, float] = defaultdict(float)
         self.notices: deque[str] = deque()  # for the run's events
+        self._driver = driver
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
         self._changed = asyncio.Condition()
@@ -383,34 +387,44 @@ class Fleet:
         """
         updates = [EngineUpdate(engine) for engine in engines]
         asleep = [update for update in updates if update.engine.asleep]  # and so paused already
-        mode = self.settings.pause_mode
         await self._each(asleep, lambda client, _: client.take_memory(WEIGHTS))
         if pause and not asleep:
-            if mode == "abort":
-                await self._abort_all(updates)
-            await self._each(updates, lambda client, _: client.pause(mode))
+            await self._pause(updates)
         draft = weights.parts_of(name for name in weights.parts if name in self.settings.draft)
-        await self._each(updates, lambda client, _: client.begin_update("all" if draft else "target"))
-        await self._send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
-        await self._each(updates, lambda client, _: client.end_update())
-        _expect(updates, "arrived", len(weights.digests))
-        if parts and not any(update.problems for update in updates):
-            repacks = self.settings.repacks
-            repacked = weights.parts_of(name for name, form in weights.formats.items() if form != "bf16") if repacks else []
-            checked = [part for part in draft if part in parts]
-            await self._send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=checked)
-            _expect(updates, "checked", len(parts))
+        await self._load(updates, weights, draft)
+        if parts and _whole(updates):
+            await self._check(updates, weights, parts, [part for part in draft if part in parts])
         await self._each(asleep, lambda client, _: client.take_memory(CACHES))
         for update in asleep:
             update.engine.asleep = False
-        if not any(update.problems for update in updates):
-            # Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0.
-            named = label(self.updates + 1, weights.version)
-            commit = lambda client, _: client.plugin("commit", flush=mode != "in_place", version=named)  # noqa: E731
-            await self._each(updates, commit)
-            if pause:
-                await self._each(updates, lambda client, _: client.resume())
+        if _whole(updates):
+            await self._commit(updates, weights, resume=pause)
         return updates
+
+    async def _pause(self, updates: list[EngineUpdate]) -> None:
+        mode = self.settings.pause_mode
+        if mode == "abort":
+            await self._abort_all(updates)
+        await self._each(updates, lambda client, _: client.pause(mode))
+
+    async def _load(self, updates: list[EngineUpdate], weights: WeightSet, draft: list[str]) -> None:
+        await self._each(updates, lambda client, _: client.begin_update("all" if draft else "target"))
+        await self.send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
+        await self._each(updates, lambda client, _: client.end_update())
+        _expect(updates, "arrived", len(weights.digests))
+
+    async def _check(self, updates: list[EngineUpdate], weights: WeightSet, parts: list[str], draft: list[str]) -> None:
+        quantized = (name for name, form in weights.formats.items() if form != "bf16")
+        repacked = weights.parts_of(quantized) if self.settings.repacks else []
+        await self.send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=draft)
+        _expect(updates, "checked", len(parts))
+
+    async def _commit(self, updates: list[EngineUpdate], weights: WeightSet, *, resume: bool) -> None:
+        """Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0."""
+        named, flush = label(self.updates + 1, weights.version), self.settings.pause_mode != "in_place"
+        await self._each(updates, lambda client, _: client.plugin("commit", flush=flush, version=named))
+        if resume:
+            await self._each(updates, lambda client, _: client.resume())
 
     async def _abort_all(self, updates: list[EngineUpdate]) -> None:
         """Until no request is out. SGLang's pause aborts as well, but then looks only once a second whether they ended."""
@@ -437,41 +451,31 @@ class Fleet:
         living = [update for update in updates if not update.died]
         await asyncio.gather(*(one(update, place) for place, update in enumerate(living)))
 
-    async def _send(self, action: str, updates: list[EngineUpdate], weights: WeightSet, names: list[str], **request: Any) -> None:
-        """A plugin action that needs these tensors (on-disk names): through files, read out of our memory, or by a broadcast
-        beside the calls."""
-        if self.settings.endpoint is not None:
-            async with lent(self.settings.endpoint, weights, names) as offer:
-                await self._each(updates, lambda client, _: client.plugin(action, offer=offer, **request))
-            return
-        if self.settings.broadcast is None:
-            files = [str(file) for file in weights.files]
-            await self._each(updates, lambda client, _: client.plugin(action, files=files, **request))
-            return
+    async def send(self, action: str, updates: list[EngineUpdate], weights: WeightSet, names: list[str], **request: Any) -> None:
+        """A plugin action that needs these tensors (on-disk names), brought by the transport."""
         living = [update for update in updates if not update.died]
         if not living:
             return
+
+        async def ask(offer: Callable[[int], dict[str, Any]]) -> bool:
+            named = {"transport": self._driver.transport, **request}
+            await self._each(living, lambda client, place: client.plugin(action, offer=offer(place), **named))
+            return not any(update.problems or update.died for update in living)
+
         ranks = living[0].engine.server.arguments["tp_size"]
-        sender = Sender(self.settings.broadcast, self.settings.host, 1 + ranks * len(living), weights, names)
-        described = sender.described()
-
-        def call(client: Client, place: int) -> Awaitable[Any]:
-            return client.plugin(action, meeting=sender.meeting.as_dict(), rank=1 + ranks * place, buckets=described, **request)
-
-        sending = sender.start()
-        await self._each(updates, call)
-        if not sending.done() and any(update.problems or update.died for update in living):
-            sent = ""  # an engine refused or died before the meeting: nobody will come, and the reason is known
-        else:
-            sent = await asyncio.wrap_future(sending)
-        for update in living:
-            if sent and not update.died:
-                update.problems.append(sent)
+        if problem := await self._driver.carry(weights, names, len(living), ranks, ask):
+            for update in living:
+                if not update.died:
+                    update.problems.append(problem)
 
     async def ask(self, action: str, **request: Any) -> list[dict[str, Any]]:
         """Every live engine's answer to a plugin action."""
         clients = [engine.client for engine in self.engines if engine.up and engine.client]
         return list(await asyncio.gather(*(client.plugin(action, **request) for client in clients)))
+
+
+def _whole(updates: list[EngineUpdate]) -> bool:
+    return not any(update.problems for update in updates)
 
 
 def _expect(updates: list[EngineUpdate], what: str, count: int) -> None:

@@ -11,7 +11,7 @@ from runner.models.config_file import CONFIG, architectures_of, read_json
 from runner.rollout.sglang.config import settings
 from runner.rollout.sglang.interface import listen_address
 from runner.schema import Config, Format, Role
-from runner.weights import transfer_engine
+from runner.weights.transports import TRANSPORTS
 
 REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCausalLM")  # of the families that runner knows
 
@@ -30,13 +30,7 @@ def live_updates(cfg: Config) -> Iterator[UserError]:
 
 
 def transport(cfg: Config) -> Iterator[UserError]:
-    rollout = settings(cfg)
-    if rollout.weight_transport == "p2p" and (missing := transfer_engine.obstacles(rollout.transfer_protocol)):
-        yield UserError(
-            f"weights cannot be read peer to peer over {rollout.transfer_protocol} here: {'; '.join(missing)}",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=distributed or disk_delta, or (slower than those) rollout.transfer_protocol=tcp",
-        )
+    yield from TRANSPORTS[settings(cfg).weight_transport].obstacles(cfg)
 
 
 def one_machine(cfg: Config) -> Iterator[UserError]:

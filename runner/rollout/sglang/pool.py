@@ -27,28 +27,28 @@ from runner.rollout.sglang.background import BackgroundLoop
 from runner.rollout.sglang.client import EngineFailure, Refused
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
-from runner.rollout.sglang.delta import DeltaWriter
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
-from runner.rollout.sglang.interface import listen_address
+from runner.rollout.sglang.interface import listen_address, name_of
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_rank
-from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.routing.routes import RouteError
 from runner.samples import ExportedTensor, Request, Sample
 from runner.schema import Config, Format, Role
 from runner.weights.stream import SealedTensor
-from runner.weights.transfer_engine import Endpoint, TransferError
+from runner.weights.transports import TRANSPORTS, Site, Transport
+from runner.weights.weight_set import WeightSet
 
 
 class SglangPool:
     """Servers start with dummy weights from a config.json; generating or scoring before the first sync is a UserError."""
 
-    def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
+    def __init__(self, cfg: Config, run_dir: Path | None = None, transport: Transport | None = None) -> None:
         """Starts every server and waits until all answer. UserError with the reason and the log file otherwise.
 
         Logs and weights on disk lie in the run's folder. Outside of a run, logs that tell of a failure stay in one of their own.
+        `transport`: in place of the one that `rollout.weight_transport` names.
         """
         rollout = settings(cfg)
         self.version = -1
@@ -70,10 +70,11 @@ class SglangPool:
         self._logs = self._own_logs or cast(Path, run_dir) / "logs"
         write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
-        self._writer: WeightWriter | DeltaWriter | None = None
         api_key = secrets.token_urlsafe(32)
         self._host = listen_address(cfg.cluster)
-        self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self._router(api_key))
+        chosen = transport or TRANSPORTS[self._rollout.weight_transport]
+        self.driver = chosen.driver(self._site())
+        self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self.driver, self._router(api_key))
         try:
             self._loop.run(self._fleet.start())
             self._info = self._loop.run(self._fleet.ask("describe"))
@@ -117,28 +118,28 @@ class SglangPool:
 
     def _settings(self) -> Settings:
         rollout = self._rollout
-        backend = "gloo" if on_cpu(self._cfg) else "nccl"
         return Settings(
             startup_seconds=rollout.startup_timeout_seconds,
             request_seconds=rollout.request_timeout_seconds,
             health_seconds=rollout.health_interval_seconds,
             max_retries=rollout.max_retries,
             pause_mode=rollout.pause_mode,
-            broadcast=backend if rollout.weight_transport == "distributed" else None,
-            endpoint=self._endpoint() if rollout.weight_transport == "p2p" else None,
-            host=self._host,
             repacks=self._repacks,
             draft=self._draft,
         )
 
-    def _endpoint(self) -> Endpoint:
-        log = self._logs / "transfer_engine.log"
-        try:
-            return Endpoint(self._host, self._rollout.transfer_protocol, self._rollout.transfer_devices, log)
-        except TransferError as error:
-            raise UserError(
-                str(error), key="rollout.weight_transport", fix=f"look at {log}, or rollout.weight_transport=distributed"
-            ) from error
+    def _site(self) -> Site:
+        rollout = self._rollout
+        return Site(
+            host=self._host,
+            interface=name_of(self._host),
+            on_gpus=not on_cpu(self._cfg),
+            disk=(self._run_dir or self._scratch) / "weights",
+            logs=self._logs,
+            needed_bytes=sum(_bytes_of(self.plan, name) for name in self._loaded),
+            transfer_protocol=rollout.transfer_protocol,
+            transfer_devices=rollout.transfer_devices,
+        )
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
         """Samples as they finish; `requests` is pulled as room appears. May be closed at any sample: what runs is aborted.
@@ -201,7 +202,7 @@ class SglangPool:
         began = time.perf_counter()
         first = self.version < 0
         previous = self._fleet.weights
-        weights = self._weight_writer().write(version, self._without_unused(stream), previous)
+        weights = self.driver.write(version, self._without_unused(stream), previous)
         problems = weights.problems + self._unfit(weights)
         updates: list[EngineUpdate] = []
         stall = 0.0
@@ -222,8 +223,8 @@ class SglangPool:
             wire_bytes=weights.wire_bytes,
             arrived=len(weights.parts) if updates and not problems else 0,
             resident_checked=len(self._checked_now(first)) if updates and not problems else 0,
-            changed_integers=None if first else weights.share("integers"),
-            changed_scales=None if first else weights.share("scales"),
+            changed_integers=None if first else weights.changes.share("integers"),
+            changed_scales=None if first else weights.changes.share("scales"),
             problems=problems,
         )
 
@@ -234,20 +235,6 @@ class SglangPool:
     def wake(self) -> None:
         """With the weights that they had before. Nothing to do for engines that are awake."""
         self._loop.run(self._fleet.wake())
-
-    def _weight_writer(self) -> WeightWriter | DeltaWriter:
-        """Files in shared memory (tensor, p2p; distributed keeps its copy for engines that start again), or on the run's disk."""
-        if self._writer is None:
-            needed = sum(_bytes_of(self.plan, name) for name in self._loaded)
-            disk = (self._run_dir or self._scratch) / "weights"
-            match self._rollout.weight_transport:
-                case "disk_full":
-                    self._writer = WeightWriter(disk, durable=True)
-                case "disk_delta":
-                    self._writer = DeltaWriter(disk, shared_memory_folder(needed), BUCKET_BYTES)
-                case _:
-                    self._writer = WeightWriter(shared_memory_folder(needed), durable=False)
-        return self._writer
 
     def _without_unused(self, stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[ExportedTensor | SealedTensor]:
         """Multi-token-prediction layers that nothing drafts with are not in the engines."""
@@ -352,8 +339,7 @@ class SglangPool:
         with contextlib.suppress(KeyboardInterrupt):
             self._loop.run(self._fleet.close())
         self._loop.close()
-        if self._writer is not None:
-            self._writer.close()
+        self.driver.close()
         scratch.remove(self._scratch)
         if self._own_logs and not keep_logs:
             shutil.rmtree(self._own_logs, ignore_errors=True)

@@ -9,6 +9,7 @@ from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
 from runner.schema import Config, Format
+from runner.weights.transports import TRANSPORTS
 
 CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
 
@@ -80,18 +81,8 @@ def limits(cfg: Config) -> Iterator[UserError]:
             key="cluster.interface",
             fix="cluster.interface=<a name or an address>, or null for loopback",
         )
-    if rollout.weight_transport == "tensor" and not cfg.parallelism.colocate:
-        yield UserError(
-            "weight_transport=tensor goes through the memory of one host, where trainer and engines share its GPUs",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=distributed",
-        )
-    if rollout.weight_transport == "distributed" and cfg.parallelism.colocate and not on_cpu(cfg):
-        yield UserError(
-            "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
-            key="rollout.weight_transport",
-            fix="rollout.weight_transport=tensor, or parallelism.colocate=false",
-        )
+    if transport := TRANSPORTS.get(rollout.weight_transport):  # what is none, rules/numbers.py names
+        yield from transport.problems(cfg)
     if cfg.model.vision:
         yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
 

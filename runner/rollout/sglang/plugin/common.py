@@ -15,7 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner import models
 from runner.rollout.sglang.entry import shared_file, shared_segment
-from runner.weights import broadcast
+from runner.weights.transports import broadcast
 
 
 def register() -> None:

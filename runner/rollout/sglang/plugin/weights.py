@@ -1,9 +1,8 @@
 """Weight updates that are verified, inside the server.
 
 The client asks through SGLang's own endpoint /update_weights_from_ipc, whose body is a plain dictionary of strings: the
-key "runner" holds our request as JSON. Tensors come in safetensors files (in shared memory or on a disk), by a broadcast, or are
-read out of the driver's memory; nothing is ever unpickled. SGLang's update session (begin and end) is opened and closed by the
-client around `load`.
+key "runner" holds our request as JSON. Tensors come by the transport that it names (weights/transports); nothing is ever
+unpickled. SGLang's update session (begin and end) is opened and closed by the client around `load`.
 
     load       check the digest of every part on arrival, then hand all of them to the model's own loader
     check      residency: what is resident is what was received (residency.py)
@@ -19,24 +18,20 @@ Answers are JSON too: {"problems": [...], ...}.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner.rollout.sglang.plugin import residency
-from runner.weights import broadcast, buckets, p2p
 from runner.weights.stream import digest
-from runner.weights.transfer_engine import Endpoint
+from runner.weights.transports import TRANSPORTS, Rank
 
 Answer = dict[str, Any]
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 _last: Answer = {}  # the target's answer, which the draft's is added to
-_received: list[tuple[str, torch.Tensor]] = []  # the draft's part of a broadcast, which only the target can receive
 
 
 def register() -> None:
@@ -118,60 +113,17 @@ def _is_ours(name: str, request: Answer) -> bool:
     return bool((name in request.get("draft", [])) == request["is_draft"])
 
 
-def _from_files(files: Iterable[str], wanted: Callable[[str], bool]) -> NamedTensors:
-    for path in files:
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                if wanted(name):
-                    yield name, opened.get_tensor(name)
-
-
 def _arriving(updater: Any, request: Answer, only: set[str] | None = None) -> NamedTensors:
-    """This model's tensors of a request: from files, by broadcast from the driver, or out of its memory."""
+    """This model's tensors of a request, by the transport that it names."""
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
     def wanted(name: str) -> bool:
         return _is_ours(name, request) and (only is None or name in only)
 
-    if "offer" in request:
-        yield from _from_memory(updater, request["offer"], wanted)
-    elif "meeting" not in request:
-        yield from _from_files(request["files"], wanted)
-    elif request["is_draft"]:
-        yield from (item for item in _received if wanted(item[0]))
-    else:
-        yield from _from_broadcast(updater, request, wanted)
-
-
-def _from_broadcast(updater: Any, request: Answer, wanted: Callable[[str], bool]) -> NamedTensors:
-    from sglang.srt.runtime_context import get_parallel, get_server_args
-
-    meeting = broadcast.Meeting(**request["meeting"])
-    group = broadcast.join(meeting, request["rank"] + get_parallel().tp_rank, get_server_args().host)
-    _received.clear()
-    for bucket in request["buckets"]:
-        pieces = [buckets.Piece(**piece) for piece in bucket]
-        for name, tensor in broadcast.receive(group, pieces, torch.device(updater.device)):
-            if wanted(name):
-                yield name, tensor
-            elif not _is_ours(name, request):
-                _received.append((name, tensor))
-
-
-def _from_memory(updater: Any, offer: Answer, wanted: Callable[[str], bool]) -> NamedTensors:
-    """Target and draft each read what is theirs."""
-    from sglang.srt.runtime_context import get_parallel
-
-    lent = [[p2p.Lent(**piece) for piece in bucket if wanted(piece["name"])] for bucket in offer["buckets"]]
-    group = get_parallel().tp_group.device_group if get_parallel().tp_size > 1 else None
-    endpoint = _endpoint(offer["protocol"], tuple(offer["devices"]))
-    yield from p2p.receive(endpoint, offer["session"], lent, torch.device(updater.device), group)
-
-
-@functools.cache
-def _endpoint(protocol: str, devices: tuple[str, ...]) -> Endpoint:
-    from sglang.srt.runtime_context import get_server_args
-
-    return Endpoint(get_server_args().host, protocol, devices)
+    parallel = get_parallel()
+    group = parallel.tp_group.device_group if parallel.tp_size > 1 else None
+    rank = Rank(get_server_args().host, torch.device(updater.device), parallel.tp_rank, group, request["is_draft"])
+    yield from TRANSPORTS[request["transport"]].receive(request["offer"], rank, wanted)
 
 
 def _check(updater: Any, request: Answer) -> Answer:
@@ -187,7 +139,6 @@ def _check(updater: Any, request: Answer) -> Answer:
 
 
 def _commit(updater: Any, request: Answer) -> Answer:
-    _received.clear()
     return {"problems": []}
 
 

@@ -1,7 +1,7 @@
-"""Weights on their way to the engines of this host: safetensors files, in shared memory or on a disk.
+"""One version of the weights on its way to engines: safetensors files, in shared memory or on a disk.
 
-A set of files holds one version completely. The engines map the files, so one copy serves all engines of a host; the set of
-the current version stays until the next one is complete, for engines that have to be started again.
+A set of files holds one version completely; every transport sends out of one. The set of the current version stays until the
+next one is complete, for engines that have to be started again.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
-from runner import scratch
-from runner.checkpoint import sync_to_disk
+from runner import scratch, storage
 from runner.errors import UserError
-from runner.rollout.local.weights import changed
 from runner.samples import ExportedTensor
 from runner.schema import Format
-from runner.weights.stream import SealedTensor, seal, wire_bytes
+from runner.weights.bits import Changes
+from runner.weights.files import write_tensors
+from runner.weights.stream import SealedTensor, sealed, wire_bytes
 
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
@@ -44,13 +43,8 @@ class WeightSet:
     formats: dict[str, str] = field(default_factory=dict)
     wire_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-    changes: dict[str, list[int]] = field(default_factory=lambda: {"integers": [0, 0], "scales": [0, 0]})
+    changes: Changes = field(default_factory=Changes)
     location: dict[str, Path] = field(default_factory=dict)  # part name -> file
-
-    def share(self, kind: str) -> float | None:
-        """Values of a kind that changed since the previous set, 0 to 1."""
-        different, total = self.changes[kind]
-        return different / total if total else None
 
     def parts_of(self, names: Iterable[str]) -> list[str]:
         """Parts that an engine computes with. Shapes are left out: q, k and v share one place for them in a stacked module."""
@@ -75,34 +69,12 @@ class WeightWriter:
     def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:
         """Seal what is not sealed yet and write it, a bucket at a time. UserError when the disk or shared memory is full."""
         self._count += 1
-        name = f"v{self._count:06d}"
-        partial = self.root / f".{name}"
-        written = WeightSet(version, partial)
-        bucket: dict[str, torch.Tensor] = {}
-        size = 0
+        target = self.root / f"v{self._count:06d}"
         try:
-            partial.mkdir()
-            for sealed in _sealed(stream):
-                if not self._accept(sealed, written):
-                    continue
-                _count_changes(sealed.exported, written, previous)
-                bucket |= {part: tensor.detach().contiguous() for part, tensor in sealed.exported.parts.items()}
-                size += wire_bytes(sealed.exported)
-                if size >= self.bucket_bytes:
-                    self._save(bucket, written)
-                    bucket, size = {}, 0
-            if bucket:
-                self._save(bucket, written)
-            if self.durable:
-                self._seal_folder(written)
-            target = self.root / name
-            partial.rename(target)
-            if self.durable:
-                sync_to_disk(self.root)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if not isinstance(error, (OSError, SafetensorError)):
-                raise
+            with storage.new_folder(target, durable=self.durable) as partial:
+                written = WeightSet(version, partial)
+                self._fill(written, stream, previous)
+        except OSError as error:
             raise UserError(
                 f"cannot write the weights of version {version} under {self.root}: {error}",
                 key="rollout.weight_transport",
@@ -113,31 +85,41 @@ class WeightWriter:
         written.location = {part: target / file.name for part, file in written.location.items()}
         return written
 
-    def _accept(self, sealed: SealedTensor, written: WeightSet) -> bool:
-        item = sealed.exported
+    def _fill(self, written: WeightSet, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> None:
+        bucket: dict[str, torch.Tensor] = {}
+        size = 0
+        for item in sealed(stream):
+            if not self._accept(item, written):
+                continue
+            _count_changes(item.exported, written, previous)
+            bucket |= {part: tensor.detach().contiguous() for part, tensor in item.exported.parts.items()}
+            size += wire_bytes(item.exported)
+            if size >= self.bucket_bytes:
+                self._save(bucket, written)
+                bucket, size = {}, 0
+        if bucket:
+            self._save(bucket, written)
+        if self.durable:
+            manifest = {"version": written.version, "digests": written.digests, "files": [file.name for file in written.files]}
+            (written.folder / MANIFEST).write_text(json.dumps(manifest))
+
+    def _accept(self, arrived: SealedTensor, written: WeightSet) -> bool:
+        item = arrived.exported
         if item.name in written.parts:
             written.problems.append(f"{item.name}: arrived twice in one session")
             return False
         written.parts[item.name] = list(item.parts)
         written.formats[item.name] = item.format
-        written.digests |= sealed.digests
+        written.digests |= arrived.digests
         written.wire_bytes += wire_bytes(item)
         return True
 
     def _save(self, bucket: dict[str, torch.Tensor], written: WeightSet) -> None:
         path = written.folder / f"weights-{len(written.files):05d}.safetensors"
-        save_file({name: tensor.cpu() for name, tensor in bucket.items()}, path, metadata={"format": "pt"})
+        write_tensors({name: tensor.cpu() for name, tensor in bucket.items()}, path, {"format": "pt"})
         path.chmod(0o600)
         written.files.append(path)
         written.location |= dict.fromkeys(bucket, path)
-
-    def _seal_folder(self, written: WeightSet) -> None:
-        manifest = {"version": written.version, "digests": written.digests, "files": [file.name for file in written.files]}
-        path = written.folder / MANIFEST
-        path.write_text(json.dumps(manifest))
-        for file in (*written.files, path):
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
 
     def close(self) -> None:
         scratch.remove(self.root)
@@ -159,11 +141,6 @@ def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, 
             yield name, opened.get_tensor(name)
 
 
-def _sealed(stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[SealedTensor]:
-    for item in stream:
-        yield item if isinstance(item, SealedTensor) else next(seal([item]))
-
-
 def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet | None) -> None:
     """Integers and scales of a quantized tensor that differ from those of the previous set."""
     if previous is None or item.format not in BITS or item.name not in previous.parts:
@@ -174,6 +151,4 @@ def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet
         if old.shape != new.shape or old.dtype != new.dtype:
             continue
         kind = "scales" if "scale" in name.rpartition(".")[2] else "integers"
-        different, total = changed(old, new, BITS[item.format] if kind == "integers" else 8 * new.element_size())
-        written.changes[kind][0] += different
-        written.changes[kind][1] += total
+        written.changes.count(kind, old, new, BITS[item.format] if kind == "integers" else 8 * new.element_size())

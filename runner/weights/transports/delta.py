@@ -10,32 +10,54 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from runner.errors import UserError
-from runner.rollout.sglang.weight_files import MANIFEST, WeightSet, WeightWriter, read_parts
-from runner.samples import ExportedTensor
-from runner.weights.stream import SealedTensor, digest, seal
+from runner.weights.transports.base import KEY, Site, register
+from runner.weights.transports.files import Files, FilesDriver
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.samples import ExportedTensor
+    from runner.weights.stream import SealedTensor
+    from runner.weights.weight_set import WeightSet
 
 INDEX, VALUE, WHOLE = "index", "value", "whole"
+
+
+class DiskDelta(Files):
+    """Engines read the patched copy as they read any files."""
+
+    name = "disk_delta"
+
+    def traffic(self, stream: int, engines: int, ranks: int) -> tuple[int, str]:
+        return stream // 100 * (1 + engines), "for each 1% of the bytes that changed; written once, read by every engine"
+
+    def driver(self, site: Site) -> FilesDriver:
+        from runner.weights.weight_set import shared_memory_folder
+
+        return FilesDriver(self.name, DeltaWriter(site.disk, shared_memory_folder(site.needed_bytes)))
 
 
 class DeltaWriter:
     """Writes a delta under `shared` and the patched full copy under `local`; the first version travels whole."""
 
-    def __init__(self, shared: Path, local: Path, bucket_bytes: int) -> None:
-        self._deltas = WeightWriter(shared, durable=True, bucket_bytes=bucket_bytes)
-        self._local = WeightWriter(local, durable=False, bucket_bytes=bucket_bytes)
+    def __init__(self, shared: Path, local: Path) -> None:
+        from runner.weights.weight_set import WeightWriter
+
+        self._deltas = WeightWriter(shared, durable=True)
+        self._local = WeightWriter(local, durable=False)
+        self.root = self._local.root
 
     def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:
         """The full local set of this version; its `wire_bytes` are those of the delta."""
-        sealed = (item if isinstance(item, SealedTensor) else next(seal([item])) for item in stream)
+        from runner.weights.stream import sealed
+
         if previous is None:
-            return self._local.write(version, sealed, None)
+            return self._local.write(version, stream, None)
         carried: list[SealedTensor] = []
-        differences = self._deltas.write(version, self._differences(sealed, previous, carried), None)
+        differences = self._deltas.write(version, self._differences(sealed(stream), previous, carried), None)
         patched = self._local.write(version, patch(previous, differences, carried), previous)
         patched.wire_bytes = differences.wire_bytes
         differences.remove()
@@ -45,6 +67,11 @@ class DeltaWriter:
         self, stream: Iterable[SealedTensor], previous: WeightSet, carried: list[SealedTensor]
     ) -> Iterator[ExportedTensor]:
         """Also notes, in `carried`, names and digests of every tensor (not its values)."""
+        import torch
+
+        from runner.samples import ExportedTensor
+        from runner.weights.stream import SealedTensor
+
         for sealed in stream:
             item = sealed.exported
             empty = {name: torch.empty(0, dtype=part.dtype) for name, part in item.parts.items()}
@@ -62,6 +89,10 @@ class DeltaWriter:
 
 def difference(name: str, new: torch.Tensor, previous: WeightSet) -> dict[str, torch.Tensor]:
     """The smaller of (indices int32, values) and the whole tensor, by entry name; {} when no bit differs."""
+    import torch
+
+    from runner.weights.weight_set import read_parts
+
     if name not in previous.location:
         return {f"{name}/{WHOLE}": new}
     ((_, old),) = read_parts(previous, [name])
@@ -79,12 +110,18 @@ def difference(name: str, new: torch.Tensor, previous: WeightSet) -> dict[str, t
 
 def patch(base: WeightSet, delta: WeightSet, carried: list[SealedTensor]) -> Iterator[SealedTensor]:
     """The full stream of the new version from the old full copy and the delta as it lies on the disk."""
+    from safetensors import SafetensorError, safe_open
+
+    from runner.samples import ExportedTensor
+    from runner.weights.stream import SealedTensor, digest
+    from runner.weights.weight_set import MANIFEST, read_parts
+
     manifest = json.loads((delta.folder / MANIFEST).read_text())
 
     def damaged(what: object) -> UserError:
         return UserError(
             f"the delta of version {delta.version} is damaged on its disk: {what}",
-            key="rollout.weight_transport",
+            key=KEY,
             fix="check the disk of outputs_dir, or rollout.weight_transport=disk_full",
         )
 
@@ -122,4 +159,9 @@ def patch(base: WeightSet, delta: WeightSet, carried: list[SealedTensor]) -> Ite
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """[elements, bytes per element] uint8."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).view(-1, tensor.element_size())
+    from runner.weights.bits import as_bytes
+
+    return as_bytes(tensor).view(-1, tensor.element_size())
+
+
+register(DiskDelta())
