@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -16,7 +16,11 @@ from runner.weights.transports import TRANSPORTS
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
-NAMED = {"model.family": FAMILIES, "rollout.weight_transport": TRANSPORTS}  # choices that stand in a registry
+# Choices that stand in a registry.
+NAMED: dict[str, Iterable[str]] = {
+    "model.family": FAMILIES,
+    "rollout.weight_transport": TRANSPORTS,
+}
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:

@@ -144,7 +144,7 @@ def asked(pool: Any, action: str, weights: Any, names: list[str], **request: Any
     from runner.rollout.sglang.engines import EngineUpdate
 
     update = EngineUpdate(pool._fleet.engines[0])
-    pool._loop.run(pool._fleet.send(action, [update], weights, names, **request))
+    pool._loop.run(pool._fleet.delivery.send(action, [update], weights, names, **request))
     return update
 
 

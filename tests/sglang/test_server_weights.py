@@ -91,15 +91,16 @@ def test_repacked_layers_are_restored_loaded_and_repacked_again(sglang_int4: Any
     """How INT4 is checked on CUDA, here where repacking is deriving effective weights: by SGLang's own functions, a layer at a
     time, so that a sync asks for all of the layer."""
     layer, wrong = "model.layers.1.", "model.layers.1.mlp.experts.3.down_proj.weight"
-    pool, settings = sglang_int4.pool, sglang_int4.pool._fleet.settings
+    pool, delivery = sglang_int4.pool, sglang_int4.pool._fleet.delivery
+    settings = delivery.settings
     of_layer = [item.name for item in sglang_int4.items if item.name.startswith(layer)]
-    pool._repacks, pool._fleet.settings = True, dataclasses.replace(settings, repacks=True)
+    pool._repacks, delivery.settings = True, dataclasses.replace(settings, repacks=True)
     try:
         for version in range(3):
             report = pool.update_weights(version, iter(sglang_int4.items))
             assert report.problems == [] and report.resident_checked >= len(of_layer)
     finally:
-        pool._repacks, pool._fleet.settings = False, settings
+        pool._repacks, delivery.settings = False, settings
     assert _resident_check(sglang_int4, of_layer, lambda item: item, repacked=True) == []
     change = lambda item: flipped(item, f"{wrong}_packed") if item.name == wrong else item  # noqa: E731
     problems = _resident_check(sglang_int4, of_layer, change, repacked=True)
@@ -210,8 +211,9 @@ def test_other_pause_modes_keep_requests_inside_the_server(sglang_fp32: Any, mod
     pool = sglang_fp32.pool
     built = sglang_fp32.fresh()
     other, items = exported(sglang_fp32.cfg, seed=2)
-    settings = pool._fleet.settings
-    pool._fleet.settings = dataclasses.replace(settings, pause_mode=mode)
+    delivery = pool._fleet.delivery
+    settings = delivery.settings
+    delivery.settings = dataclasses.replace(settings, pause_mode=mode)
     pool.metrics()
     try:
         short, long = requests(1, max_response_tokens=4, routes=False), requests(4, max_response_tokens=200, routes=False)
@@ -220,7 +222,7 @@ def test_other_pause_modes_keep_requests_inside_the_server(sglang_fp32: Any, mod
         sglang_fp32.sync(items, 1)
         samples = list(run)
     finally:
-        pool._fleet.settings = settings
+        delivery.settings = settings
     assert len(by_key(samples)) == 4 and pool.metrics()["rollout/requests_continued"] == 0
     for sample in samples:
         old, new = sample.weight_spans

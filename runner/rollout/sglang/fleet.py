@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 
 from runner.errors import Failure, UserError
-from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused, wait_until_ready
+from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
-from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label, version_of_label
+from runner.rollout.sglang.delivery import Delivery
+from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, version_of_label
 from runner.rollout.sglang.process import PORT_TAKEN, start_problem
 from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.server import Server
@@ -27,8 +28,6 @@ BACKOFF_SECONDS = 0.2  # doubles with every failure of a request
 HEALTH_FAILURES = 2  # in a row, after which an engine counts as hung
 AFFINITY_REQUESTS = 16  # a group stays on its engine until that has so many requests' tokens more to do than another
 AFFINITY_PROMPTS = 4096  # remembered
-ABORT_SECONDS = 5.0  # for aborted requests to come back, before SGLang's own pause waits for them
-ABORT_POLL_SECONDS = 0.02
 RESTARTS = 3  # starts of an engine that died, until it counts as broken
 
 
@@ -47,7 +46,7 @@ class Fleet:
         self.updates = 0  # finished weight updates; grows always, versions of the trainer may start anew
         self.counters: dict[str, float] = defaultdict(float)
         self.notices: deque[str] = deque()  # for the run's events
-        self._driver = driver
+        self.delivery = Delivery(driver, settings, self._busy)
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
         self._changed = asyncio.Condition()
@@ -170,6 +169,9 @@ class Fleet:
     def _targets(self) -> list[Engine | Router]:
         """Everything that a request may have been sent to."""
         return [*self.engines, *([self.router] if self.router else [])]
+
+    def _busy(self) -> bool:
+        return any(target.outstanding for target in self._targets())
 
     def _raise_if_hopeless(self) -> None:
         broken = [engine.broken for engine in self.engines if engine.broken]
@@ -297,7 +299,7 @@ class Fleet:
             if self.weights is None:
                 return
             parts = self.weights.parts_of(self.weights.parts)
-            (update,) = await self._deliver([engine], self.weights, parts, pause=False)
+            (update,) = await self.delivery.deliver([engine], self.weights, parts, self.updates + 1, pause=False)
             if update.died or update.problems:
                 raise UserError(
                     f"SGLang server {engine.server.index} could not be given its weights again: "
@@ -332,7 +334,7 @@ class Fleet:
                 engines = [engine for engine in self.engines if engine.up]
                 for engine in engines:
                     engine.synced = 0
-                answers = await self._deliver(engines, weights, parts, pause=True)
+                answers = await self.delivery.deliver(engines, weights, parts, self.updates + 1, pause=True)
                 good = [answer.engine for answer in answers if not answer.problems and not answer.died]
                 if len(good) == len([answer for answer in answers if not answer.died]) > 0:
                     self.updates += 1
@@ -353,9 +355,7 @@ class Fleet:
         async with self._updating:
             self._open, self._sleeping = False, True
             updates = [EngineUpdate(engine) for engine in self.engines if engine.up and not engine.asleep]
-            await self._abort_all(updates)
-            await self._each(updates, lambda client, _: client.pause("abort"))
-            await self._each(updates, lambda client, _: client.release_memory())
+            await self.delivery.put_to_sleep(updates)
             for update in updates:
                 if update.problems:
                     who = f"SGLang server {update.engine.server.index}"
@@ -379,107 +379,7 @@ class Fleet:
                 self._raise_if_hopeless()
                 await self._changed.wait()
 
-    async def _deliver(self, engines: list[Engine], weights: WeightSet, parts: list[str], *, pause: bool) -> list[EngineUpdate]:
-        """pause -> begin -> load -> end -> check -> commit (version and flush) -> continue, on these engines together.
-
-        An engine that dies on the way drops out. When one reports problems, all stay paused for the next try: what they would
-        generate came of weights that are partly old.
-        """
-        updates = [EngineUpdate(engine) for engine in engines]
-        asleep = [update for update in updates if update.engine.asleep]  # and so paused already
-        await self._each(asleep, lambda client, _: client.take_memory(WEIGHTS))
-        if pause and not asleep:
-            await self._pause(updates)
-        draft = weights.parts_of(name for name in weights.parts if name in self.settings.draft)
-        await self._load(updates, weights, draft)
-        if parts and _whole(updates):
-            await self._check(updates, weights, parts, [part for part in draft if part in parts])
-        await self._each(asleep, lambda client, _: client.take_memory(CACHES))
-        for update in asleep:
-            update.engine.asleep = False
-        if _whole(updates):
-            await self._commit(updates, weights, resume=pause)
-        return updates
-
-    async def _pause(self, updates: list[EngineUpdate]) -> None:
-        mode = self.settings.pause_mode
-        if mode == "abort":
-            await self._abort_all(updates)
-        await self._each(updates, lambda client, _: client.pause(mode))
-
-    async def _load(self, updates: list[EngineUpdate], weights: WeightSet, draft: list[str]) -> None:
-        await self._each(updates, lambda client, _: client.begin_update("all" if draft else "target"))
-        await self.send("load", updates, weights, list(weights.digests), digests=weights.digests, draft=draft)
-        await self._each(updates, lambda client, _: client.end_update())
-        _expect(updates, "arrived", len(weights.digests))
-
-    async def _check(self, updates: list[EngineUpdate], weights: WeightSet, parts: list[str], draft: list[str]) -> None:
-        quantized = (name for name, form in weights.formats.items() if form != "bf16")
-        repacked = weights.parts_of(quantized) if self.settings.repacks else []
-        await self.send("check", updates, weights, parts, parts=parts, repacked=repacked, draft=draft)
-        _expect(updates, "checked", len(parts))
-
-    async def _commit(self, updates: list[EngineUpdate], weights: WeightSet, *, resume: bool) -> None:
-        """Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0."""
-        named, flush = label(self.updates + 1, weights.version), self.settings.pause_mode != "in_place"
-        await self._each(updates, lambda client, _: client.plugin("commit", flush=flush, version=named))
-        if resume:
-            await self._each(updates, lambda client, _: client.resume())
-
-    async def _abort_all(self, updates: list[EngineUpdate]) -> None:
-        """Until no request is out. SGLang's pause aborts as well, but then looks only once a second whether they ended."""
-        deadline = asyncio.get_running_loop().time() + ABORT_SECONDS
-        while any(target.outstanding for target in self._targets()) and asyncio.get_running_loop().time() < deadline:
-            await self._each(updates, lambda client, _: client.abort_all())
-            await asyncio.sleep(ABORT_POLL_SECONDS)
-
-    async def _each(self, updates: list[EngineUpdate], call: Callable[[Client, int], Awaitable[Any]]) -> None:
-        """One call to every engine that still lives, all at once; the second argument is the engine's place among those."""
-
-        async def one(update: EngineUpdate, place: int) -> None:
-            assert update.engine.client is not None
-            try:
-                answer = await call(update.engine.client, place)
-            except EngineFailure as failure:
-                update.died = str(failure)
-            except Refused as refusal:
-                update.problems.append(str(refusal))
-            else:
-                if answer is not None:
-                    update.take(answer)
-
-        living = [update for update in updates if not update.died]
-        await asyncio.gather(*(one(update, place) for place, update in enumerate(living)))
-
-    async def send(self, action: str, updates: list[EngineUpdate], weights: WeightSet, names: list[str], **request: Any) -> None:
-        """A plugin action that needs these tensors (on-disk names), brought by the transport."""
-        living = [update for update in updates if not update.died]
-        if not living:
-            return
-
-        async def ask(offer: Callable[[int], dict[str, Any]]) -> bool:
-            named = {"transport": self._driver.transport, **request}
-            await self._each(living, lambda client, place: client.plugin(action, offer=offer(place), **named))
-            return not any(update.problems or update.died for update in living)
-
-        ranks = living[0].engine.server.arguments["tp_size"]
-        if problem := await self._driver.carry(weights, names, len(living), ranks, ask):
-            for update in living:
-                if not update.died:
-                    update.problems.append(problem)
-
     async def ask(self, action: str, **request: Any) -> list[dict[str, Any]]:
         """Every live engine's answer to a plugin action."""
         clients = [engine.client for engine in self.engines if engine.up and engine.client]
         return list(await asyncio.gather(*(client.plugin(action, **request) for client in clients)))
-
-
-def _whole(updates: list[EngineUpdate]) -> bool:
-    return not any(update.problems for update in updates)
-
-
-def _expect(updates: list[EngineUpdate], what: str, count: int) -> None:
-    """An engine that says it is fine must also have seen everything."""
-    for update in updates:
-        if not update.died and not update.problems and (found := getattr(update, what)) != count:
-            update.problems.append(f"{found} of {count} parts were {what}")

@@ -101,12 +101,22 @@ class Transport:
         raise NotImplementedError
 
 
+class Writer(Protocol):
+    """Writes sets under `root`."""
+
+    root: Path
+
+    def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet: ...
+
+    def close(self) -> None: ...
+
+
 class WritesSets:
     """What all drivers share that send out of one writer's sets."""
 
     transport = ""
 
-    def __init__(self, writer: WeightWriter) -> None:
+    def __init__(self, writer: Writer) -> None:
         self.writer = writer
 
     def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from runner.errors import UserError
-from runner.weights.transports.base import KEY, Ask, Offer, Rank, Site, Transport, WritesSets, in_shared_memory, register
+from runner.weights.transports.base import KEY, Ask, Offer, Rank, Site, Transport, Writer, WritesSets, in_shared_memory, register
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class DiskFull(Files):
 
 
 class FilesDriver(WritesSets):
-    def __init__(self, transport: str, writer: WeightWriter) -> None:
+    def __init__(self, transport: str, writer: Writer) -> None:
         super().__init__(writer)
         self.transport = transport
 
