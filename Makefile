@@ -15,17 +15,17 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lint format bench clean
+.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Make .venv and install everything that `make run` and `make test` need
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,megatron]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,megatron]'
 	@touch $(STAMP)
 
 setup-gptq: $(GPTQ_STAMP) ## Make .venv-gptq, in which `convert method=gptq` runs llmcompressor
@@ -37,7 +37,7 @@ $(GPTQ_STAMP): Makefile
 
 setup-sglang: $(STAMP_SGLANG) ## SGLang 0.5.23 and runner's plugin for it, into the same .venv (CPU; 2.8 GB, 2 minutes)
 $(STAMP_SGLANG): $(STAMP) $(SGLANG)/requirements.txt $(SGLANG)/sglang.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(SGLANG)/requirements.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r $(SGLANG)/requirements.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $(SGLANG)/sglang.txt
 	@touch $(STAMP_SGLANG)
 
@@ -66,6 +66,9 @@ test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine m
 BASE ?= HEAD
 same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit
 	$(BIN)/python .ci/same.py $(BASE)
+
+lock: ## Write constraints.txt anew: the versions that are in .venv now
+	$(BIN)/python .ci/lock.py > constraints.txt.new && mv constraints.txt.new constraints.txt
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

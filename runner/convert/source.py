@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from runner.errors import UserError
 from runner.models import FAMILIES, Parameter
-from runner.models.config_file import CONFIG, family_fields, read_json, shown
+from runner.models.common import short
+from runner.models.config_file import CONFIG, family_fields, read_json
 from runner.schema import ModelConfig
 from runner.weights.files import DTYPES
 
@@ -161,7 +162,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     wrong = [file for file in found.values() if not _is_shard_name(file)]
     if wrong:
         raise UserError(
-            f"{folder / INDEX} names {shown(wrong[0])}; weights must be .safetensors files in the folder itself",
+            f"{folder / INDEX} names {short(wrong[0])}; weights must be .safetensors files in the folder itself",
             fix="download the checkpoint's index again, or lay its files side by side",
         )
     return found

@@ -217,7 +217,7 @@ class ConfigReader:
     def _whole(self, value: Any, key: str, low: int, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             allowed = f"a whole number, {low} to {high}"
-            raise ValueError(f"config.json of {self.name}: `{key}` is {short(value)}; it must be {allowed}")
+            raise ValueError(f"config.json of {self.name}: `{key}` is {short(repr(value))}; it must be {allowed}")
         return value
 
     def number(self, *keys: str) -> float:
@@ -226,13 +226,13 @@ class ConfigReader:
 
     def _number(self, value: Any, key: str) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_NUMBER:
-            raise ValueError(f"config.json of {self.name}: `{key}` is {short(value)}; it must be a positive number")
+            raise ValueError(f"config.json of {self.name}: `{key}` is {short(repr(value))}; it must be a positive number")
         return float(value)
 
     def flag(self, key: str, absent: bool) -> bool:
         value = self.optional(key, absent)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json of {self.name}: `{key}` is {short(value)}; it must be true or false")
+            raise ValueError(f"config.json of {self.name}: `{key}` is {short(repr(value))}; it must be true or false")
         return value
 
     def part(self, key: str) -> ConfigReader:
@@ -247,7 +247,9 @@ class ConfigReader:
         """ValueError unless the field has the one value that this family's table describes."""
         value = self.optional(key, absent)
         if value != expected:
-            raise ValueError(f"config.json of {self.name}: `{key}` is {short(value)}; this family understands {expected!r} only")
+            raise ValueError(
+                f"config.json of {self.name}: `{key}` is {short(repr(value))}; this family understands {expected!r} only"
+            )
 
     def rope_theta(self) -> float:
         """As transformers 5: `rope_scaling` or else `rope_parameters`, then the top level, then the default."""
@@ -256,17 +258,17 @@ class ConfigReader:
             if not parameters:
                 continue
             if not isinstance(parameters, dict):
-                raise ValueError(f"config.json of {self.name}: `{key}` is {short(parameters)}; it must be an object")
+                raise ValueError(f"config.json of {self.name}: `{key}` is {short(repr(parameters))}; it must be an object")
             if "rope_theta" in parameters:
                 return self._number(parameters["rope_theta"], f"{key}.rope_theta")
             break
         return self.number("rope_theta")
 
 
-def short(value: Any) -> str:
-    """A value of somebody else's file for a message: one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def short(value: object) -> str:
+    """A value of somebody else's file for a message: one short line. Texts stay without quotes."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def even_heads(reader: ConfigReader) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.errors import UserError
 from runner.models import FAMILIES, agreement, family_of
+from runner.models.common import short
 from runner.models.family import Family
 from runner.schema import ModelConfig
 
@@ -42,7 +43,7 @@ def architectures_of(config: dict[str, Any], where: object) -> list[str]:
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{where}: `architectures` is {shown(found)}; it must be a list of names")
+        raise UserError(f"{where}: `architectures` is {short(found)}; it must be a list of names")
     return found
 
 
@@ -55,7 +56,7 @@ def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[st
     if family is None:
         known = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
         found = ", ".join(architectures) or "none"
-        raise UserError(f"unknown architecture in {where}: {shown(found)}", fix=f"known: {known}")
+        raise UserError(f"unknown architecture in {where}: {short(found)}", fix=f"known: {known}")
     try:
         fields = family.from_hf_config(config, folder.name)
     except ValueError as error:
@@ -74,15 +75,9 @@ def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> Non
     architectures = architectures_of(config, folder / CONFIG)
     if not set(architectures) & set(family.architectures):
         raise UserError(
-            f"'{model.hf_checkpoint}' holds {shown(', '.join(architectures)) or 'no named architecture'}; "
+            f"'{model.hf_checkpoint}' holds {short(', '.join(architectures)) or 'no named architecture'}; "
             f"family {family.name} reads {', '.join(family.architectures)}",
             key=key,
             fix="choose the model group or the family that matches the checkpoint",
         )
     agreement.check(model, family, config)
-
-
-def shown(value: object) -> str:
-    """A value of somebody else's file for a message: one short line."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
