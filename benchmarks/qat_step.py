@@ -36,6 +36,7 @@ from runner.schema import (
     ModelConfig,
     QatPlacement,
 )
+from runner.trainer.torch.option import TorchTrainerConfig
 from runner.trainer.torch_trainer import TorchTrainer
 
 KINDS = {
@@ -68,8 +69,8 @@ def build_config(kind: str, args: argparse.Namespace) -> Config:
             qat_placement=placement, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False, fp8_param_gather=False,
             cpu_matmul=schema.CpuMatmul.auto,
         ),
-        trainer=schema.TorchTrainerConfig(
-            _target_="runner.trainer.torch_trainer.TorchTrainer", name="torch", optimizer=optimizer,
+        trainer=TorchTrainerConfig(
+            _target_="runner.trainer.torch.TorchTrainer", name="torch", optimizer=optimizer,
             max_tokens_per_gpu=args.micro_batch_tokens, recompute=args.recompute, max_nan_steps=3,
             logprob_chunk_tokens=1 << 20, threads=args.threads, master_weights=True, device="auto",
         ),

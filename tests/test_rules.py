@@ -113,7 +113,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("model=qwen3_30b precision.qat_placement=forward", "precision.qat_placement", "no main_grad", "in_place"),
     ("trainer=megatron precision=nvfp4_qat", "precision", "a scale over a whole weight", "trainer=torch"),
     (
-        "trainer=megatron rollout=sglang parallelism=cpu_etp2 precision.group_size=-1",
+        "trainer=megatron rollout=sglang parallelism.ranks=2 parallelism.etp=2 precision.group_size=-1",
         "parallelism.etp",
         "cuts a group of 128",
         "parallelism.etp=1",
