@@ -63,7 +63,7 @@ def local_config(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def numbers(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the model group that a config.json decides; {} for one of another family.
+    """The fields of the model group that a config.json decides; {} for one of another family (whoever loads it says which).
 
     Raises ValueError for what the family does not compute; TypeError, KeyError or AttributeError for nonsense.
     """
