@@ -17,7 +17,7 @@ from runner.errors import UserError, UserErrors
 from runner.models.config_file import CONFIG, architectures_of, check_model, read_json
 from runner.rollout.sglang.arguments import takes_turns
 from runner.rollout.sglang.interface import listen_address
-from runner.schema import Config, Format, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
+from runner.schema import Config, JsonlTaskConfig, LocalRolloutConfig, Role, SglangRolloutConfig
 from runner.weights import transfer_engine
 
 PACKAGES = {  # option -> (module, what installs it, what needs it)
@@ -98,7 +98,7 @@ def _engines(cfg: Config) -> list[UserError]:
     errors = []
     roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
     dense = [role.name for role in roles if role is not Role.routed_expert]
-    if cfg.precision.rollout.format is Format.int4 and dense and cfg.parallelism.rollout_gpus:
+    if cfg.precision.rollout.format == "int4" and dense and cfg.parallelism.rollout_gpus:
         errors.append(
             UserError(
                 f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",

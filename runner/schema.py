@@ -19,15 +19,11 @@ from runner.limits import LONGEST_SECONDS, number, one_of, path
 # OmegaConf matches enums by member NAME, so members are spelt as users type them.
 
 
-class Format(Enum):
-    """How one weight tensor is stored and computed with."""
+def weight_formats() -> tuple[str, ...]:
+    """How a weight tensor may be stored and computed with."""
+    from runner.precision import formats
 
-    bf16 = "bf16"
-    int4 = "int4"  # W4A16, symmetric group quantization
-    int8 = "int8"  # W8A16, converter only
-    fp8 = "fp8"  # e4m3, 128 x 128 blocks, fp32 scales
-    mxfp4 = "mxfp4"
-    nvfp4 = "nvfp4"
+    return formats.names()
 
 
 class Convention(Enum):
@@ -146,7 +142,7 @@ class ModelConfig:
 class GridConfig:
     """A weight format and its grid on one side of the loop."""
 
-    format: Format = MISSING
+    format: str = one_of(among=weight_formats)
     group_size: int = number(ge=-1, le=2**20)  # weights along the input dimension that share a scale; -1: per output channel
     convention: Convention = MISSING
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runner import schema
-from runner.schema import Config, Convention, Estimator, Format, GridConfig, ModelConfig, QatPlacement
+from runner.schema import Config, Convention, Estimator, GridConfig, ModelConfig, QatPlacement
 
 MOE_NONE = {"num_experts": 0, "experts_top_k": 0, "expert_ffn_size": 0, "num_shared_experts": 0, "num_dense_layers": 0}
 MLA_NONE = {"q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0, "v_head_dim": 0}
@@ -141,7 +141,7 @@ MODELS = {
 }
 
 
-def precision(format: Format = Format.int4, group_size: int = 128, **fields: object) -> schema.PrecisionConfig:
+def precision(format: str = "int4", group_size: int = 128, **fields: object) -> schema.PrecisionConfig:
     grid = GridConfig(format=format, group_size=group_size, convention=Convention.exact)
     values: dict[str, object] = {
         "name": format.name,

@@ -8,7 +8,7 @@ from test_local_engine import config, exported, make_pool, requests
 
 from runner.models import family_of
 from runner.models.build import build_model, named_weights
-from runner.precision.formats import decode
+from runner.precision.codec import decode
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor
 from runner.trainer import attention, experts

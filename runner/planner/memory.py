@@ -15,7 +15,7 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
-from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers, stored_bytes
+from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers
 from runner.planner.workload import (
     GIB,
     base_bytes,
@@ -28,7 +28,6 @@ from runner.planner.workload import (
 )
 from runner.schema import (
     Config,
-    Format,
     LocalRolloutConfig,
     MegatronTrainerConfig,
     ModelConfig,
@@ -138,7 +137,7 @@ def _stage_elements(
             expert += elements
         else:
             dense += elements
-        if group.train.format is not Format.bf16:
+        if group.train.quantized:
             quantized += elements
     return dense, expert, quantized
 
@@ -247,10 +246,10 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
     backward (of one layer under full recompute). FP8 under Transformer Engine: cached e4m3 weights in both layouts, unless
     they are the parameters themselves.
     """
-    quantized = {group.train.format for group in inventory.groups} - {Format.bf16}
+    quantized = {group.train.format for group in inventory.groups if group.train.quantized}
     if not quantized:
         return {}
-    if Format.fp8 in quantized:
+    if "fp8" in quantized:
         cached = is_megatron(cfg) and not cfg.precision.fp8_param_gather
         return {"FP8 copies of weights": int(2 * shares.quantized)} if cached else {}
     if cfg.precision.qat_placement is QatPlacement.forward:
@@ -272,7 +271,7 @@ def _engine_bytes(inventory: Inventory, gpus: int, ep: int, base: int) -> int:
     for group in inventory.groups:
         kv_heads = inventory.model.num_kv_heads
         share = shard(group, tp=gpus, ep=ep, etp=max(gpus // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
-        total += stored_bytes(group.shape, group.rollout, base) * group.count * share
+        total += group.rollout.stored_bytes(group.shape, base) * group.count * share
     return int(total)
 
 

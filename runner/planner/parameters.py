@@ -12,8 +12,11 @@ from math import ceil, prod
 
 from runner.errors import UserError
 from runner.models.family import Parameter
-from runner.schema import Config, Format, ModelConfig, Role
+from runner.precision.plan import PrecisionPlan, Side
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config, ModelConfig, Role
 
+SIDES: tuple[Side, Side] = ("train", "rollout")
 MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp
 
 
@@ -27,20 +30,6 @@ class Split(Enum):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How a tensor is stored: `group_size` weights along the input dimension share a scale (-1: a row).
-
-    Formats with a fixed layout (fp8, mxfp4, nvfp4) ignore it.
-    """
-
-    format: Format
-    group_size: int
-
-
-BF16 = Grid(Format.bf16, -1)
-
-
-@dataclass(frozen=True)
 class ParameterGroup:
     """`count` parameters alike in everything the planner looks at; shape is that of one, as on disk."""
 
@@ -48,8 +37,8 @@ class ParameterGroup:
     layer: int | None
     shape: tuple[int, ...]
     split: Split
-    train: Grid
-    rollout: Grid
+    train: TensorFormat
+    rollout: TensorFormat
     count: int
 
     @property
@@ -96,41 +85,15 @@ def split_of(parameter: Parameter) -> Split:
     return Split.kv_heads if module in ("k_proj", "v_proj") else Split.tensor
 
 
-def stored_bytes(shape: tuple[int, ...], grid: Grid, base_bytes: int = 2) -> int:
-    """Bytes of one weight `shape` [..., out, in] in rollout format, scales included (facts: compressed-tensors' packed forms).
-
-    int4: half a byte each, bf16 scale per group, int64 weight_shape; int8: one byte, bf16 scale per group or row;
-    fp8: one byte, fp32 scale per 128 x 128 block; mxfp4: half a byte, e8m0 scale per 32; nvfp4: half a byte, e4m3 scale
-    per 16, an fp32 scale per tensor. Anything else: `base_bytes` each.
-    """
-    elements = prod(shape)
-    if grid.format is Format.bf16 or len(shape) < 2:
-        return elements * base_bytes
-    rows, columns = prod(shape[:-1]), shape[-1]
-    groups = 1 if grid.group_size <= 0 else ceil(columns / grid.group_size)
-    if grid.format is Format.int4:
-        return rows * ceil(columns / 8) * 4 + rows * groups * 2 + 16
-    if grid.format is Format.int8:
-        return elements + rows * groups * 2 + 16
-    if grid.format is Format.fp8:
-        return elements + ceil(rows / 128) * ceil(columns / 128) * 4
-    if grid.format is Format.mxfp4:
-        return rows * (ceil(columns / 2) + ceil(columns / 32))
-    return rows * (ceil(columns / 2) + ceil(columns / 16)) + 4
-
-
 def take_inventory(cfg: Config) -> Inventory:
     """Group the family's table by everything that decides memory; raises UserError for an unknown family."""
-    from runner.models import family_of
-    from runner.planner.formats import grids
-
-    table = list(family_of(cfg.model).parameters(cfg.model))
-    train, rollout = grids(cfg, "train"), grids(cfg, "rollout")
+    train, rollout = (PrecisionPlan.build(cfg.model, cfg.precision, side) for side in SIDES)
     counts: Counter[tuple[object, ...]] = Counter()
     groups: dict[tuple[object, ...], ParameterGroup] = {}
-    for p in table:
-        on_trainer, on_engine, split = train.get(p.name, BF16), rollout.get(p.name, BF16), split_of(p)
-        # names and ids, because hashing enums and dataclasses takes seconds for the 70,000 experts of a large model
+    for p in train.parameters.values():
+        on_trainer, on_engine, split = train.tensors[p.name], rollout.tensors[p.name], split_of(p)
+        # names and ids (a plan has one object for each of its formats), because hashing enums and dataclasses takes seconds for
+        # the 70,000 experts of a large model
         key = (p.layer, p.shape, p.role.name, split.name, id(on_trainer), id(on_engine))
         if key not in groups:
             groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), split, on_trainer, on_engine, 1)

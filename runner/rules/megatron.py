@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.errors import UserError
-from runner.schema import Config, Format, MegatronTrainerConfig, QatPlacement
+from runner.schema import Config, MegatronTrainerConfig, QatPlacement
 
 
 def router(cfg: Config) -> Iterator[UserError]:
@@ -55,7 +55,7 @@ def quantization(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_param_gather",
             fix="precision.fp8_param_gather=false",
         )
-    forward = precision.train.format is not Format.bf16 and precision.qat_placement is QatPlacement.forward
+    forward = precision.train.format != "bf16" and precision.qat_placement is QatPlacement.forward
     if forward and cfg.parallelism.gpus and trainer.gradient_accumulation_fusion:
         yield UserError(
             "a fake-quantized weight has no main_grad for the fused gradient accumulation",

@@ -18,6 +18,7 @@ from runner.schema import Config
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
+FORMATS = ("precision.train.format", "precision.rollout.format")
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
@@ -36,9 +37,10 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
 
 
 def within_ranges(cfg: Config) -> Config:
-    """A copy to ask the other rules with, which may divide by a number or count up to it."""
+    """A copy to ask the other rules with, which may divide by a number or count up to it, or look a format up."""
     copy = deepcopy(cfg)
     replaced = {key: number for key, number, _ in out_of_range(cfg)}
+    replaced |= {key: known[0] for key, _, known in _unknown(cfg) if key in FORMATS}
     for key, holder, field in walk(copy):
         if key in replaced:
             setattr(holder, field.name, replaced[key])
@@ -50,14 +52,20 @@ def ranges(cfg: Config) -> Iterator[UserError]:
         yield problem
 
 
-def choices(cfg: Config) -> Iterator[UserError]:
+def _unknown(cfg: Config) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(key, text, what it may be) of every text that names none of its choices."""
     for key, holder, field in walk(cfg):
-        known = tuple(FAMILIES) if key == "model.family" else field.metadata.get(CHOICES)
-        value = getattr(holder, field.name)
+        value, among = getattr(holder, field.name), field.metadata.get(CHOICES)
+        known = tuple(FAMILIES) if key == "model.family" else among() if among else None
         if known is not None and value is not None and value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            fix = f"{key}={close[0]}" if close else f"one of: {', '.join(known)}"
-            yield UserError(f"{value!r} is none of {', '.join(known)}", key=key, fix=fix)
+            yield key, value, known
+
+
+def choices(cfg: Config) -> Iterator[UserError]:
+    for key, value, known in _unknown(cfg):
+        close = difflib.get_close_matches(value, known, n=1)
+        fix = f"{key}={close[0]}" if close else f"one of: {', '.join(known)}"
+        yield UserError(f"{value!r} is none of {', '.join(known)}", key=key, fix=fix)
 
 
 def texts(cfg: Config) -> Iterator[UserError]:

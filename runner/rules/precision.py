@@ -8,11 +8,12 @@ from dataclasses import replace
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
 from runner.models.family import Parameter
+from runner.precision.formats import spec_of
+from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.rollout.sglang.arguments import ranks_key, ranks_per_engine
-from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role, TorchTrainerConfig
+from runner.schema import Config, GridConfig, ModelConfig, QatPlacement, Role, TorchTrainerConfig
 
-FIXED_GROUPS = {Format.fp8: 128, Format.mxfp4: 32, Format.nvfp4: 16}
 LOCAL_INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
 LOCAL_INT4_ROWS = 16
 ROW_PARALLEL = ("o_proj", "down_proj")  # tensor parallelism cuts the input dimension of these, the output of the others
@@ -54,13 +55,13 @@ def weights_have_formats(cfg: Config) -> Iterator[UserError]:
 def grids_agree(cfg: Config) -> Iterator[UserError]:
     """Both sides compute with the same integers, except in the two control experiments."""
     train, rollout, name = cfg.precision.train, cfg.precision.rollout, cfg.precision.name
-    if train.format is Format.bf16 or name == TRAIN_ONLY:
+    if train.format == "bf16" or name == TRAIN_ONLY:
         return
-    if train.format is not rollout.format:
+    if train.format != rollout.format:
         yield UserError(
-            f"the trainer quantizes to {train.format.name}, the engine to {rollout.format.name}: two different policies",
+            f"the trainer quantizes to {train.format}, the engine to {rollout.format}: two different policies",
             key="precision.rollout.format",
-            fix=f"precision.rollout.format={train.format.name}, or as a control experiment precision={TRAIN_ONLY}",
+            fix=f"precision.rollout.format={train.format}, or as a control experiment precision={TRAIN_ONLY}",
         )
         return
     for field in ("group_size", "convention"):
@@ -77,10 +78,10 @@ def grids_agree(cfg: Config) -> Iterator[UserError]:
 def fixed_group_sizes(cfg: Config) -> Iterator[UserError]:
     grids: tuple[GridConfig, ...] = (cfg.precision.train, cfg.precision.rollout)
     for grid in grids:
-        fixed = FIXED_GROUPS.get(grid.format)
+        fixed = spec_of(grid.format).fixed_group
         if fixed is not None and grid.group_size != fixed:
             yield UserError(
-                f"{grid.format.name} has groups of {fixed} by definition, not {grid.group_size}",
+                f"{grid.format} has groups of {fixed} by definition, not {grid.group_size}",
                 key="precision.group_size",
                 fix="leave precision.group_size out, or choose precision=int4_qat",
             )
@@ -105,7 +106,7 @@ def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
 
 
 def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
-    if grid.format is Format.bf16 or grid.group_size < 1:
+    if grid.format == "bf16" or grid.group_size < 1:
         return
     cut: dict[tuple[str, int, int, int, bool], list[str]] = {}
     for parameter in sharded_weights(cfg):
@@ -117,7 +118,7 @@ def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards
             shards = min(shards, cfg.model.num_kv_heads)
         row = projection in ROW_PARALLEL
         size = parameter.shape[1] if row else parameter.shape[0]
-        unit = grid.group_size if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
+        unit = grid.group_size if row else spec_of(grid.format).block_rows
         if shards > 1 and size % (shards * unit):
             cut.setdefault((parameter.role.name, size, shards, unit, row), []).append(projection)
     for (role, size, shards, unit, row), projections in cut.items():
@@ -158,7 +159,7 @@ def _bad_roles(cfg: Config) -> bool:
 
 def local_int4_matmul(cfg: Config) -> Iterator[UserError]:
     """torch's weight-only int4 matmul, which the in-process engine decodes with, takes these shapes only."""
-    if cfg.rollout.name != "local" or cfg.precision.rollout.format is not Format.int4 or not known_model(cfg) or _bad_roles(cfg):
+    if cfg.rollout.name != "local" or cfg.precision.rollout.format != "int4" or not known_model(cfg) or _bad_roles(cfg):
         return
     group = cfg.precision.rollout.group_size
     if group not in LOCAL_INT4_GROUPS:
@@ -183,7 +184,7 @@ def local_int4_matmul(cfg: Config) -> Iterator[UserError]:
 def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
     """Quantizing in place destroys the weight it reads, so there must be a master to return to."""
     precision, trainer = cfg.precision, cfg.trainer
-    if precision.train.format is Format.bf16 or precision.qat_placement is QatPlacement.forward:
+    if precision.train.format == "bf16" or precision.qat_placement is QatPlacement.forward:
         return
     no_master = isinstance(trainer, TorchTrainerConfig) and not trainer.master_weights
     if no_master or precision.base_dtype == "float32":
@@ -210,9 +211,9 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
             fix="precision.fp8_param_gather=false",
         )
     for option in ("fp8_param_gather", "fp8_backward"):
-        if getattr(precision, option) and precision.train.format is not Format.fp8:
+        if getattr(precision, option) and precision.train.format != "fp8":
             yield UserError(
-                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}",
+                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}",
                 key=f"precision.{option}",
                 fix=f"precision=fp8, or precision.{option}=false",
             )
@@ -228,9 +229,9 @@ def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
     """torch's blockwise FP8 matmul: what of it can be known without a look at the GPU (fp8_matmul.py knows the rest)."""
     key, precision = "precision.fp8_matmul", cfg.precision
     back = f"{key}=simulated"
-    if precision.train.format is not Format.fp8:
+    if precision.train.format != "fp8":
         yield UserError(
-            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}", key=key, fix=back
+            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}", key=key, fix=back
         )
         return
     if cfg.trainer.name != "torch":
@@ -243,7 +244,7 @@ def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
         yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=back)
     if not known_model(cfg) or _bad_roles(cfg):
         return
-    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FIXED_GROUPS[Format.fp8] for size in p.shape)}
+    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FP8_BLOCK for size in p.shape)}
     if shapes:
         shown = ", ".join(f"{p.role.name} {p.name.split('.')[-2]} {list(shape)}" for shape, p in shapes.items())
         yield UserError(f"FP8 matmuls need dimensions in multiples of 128: {shown}", key=key, fix=back)

@@ -36,7 +36,7 @@ from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.rollout.sglang.weight_files import BUCKET_BYTES, WeightSet, WeightWriter, shared_memory_folder
 from runner.routing.routes import RouteError
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, Format, Role, SglangRolloutConfig
+from runner.schema import Config, Role, SglangRolloutConfig
 from runner.weights.stream import SealedTensor
 from runner.weights.transfer_engine import Endpoint, TransferError
 
@@ -52,7 +52,7 @@ class SglangPool:
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
         self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
-        self._repacks = not arguments.on_cpu(cfg) and cfg.precision.rollout.format is not Format.bf16
+        self._repacks = not arguments.on_cpu(cfg) and cfg.precision.rollout.format != "bf16"
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
@@ -141,7 +141,7 @@ class SglangPool:
 
     def _audit(self) -> None:
         """The engines quantize what the plan says, in every server, or the run does not start."""
-        wanted = {name: tensor.format.name for name, tensor in self.plan.quantized.items()}
+        wanted = {name: tensor.format for name, tensor in self.plan.quantized.items()}
         for index, answer in enumerate(self._info):
             found: dict[str, str] = answer["formats"]
             wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
@@ -252,7 +252,7 @@ class SglangPool:
     def _weight_writer(self) -> WeightWriter | DeltaWriter:
         """Files in shared memory (tensor, p2p; distributed keeps its copy for engines that start again), or on the run's disk."""
         if self._writer is None:
-            needed = sum(_bytes_of(self.plan, name) for name in self._loaded)
+            needed = sum(self.plan.tensors[name].stored_bytes(self.plan.parameters[name].shape) for name in self._loaded)
             logs = folder.logs_of_this_run()
             disk = (logs.parent if logs else self._scratch) / "weights"
             match self._rollout.weight_transport:
@@ -278,7 +278,7 @@ class SglangPool:
         for name, form in weights.formats.items():
             if name not in self.plan.tensors:
                 found.append(f"{name}: the precision plan has no such tensor")
-            elif form != self.plan.tensors[name].format.name:
+            elif form != self.plan.tensors[name].format:
                 found.append(f"{name}: arrived as {form}, the engine computes with {self.plan.tensors[name]}")
         return found
 
@@ -389,10 +389,3 @@ def _problems(updates: list[EngineUpdate]) -> list[str]:
     if all(update.died for update in updates):
         found += [f"server {update.engine.server.index}: {update.died}" for update in updates]
     return found
-
-
-def _bytes_of(plan: PrecisionPlan, name: str) -> int:
-    count = 1
-    for size in plan.parameters[name].shape:
-        count *= size
-    return count * plan.tensors[name].bits // 8 + 1

@@ -21,15 +21,14 @@ from safetensors.torch import save_file
 from runner import scratch
 from runner.checkpoint import sync_to_disk
 from runner.errors import UserError
+from runner.precision.formats import spec_of
 from runner.rollout.local.weights import changed
 from runner.samples import ExportedTensor
-from runner.schema import Format
 from runner.weights.stream import SealedTensor, seal, wire_bytes
 
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
 PREFIX = "runner-weights-"
-BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
 
 
 @dataclass
@@ -166,7 +165,8 @@ def _sealed(stream: Iterable[ExportedTensor | SealedTensor]) -> Iterator[SealedT
 
 def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet | None) -> None:
     """Integers and scales of a quantized tensor that differ from those of the previous set."""
-    if previous is None or item.format not in BITS or item.name not in previous.parts:
+    form = spec_of(item.format)
+    if previous is None or not form.quantized or item.name not in previous.parts:
         return
     wanted = [part for part in item.parts if part in previous.location and not part.endswith("weight_shape")]
     for name, old in read_parts(previous, wanted):
@@ -174,6 +174,6 @@ def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet
         if old.shape != new.shape or old.dtype != new.dtype:
             continue
         kind = "scales" if "scale" in name.rpartition(".")[2] else "integers"
-        different, total = changed(old, new, BITS[item.format] if kind == "integers" else 8 * new.element_size())
+        different, total = changed(old, new, form.bits if kind == "integers" else 8 * new.element_size())
         written.changes[kind][0] += different
         written.changes[kind][1] += total

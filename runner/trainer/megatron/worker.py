@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
-from runner.schema import Config, Format, QatPlacement
+from runner.schema import Config, QatPlacement
 from runner.trainer import policy_step
 from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat
 from runner.trainer.megatron.fp8 import simulate_fp8
@@ -80,7 +80,7 @@ class Worker:
     def _build_quantization(self) -> qat.NoQuantization | qat.InPlaceQuantization:
         precision = self.cfg.precision
         plan = PrecisionPlan.build(self.cfg.model, precision, "train")
-        fp8 = precision.train.format is Format.fp8
+        fp8 = precision.train.format == "fp8"
         if not plan.quantized or (fp8 and self.device.type == "cuda"):  # there Transformer Engine quantizes in its matmuls
             return qat.NoQuantization(self.ddp, self.masters)
         quantized = qat.quantized_parameters(self.places, plan, self.cfg.model)
