@@ -144,7 +144,7 @@ MODELS = {
 def precision(format: str = "int4", group_size: int = 128, **fields: object) -> schema.PrecisionConfig:
     grid = GridConfig(format=format, group_size=group_size, convention=Convention.exact)
     values: dict[str, object] = {
-        "name": format.name,
+        "name": format,
         "group_size": group_size,
         "convention": Convention.exact,
         "roles": None,

@@ -15,7 +15,7 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
-from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers
+from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
 from runner.planner.workload import (
     GIB,
     base_bytes,
@@ -32,6 +32,7 @@ from runner.schema import (
     MegatronTrainerConfig,
     ModelConfig,
     QatPlacement,
+    Role,
     SglangRolloutConfig,
     TorchTrainerConfig,
 )
@@ -133,7 +134,7 @@ def _stage_elements(
             continue
         share = shard(group, tp=tp, ep=ep, etp=etp, num_kv_heads=model.num_kv_heads, pad_vocab=pad_vocab)
         elements = group.elements * share
-        if group.split is Split.expert:
+        if group.role is Role.routed_expert:
             expert += elements
         else:
             dense += elements

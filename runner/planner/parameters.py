@@ -7,26 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from enum import Enum
 from math import ceil, prod
 
 from runner.errors import UserError
-from runner.models.family import Parameter
+from runner.models.family import Cut
 from runner.precision.plan import PrecisionPlan, Side
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Config, ModelConfig, Role
 
 SIDES: tuple[Side, Side] = ("train", "rollout")
 MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp
-
-
-class Split(Enum):
-    """Over which ranks a parameter is divided."""
-
-    replicated = "replicated"
-    tensor = "tensor"  # over tensor-parallel ranks
-    kv_heads = "kv_heads"  # likewise, but never finer than one key/value head
-    expert = "expert"  # whole experts over EP ranks, each cut over ETP ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class ParameterGroup:
     role: Role
     layer: int | None
     shape: tuple[int, ...]
-    split: Split
+    cut: Cut
     train: TensorFormat
     rollout: TensorFormat
     count: int
@@ -72,31 +62,18 @@ class Inventory:
         return {role: counts[role] for role in Role if counts[role]}
 
 
-def split_of(parameter: Parameter) -> Split:
-    """Follows Megatron-core and SGLang: norms, router, vision tower and the low-rank down projections of latent
-    attention (DeepSeek-V2, arXiv 2405.04434) are whole on every rank."""
-    module = parameter.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-    if parameter.role is Role.routed_expert:
-        return Split.expert
-    if parameter.role in (Role.norm, Role.router, Role.vision) or module in ("q_a_proj", "kv_a_proj_with_mqa"):
-        return Split.replicated
-    if parameter.role is Role.mtp and len(parameter.shape) == 1:
-        return Split.replicated
-    return Split.kv_heads if module in ("k_proj", "v_proj") else Split.tensor
-
-
 def take_inventory(cfg: Config) -> Inventory:
     """Group the family's table by everything that decides memory; raises UserError for an unknown family."""
     train, rollout = (PrecisionPlan.build(cfg.model, cfg.precision, side) for side in SIDES)
     counts: Counter[tuple[object, ...]] = Counter()
     groups: dict[tuple[object, ...], ParameterGroup] = {}
     for p in train.parameters.values():
-        on_trainer, on_engine, split = train.tensors[p.name], rollout.tensors[p.name], split_of(p)
+        on_trainer, on_engine = train.tensors[p.name], rollout.tensors[p.name]
         # names and ids (a plan has one object for each of its formats), because hashing enums and dataclasses takes seconds for
         # the 70,000 experts of a large model
-        key = (p.layer, p.shape, p.role.name, split.name, id(on_trainer), id(on_engine))
+        key = (p.layer, p.shape, p.role.name, p.cut.name, id(on_trainer), id(on_engine))
         if key not in groups:
-            groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), split, on_trainer, on_engine, 1)
+            groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), p.cut, on_trainer, on_engine, 1)
         counts[key] += 1
     return Inventory(cfg.model, tuple(replace(group, count=counts[key]) for key, group in groups.items()))
 
@@ -135,11 +112,11 @@ def on_stage(group: ParameterGroup, stage: int, stages: list[range], tied: bool)
 
 def shard(group: ParameterGroup, *, tp: int, ep: int, etp: int, num_kv_heads: int, pad_vocab: bool) -> float:
     """Share of one rank in `group` (0 to 1, above 1/n where something is replicated or padded)."""
-    if group.split is Split.replicated:
-        return 1.0
-    if group.split is Split.expert:
+    if group.role is Role.routed_expert:
         return 1 / (ep * etp)
-    if group.split is Split.kv_heads:
+    if group.cut is Cut.whole:
+        return 1.0
+    if group.cut is Cut.kv_heads:
         return 1 / min(tp, max(num_kv_heads, 1))
     if pad_vocab and group.role in (Role.embedding, Role.lm_head):
         multiple = MEGATRON_VOCAB_MULTIPLE * tp

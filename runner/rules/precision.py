@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
-from runner.models.family import Parameter
+from runner.models.family import Cut, Parameter
 from runner.precision.formats import spec_of
 from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
 from runner.precision.plan import PrecisionPlan, quantized_roles
@@ -16,9 +16,6 @@ from runner.schema import Config, GridConfig, ModelConfig, QatPlacement, Role, T
 
 LOCAL_INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
 LOCAL_INT4_ROWS = 16
-ROW_PARALLEL = ("o_proj", "down_proj")  # tensor parallelism cuts the input dimension of these, the output of the others
-KEY_VALUE = ("k_proj", "v_proj")
-REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")  # the down-projections of latent attention: every rank holds them whole
 TRAIN_ONLY = "int4_train"  # the control experiment that quantizes the trainer and not the engine
 
 
@@ -112,11 +109,11 @@ def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards
     for parameter in sharded_weights(cfg):
         projection = parameter.name.split(".")[-2]
         shards = expert_shards if parameter.role is Role.routed_expert else tp
-        if projection in REPLICATED:
+        if parameter.cut is Cut.whole:
             continue
-        if projection in KEY_VALUE:  # more ranks than key/value heads hold copies
+        if parameter.cut is Cut.kv_heads:
             shards = min(shards, cfg.model.num_kv_heads)
-        row = projection in ROW_PARALLEL
+        row = parameter.cut is Cut.inputs
         size = parameter.shape[1] if row else parameter.shape[0]
         unit = grid.group_size if row else spec_of(grid.format).block_rows
         if shards > 1 and size % (shards * unit):
