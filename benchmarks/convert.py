@@ -33,7 +33,7 @@ from runner.cores import available_cores
 from runner.models import family_of
 from runner.models.build import save_config
 from runner.models.common import PLAIN
-from runner.precision import formats, kernels
+from runner.precision import codec, kernels
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig, PrecisionConfig
@@ -50,7 +50,7 @@ Packed = tuple[torch.Tensor, torch.Tensor]
 
 def ours(weight: torch.Tensor) -> Packed:
     """What converter and weight sync call for every weight."""
-    parts = formats.encode("w.weight", weight, FORMAT).parts
+    parts = codec.encode("w.weight", weight, FORMAT).parts
     return parts["w.weight_packed"], parts["w.weight_scale"]
 
 

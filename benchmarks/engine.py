@@ -20,7 +20,7 @@ import torch
 from runner import compose
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
-from runner.precision.formats import encode
+from runner.precision.codec import encode
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
 from runner.samples import Request, SamplingParams

@@ -30,7 +30,6 @@ from runner.schema import (
     Convention,
     Correction,
     Estimator,
-    Format,
     GridConfig,
     LossAggregation,
     ModelConfig,
@@ -40,9 +39,9 @@ from runner.trainer.torch.option import TorchTrainerConfig
 from runner.trainer.torch_trainer import TorchTrainer
 
 KINDS = {
-    "bf16": (Format.bf16, QatPlacement.in_place),
-    "qat in place": (Format.int4, QatPlacement.in_place),
-    "qat in the forward": (Format.int4, QatPlacement.forward),
+    "bf16": ("bf16", QatPlacement.in_place),
+    "qat in place": ("int4", QatPlacement.in_place),
+    "qat in the forward": ("int4", QatPlacement.forward),
 }
 
 

@@ -11,7 +11,7 @@ above what is useful; what does not fit the machine at hand is a matter of prefl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
@@ -67,9 +67,9 @@ def number(*, le: float, ge: float | None = None, gt: float | None = None, defau
     return field(default=default, metadata={RANGE: Range(le, ge, gt)})
 
 
-def one_of(*choices: str) -> Any:
-    """A mandatory text that names one of these."""
-    return field(default=MISSING, metadata={CHOICES: choices})
+def one_of(*choices: str, among: Callable[[], tuple[str, ...]] | None = None) -> Any:
+    """A mandatory text that names one of these; `among` is asked for them when a value is checked, for a list that may grow."""
+    return field(default=MISSING, metadata={CHOICES: among or (lambda: choices)})
 
 
 def path() -> Any:

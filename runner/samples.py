@@ -139,7 +139,7 @@ class ExportedTensor:
     """One HF weight in the rollout's format, as it travels from trainer to engine and into checkpoints.
 
     name    the HF on-disk name of the weight, per expert: `model.layers.0.mlp.experts.3.gate_proj.weight`
-    format  runner.schema.Format value ("bf16", "int4", "fp8", ...)
+    format  the name of a format in runner/precision/formats
     parts   on-disk tensor name -> tensor. bf16: {name: [out, in]}. int4: `<module>.weight_packed` int32
             [out, in / 8], `.weight_scale` bf16 [out, in / group], `.weight_shape` int64 [2]. fp8: `<module>.weight`
             float8_e4m3fn, `.weight_scale_inv` fp32 [out / 128, in / 128].

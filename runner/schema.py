@@ -19,15 +19,17 @@ from runner.limits import LONGEST_SECONDS, number, one_of, path
 # OmegaConf matches enums by member NAME, so members are spelt as users type them.
 
 
-class Format(Enum):
-    """How one weight tensor is stored and computed with."""
+def weight_formats() -> tuple[str, ...]:
+    """How a weight tensor may be stored and computed with."""
+    from runner.precision import formats
 
-    bf16 = "bf16"
-    int4 = "int4"  # W4A16, symmetric group quantization
-    int8 = "int8"  # W8A16, converter only
-    fp8 = "fp8"  # e4m3, 128 x 128 blocks, fp32 scales
-    mxfp4 = "mxfp4"
-    nvfp4 = "nvfp4"
+    return formats.names()
+
+
+def model_families() -> tuple[str, ...]:
+    from runner.models import FAMILIES
+
+    return tuple(FAMILIES)
 
 
 class Convention(Enum):
@@ -101,7 +103,7 @@ class WatchAction(Enum):
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    family: str = MISSING  # a file of runner/models: qwen3, qwen3_moe, deepseek, mimo, qwen3_vl
+    family: str = one_of(among=model_families)  # a file of runner/models
     hf_checkpoint: Optional[str] = path()  # a folder or hub id; null: random start (tiny models)
     num_layers: int = number(ge=1, le=1024)
     hidden_size: int = number(ge=1, le=2**17)
@@ -146,7 +148,7 @@ class ModelConfig:
 class GridConfig:
     """A weight format and its grid on one side of the loop."""
 
-    format: Format = MISSING
+    format: str = one_of(among=weight_formats)
     group_size: int = number(ge=-1, le=2**20)  # weights along the input dimension that share a scale; -1: per output channel
     convention: Convention = MISSING
 

@@ -213,11 +213,9 @@ def _replay(cfg: Config) -> list[str]:
 
 def _grid(cfg: Config) -> list[str]:
     if cfg.precision.train.format != cfg.precision.rollout.format:
-        return [
-            f"train in the rollout's format (now {cfg.precision.train.format.name} against {cfg.precision.rollout.format.name})"
-        ]
+        return [f"train in the rollout's format (now {cfg.precision.train.format} against {cfg.precision.rollout.format})"]
     finer = cfg.precision.group_size // 2
-    return [f"precision.group_size={finer}"] if cfg.precision.rollout.format.name == "int4" and finer >= 16 else []
+    return [f"precision.group_size={finer}"] if cfg.precision.rollout.format == "int4" and finer >= 16 else []
 
 
 def _correction(cfg: Config) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from runner import schema
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.sglang.config import SglangRolloutConfig
-from runner.schema import Config, Convention, Estimator, Format, GridConfig, ModelConfig, QatPlacement
+from runner.schema import Config, Convention, Estimator, GridConfig, ModelConfig, QatPlacement
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from runner.trainer.torch.option import TorchTrainerConfig
 
@@ -145,10 +145,10 @@ MODELS = {
 }
 
 
-def precision(format: Format = Format.int4, group_size: int = 128, **fields: object) -> schema.PrecisionConfig:
+def precision(format: str = "int4", group_size: int = 128, **fields: object) -> schema.PrecisionConfig:
     grid = GridConfig(format=format, group_size=group_size, convention=Convention.exact)
     values: dict[str, object] = {
-        "name": format.name,
+        "name": format,
         "group_size": group_size,
         "convention": Convention.exact,
         "roles": None,

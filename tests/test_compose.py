@@ -18,7 +18,7 @@ from runner.cli.sweep import sweep_overrides
 from runner.errors import UserError, UserErrors
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.sglang.config import SglangRolloutConfig
-from runner.schema import Convention, Correction, Format, ModelConfig
+from runner.schema import Convention, Correction, ModelConfig
 from runner.searchpath import CONFIG_DIR, groups
 from runner.trainer.megatron.config import MegatronTrainerConfig
 
@@ -52,7 +52,7 @@ def test_default_run_is_the_one_the_readme_promises() -> None:
     assert (cfg.model.name, cfg.precision.name, cfg.trainer.name, cfg.rollout.name) == ("tiny_moe", "int4_qat", "torch", "local")
     assert (cfg.router_replay.name, cfg.speculative.name, cfg.task.name) == ("r3", "ngram", "arithmetic")
     assert cfg.model.num_layers >= 4 and cfg.model.num_experts == 8 and cfg.model.experts_top_k == 2
-    assert cfg.precision.train.format is Format.int4 and cfg.precision.rollout.convention is Convention.exact
+    assert cfg.precision.train.format == "int4" and cfg.precision.rollout.convention is Convention.exact
     assert cfg.precision.rollout.group_size == 32 and cfg.tracking.wandb_mode == "offline"
     assert isinstance(cfg.rollout, LocalRolloutConfig)
 

@@ -24,7 +24,8 @@ from runner.errors import UserError
 from runner.models import FAMILIES, register_architectures
 from runner.models.build import build_model
 from runner.models.config_file import family_fields, read_json
-from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
+from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig, PrecisionConfig, Role
 

@@ -25,7 +25,7 @@ from runner.convert.engine import Report, convert
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import save_config
-from runner.precision import formats
+from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
@@ -69,10 +69,10 @@ def test_every_tensor_is_what_encode_gives_and_comes_back(tmp_path: Path, family
     plan = PrecisionPlan.with_format(config, tensor_format, default_roles(config))
     expected: dict[str, torch.Tensor] = {}
     effective: dict[str, torch.Tensor] = {}
-    for exported in formats.encode_all(weights.items(), plan):
+    for exported in codec.encode_all(weights.items(), plan):
         name = exported.name
         expected |= exported.parts
-        effective[name] = formats.decode(exported, tensor_format) if plan.tensors[name].quantized else weights[name]
+        effective[name] = codec.decode(exported, tensor_format) if plan.tensors[name].quantized else weights[name]
     assert_same(written, expected)
     run(tmp_path / "target", tmp_path / "back", TensorFormat.bf16())
     assert_same(read_all(tmp_path / "back"), effective)
@@ -178,7 +178,7 @@ def test_nvfp4_weights_that_engines_fuse_share_a_global_scale_across_shards(tmp_
     write_shards(tmp_path / "source", {name: weights[name] for name in [*list(weights)[::2], *list(weights)[1::2]]}, 2)
     report = run(tmp_path / "source", tmp_path / "target", TensorFormat.nvfp4())
     written, plan = read_all(tmp_path / "target"), PrecisionPlan.with_format(config, TensorFormat.nvfp4(), default_roles(config))
-    assert_same(written, {name: part for e in formats.encode_all(weights.items(), plan) for name, part in e.parts.items()})
+    assert_same(written, {name: part for e in codec.encode_all(weights.items(), plan) for name, part in e.parts.items()})
     scales = {name.removesuffix(".weight_global_scale"): float(s) for name, s in written.items() if name.endswith("global_scale")}
     pairs = [(scale, scales[name.replace("gate_proj", "up_proj")]) for name, scale in scales.items() if "gate_proj" in name]
     assert pairs and all(gate == up for gate, up in pairs) and len({gate for gate, _ in pairs}) > 1
@@ -429,8 +429,8 @@ def test_fp8_checkpoint_that_lists_no_exceptions(tmp_path: Path) -> None:
     back = read_all(tmp_path / "back")
     assert torch.equal(back["model.layers.1.mlp.gate.weight"], weights["model.layers.1.mlp.gate.weight"])
     name = "model.layers.1.mlp.experts.0.up_proj.weight"
-    exported = ExportedTensor(name, "fp8", formats.encode(name, weights[name], TensorFormat.fp8()).parts)
-    assert torch.equal(back[name], formats.decode(exported, TensorFormat.fp8()))
+    exported = ExportedTensor(name, "fp8", codec.encode(name, weights[name], TensorFormat.fp8()).parts)
+    assert torch.equal(back[name], codec.decode(exported, TensorFormat.fp8()))
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 << 20])
@@ -491,7 +491,7 @@ def test_fp16_and_fp32_sources_are_rounded_once(tmp_path: Path) -> None:
     run(tmp_path / "source", tmp_path / "target")
     written = read_all(tmp_path / "target")
     name = "model.layers.0.mlp.up_proj.weight"
-    expected = formats.encode(name, exact[name].to(torch.bfloat16), INT4)
+    expected = codec.encode(name, exact[name].to(torch.bfloat16), INT4)
     for part, tensor in expected.parts.items():
         assert torch.equal(written[part], tensor)
     assert torch.equal(written["model.embed_tokens.weight"], exact["model.embed_tokens.weight"])

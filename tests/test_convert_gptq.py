@@ -17,7 +17,7 @@ from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import disk_tensors
 from runner.models.tokenizer import byte_tokenizer
-from runner.precision import formats
+from runner.precision import codec
 from runner.precision.audit import audit_checkpoint, read_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
@@ -153,9 +153,9 @@ def test_gptq_on_the_plans_grid_has_a_lower_output_error_than_round_to_nearest(
     changed = 0
     for name, weight in weights.items():
         if plan.tensors[name].quantized:  # the scales are round to nearest's, the integers are not
-            nearest = formats.encode(name, weight, tensor_format)
-            assert torch.equal(formats.scales_of(found[name]).scale, formats.scales_of(nearest).scale), name
-            changed += int((formats.integers(found[name], tensor_format) != formats.integers(nearest, tensor_format)).sum())
+            nearest = codec.encode(name, weight, tensor_format)
+            assert torch.equal(codec.scales_of(found[name]).scale, codec.scales_of(nearest).scale), name
+            changed += int((codec.integers(found[name], tensor_format) != codec.integers(nearest, tensor_format)).sum())
         else:
             assert torch.equal(found[name].parts[name], weight), name
     assert changed > 0
@@ -163,8 +163,8 @@ def test_gptq_on_the_plans_grid_has_a_lower_output_error_than_round_to_nearest(
     gptq_error, nearest_error = (
         mlp_output_error(tmp_path / "source", tiny.family, samples, effective)
         for effective in (
-            {name: formats.decode(found[name], tensor_format) for name in plan.quantized},
-            {name: formats.quantize_dequantize(weights[name], tensor_format)[0] for name in plan.quantized},
+            {name: codec.decode(found[name], tensor_format) for name in plan.quantized},
+            {name: codec.quantize_dequantize(weights[name], tensor_format)[0] for name in plan.quantized},
         )
     )
     print(f"{family} group {group} {convention}: mlp output error {gptq_error / nearest_error:.3f} x round to nearest")
@@ -235,8 +235,8 @@ def test_damping_is_applied(tmp_path: Path, data: Path) -> None:
     plan = PrecisionPlan.with_format(tiny, grid, quantized_roles(tiny, PrecisionConfig(roles=None)))
     for exported in read_checkpoint(tmp_path / "target"):
         if plan.tensors[exported.name].quantized:
-            nearest = formats.integers(formats.encode(exported.name, weights[exported.name], grid), grid)
-            assert (formats.integers(exported, grid) != nearest).float().mean() < 0.01, exported.name
+            nearest = codec.integers(codec.encode(exported.name, weights[exported.name], grid), grid)
+            assert (codec.integers(exported, grid) != nearest).float().mean() < 0.01, exported.name
 
 
 @pytest.mark.slow

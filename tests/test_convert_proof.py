@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from runner.models import family_of
 from runner.models.build import disk_tensors, save_config
-from runner.precision import formats
+from runner.precision import codec
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig
@@ -62,8 +62,8 @@ def fake_quantized_logits(folder: Path, config: ModelConfig, plan: PrecisionPlan
     with torch.no_grad():
         views = dict(disk_tensors(family_of(config), config, built.state_dict().items()))
         quantized = [(name, view) for name, view in views.items() if name in plan.quantized]
-        for exported in formats.encode_all(quantized, plan):
-            views[exported.name].copy_(formats.decode(exported, plan.tensors[exported.name]))
+        for exported in codec.encode_all(quantized, plan):
+            views[exported.name].copy_(codec.decode(exported, plan.tensors[exported.name]))
         return built, built(tokens).logits
 
 
@@ -123,4 +123,4 @@ def test_converter_and_trainer_export_are_identical(tmp_path: Path, architecture
     quantized = [tensor for tensor in exported if plan.tensors[tensor.name].quantized]
     assert quantized
     for tensor in quantized:
-        assert torch.equal(formats.decode(tensor, plan.tensors[tensor.name]), live[tensor.name]), tensor.name
+        assert torch.equal(codec.decode(tensor, plan.tensors[tensor.name]), live[tensor.name]), tensor.name

@@ -15,7 +15,7 @@ from runner.doctor.engine import check_weight, probed_formats, probed_weights, r
 from runner.doctor.findings import Status
 from runner.doctor.local_probe import LocalProbe
 from runner.errors import UserError
-from runner.precision.formats import decode
+from runner.precision.codec import decode
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor

@@ -13,7 +13,7 @@ from runner import compose
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
-from runner.precision.formats import decode, encode
+from runner.precision.codec import decode, encode
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor, Request, Sample, SamplingParams, Status

@@ -10,7 +10,7 @@ from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, named_weights
 from runner.precision.audit import audit_pool
-from runner.precision.formats import decode
+from runner.precision.codec import decode
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local import LocalPool
 from runner.samples import ExportedTensor

@@ -20,7 +20,7 @@ from runner.models import FAMILIES, family_of, num_parameters
 from runner.models.build import build_model, disk_tensors, memory_tensors, memory_view, named_weights, save_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE
-from runner.precision import formats
+from runner.precision import codec
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig, Role
@@ -333,8 +333,8 @@ def test_a_quantized_checkpoint_starts_as_its_dequantized_weights(tmp_path: Path
     loaded = dict(disk_tensors(family_of(started), started, named_weights(started, from_disk)))
     plan = PrecisionPlan.with_format(original, tensor_format, roles)
     assert loaded.keys() == weights.keys()
-    for exported in formats.encode_all(weights.items(), plan):
-        assert torch.equal(loaded[exported.name], formats.decode(exported, plan.tensors[exported.name]).float()), exported.name
+    for exported in codec.encode_all(weights.items(), plan):
+        assert torch.equal(loaded[exported.name], codec.decode(exported, plan.tensors[exported.name]).float()), exported.name
     save_config(started, tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
 

@@ -23,12 +23,13 @@ from runner.planner.memory import (
     plan_memory,
     state_shares,
 )
-from runner.planner.parameters import BF16, Grid, stage_layers, stored_bytes, take_inventory
+from runner.planner.parameters import stage_layers, take_inventory
 from runner.planner.placement import coordinates, place, placement_problems
 from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
-from runner.schema import Config, Format, QatPlacement, Role
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config, Convention, QatPlacement, Role
 
 
 def qwen3_30b(**kwargs: object) -> Config:
@@ -60,7 +61,7 @@ def tiny(**kwargs: object) -> Config:
     ],
 )
 def test_totals_are_the_published_ones(name: str, total: int, active: float) -> None:
-    inventory = take_inventory(config(name, parallelism(8), prec=precision(Format.bf16)))
+    inventory = take_inventory(config(name, parallelism(8), prec=precision("bf16")))
     assert inventory.total == pytest.approx(total, rel=1e-5)
     assert inventory.active == pytest.approx(active, rel=0.01)
 
@@ -76,26 +77,25 @@ def test_roles_add_up_and_experts_are_counted_by_hand() -> None:
 @pytest.mark.parametrize(
     ("grid", "expected"),
     [  # 256 x 512 weights
-        (BF16, 262144),
-        (Grid(Format.int4, 128), 65536 + 256 * 4 * 2 + 16),
-        (Grid(Format.int4, 32), 65536 + 256 * 16 * 2 + 16),
-        (Grid(Format.int4, -1), 65536 + 256 * 2 + 16),
-        (Grid(Format.int8, -1), 131072 + 256 * 2 + 16),
-        (Grid(Format.fp8, 128), 131072 + 2 * 4 * 4),
-        (Grid(Format.mxfp4, 32), 65536 + 256 * 16),
-        (Grid(Format.nvfp4, 16), 65536 + 256 * 32 + 4),
+        (TensorFormat.bf16(), 262144),
+        (TensorFormat.int4(128, Convention.llmcompressor), 65536 + 256 * 4 * 2 + 16),
+        (TensorFormat.int4(32, Convention.llmcompressor), 65536 + 256 * 16 * 2 + 16),
+        (TensorFormat.int4(-1, Convention.llmcompressor), 65536 + 256 * 2 + 16),
+        (TensorFormat.int8(-1, Convention.llmcompressor), 131072 + 256 * 2 + 16),
+        (TensorFormat.fp8(), 131072 + 2 * 4 * 4),
+        (TensorFormat.mxfp4(), 65536 + 256 * 16),
+        (TensorFormat.nvfp4(), 65536 + 256 * 32 + 4),
     ],
 )
-def test_stored_bytes_by_hand(grid: Grid, expected: int) -> None:
-    assert stored_bytes((256, 512), grid) == expected
+def test_stored_bytes_by_hand(grid: TensorFormat, expected: int) -> None:
+    assert grid.stored_bytes((256, 512)) == expected
 
 
 def test_stored_bytes_are_those_of_real_tensors() -> None:
     """What the encoder really makes, for every format."""
     import torch
 
-    from runner.precision.formats import TensorFormat, encode
-    from runner.schema import Convention
+    from runner.precision.codec import encode
 
     weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     formats = [TensorFormat.int4(g, Convention.exact) for g in (32, 128)]
@@ -103,7 +103,7 @@ def test_stored_bytes_are_those_of_real_tensors() -> None:
     for tensor_format in formats:
         parts = encode("model.layers.0.mlp.up_proj.weight", weight, tensor_format).parts
         real = sum(part.numel() * part.element_size() for part in parts.values())
-        assert stored_bytes((256, 512), Grid(tensor_format.format, tensor_format.group_size)) == real, tensor_format
+        assert tensor_format.stored_bytes((256, 512)) == real, tensor_format
 
 
 def test_kimi_int4_checkpoint_is_594_gb() -> None:
@@ -259,7 +259,7 @@ def test_engine_weights_by_hand() -> None:
 
 
 def test_kimi_int4_fits_an_engine_of_8_h200_and_bf16_does_not() -> None:
-    int4, bf16 = kimi(prec=precision(group_size=32)), kimi(prec=precision(Format.bf16))
+    int4, bf16 = kimi(prec=precision(group_size=32)), kimi(prec=precision("bf16"))
     assert plan_memory(int4, take_inventory(int4)).fits
     plan = plan_memory(bf16, take_inventory(bf16))
     assert not plan.fits
@@ -273,7 +273,7 @@ def test_published_recipes_fit() -> None:
         config("qwen3_235b", parallelism(64, tp=4, pp=4, cp=2, ep=16, last_stage_layers=22, engine_ep=8), trainer=megatron(True)),
         config("moonlight_16b", parallelism(4, tp=2, ep=4, gpus_per_engine=4), rollout=sglang(4096)),
         kimi(prec=precision(group_size=32)),
-        config("qwen3_4b", parallelism(8, tp=2, gpus_per_engine=2), prec=precision(Format.fp8)),
+        config("qwen3_4b", parallelism(8, tp=2, gpus_per_engine=2), prec=precision("fp8")),
     ]
     for cfg in recipes:
         assert not placement_problems(cfg)
@@ -418,7 +418,7 @@ def test_output_and_exit_codes() -> None:
     code, text = run_plan(qwen3_30b(trainer=megatron(True)))
     assert code == 0 and "FITS" in text and "30.53 B parameters, 3.35 B active" in text and "\x1b" not in text
     assert "Placement (8 GPUs" in text and "96.0 KiB per token" in text
-    code, text = run_plan(kimi(prec=precision(Format.bf16)))
+    code, text = run_plan(kimi(prec=precision("bf16")))
     assert code == 1 and "DOES NOT FIT: rollout on GPU" in text and "precision=int4_qat" in text
     code, text = run_plan(tiny())
     assert code == 0 and "the CPU" in text and "Placement" not in text
@@ -431,7 +431,7 @@ def test_ranges() -> None:
 
 
 def test_planner_imports_no_torch() -> None:
-    code = "import sys, runner.planner.tables, runner.planner.formats; print('torch' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, runner.planner.tables, runner.planner.parameters; print('torch' in sys.modules, 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["False", "False"]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from runner.errors import UserError
 from runner.models import Parameter
 from runner.precision import fp4, fp8, int4
-from runner.precision.formats import (
+from runner.precision.codec import (
     TensorFormat,
     decode,
     encode,
@@ -28,7 +28,7 @@ from runner.precision.formats import (
 )
 from runner.precision.plan import PrecisionPlan
 from runner.samples import ExportedTensor
-from runner.schema import Convention, Format, Role
+from runner.schema import Convention, Role
 
 ALL_FORMATS = [
     *(TensorFormat.int4(group, convention) for group in (32, -1) for convention in Convention),
@@ -40,7 +40,7 @@ ALL_FORMATS = [
     TensorFormat.mxfp4(),
     TensorFormat.nvfp4(),
 ]
-TRAINABLE = [tensor_format for tensor_format in ALL_FORMATS if tensor_format.format is not Format.int8]
+TRAINABLE = [tensor_format for tensor_format in ALL_FORMATS if tensor_format.format != "int8"]
 every_trainable_format = pytest.mark.parametrize("tensor_format", TRAINABLE, ids=str)
 every_format = pytest.mark.parametrize("tensor_format", ALL_FORMATS, ids=str)
 
@@ -72,9 +72,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def oracle_scheme(tensor_format: TensorFormat) -> QuantizationScheme:
     fmt = tensor_format.format
-    if fmt in (Format.mxfp4, Format.nvfp4):
-        return preset_name_to_scheme("MXFP4A16" if fmt is Format.mxfp4 else "NVFP4A16", ["Linear"])
-    kind: dict[str, Any] = {"num_bits": tensor_format.bits, "type": "float" if fmt is Format.fp8 else "int", "symmetric": True}
+    if fmt in ("mxfp4", "nvfp4"):
+        return preset_name_to_scheme("MXFP4A16" if fmt == "mxfp4" else "NVFP4A16", ["Linear"])
+    kind: dict[str, Any] = {"num_bits": tensor_format.bits, "type": "float" if fmt == "fp8" else "int", "symmetric": True}
     kind["strategy"] = tensor_format.strategy
     if tensor_format.strategy == "group":
         kind["group_size"] = tensor_format.group_size
@@ -109,13 +109,13 @@ def test_same_bits_as_compressed_tensors(tensor_format: TensorFormat, weight: to
     scheme = oracle_scheme(tensor_format)
     args = scheme.weights
     amax = oracle_amax(weight, tensor_format)
-    amax = amax.float() if tensor_format.format is Format.fp8 else amax  # Hopper recipes keep fp32 scales
+    amax = amax.float() if tensor_format.format == "fp8" else amax  # Hopper recipes keep fp32 scales
     state: dict[str, torch.Tensor] = {"weight": weight}
-    if tensor_format.format is Format.nvfp4:
+    if tensor_format.format == "nvfp4":
         state["weight_global_scale"] = generate_gparam(-weight.abs().max(), weight.abs().max())
     state["weight_scale"], _ = calculate_qparams(-amax, amax, args, global_scale=state.get("weight_global_scale"))
-    formats = {Format.int4: "pack-quantized", Format.int8: "pack-quantized", Format.fp8: "naive-quantized"}
-    name = formats.get(tensor_format.format, f"{tensor_format.format.name}-pack-quantized")
+    formats = {"int4": "pack-quantized", "int8": "pack-quantized", "fp8": "naive-quantized"}
+    name = formats.get(tensor_format.format, f"{tensor_format.format}-pack-quantized")
     compressor = BaseCompressor.get_value_from_registry(name)
     compressed = compressor.compress(state, scheme)
     effective = compressor.decompress(dict(compressed), scheme)["weight"].to(torch.bfloat16)
@@ -162,7 +162,7 @@ def test_asymmetric_checkpoints_are_read_as_compressed_tensors_reads_them() -> N
     compressed = compressor.compress(state, scheme)
     expected = compressor.decompress(dict(compressed), scheme)["weight"]
     exported = ExportedTensor("m.weight", "int4", {f"m.{key}": value for key, value in compressed.items()})
-    foreign = TensorFormat(Format.int4, 32, None, "group", symmetric=False)
+    foreign = TensorFormat("int4", 32, None, "group", symmetric=False)
     assert torch.equal(decode(exported, foreign), expected)
     assert zero_point.abs().max() > 0
     with pytest.raises(UserError, match="can be read but not written"):
@@ -233,12 +233,12 @@ def test_error_bound_per_group(tensor_format: TensorFormat, seed: int, exponent:
         amax = amax.max() if tensor_format.strategy == "tensor" else groups.amax((0, 2), keepdim=True)
     largest = 2 ** (tensor_format.bits - 1) - 1
     match tensor_format.format:
-        case Format.int4 | Format.int8:
+        case "int4" | "int8":
             # half a step, the scale's relative rounding (2^-5 with 5 bits, else 2^-8) at the group's largest weight,
             # and bf16's rounding of quotient and product
             scale_rounding = 2.0**-5 if tensor_format.convention is Convention.exact else 2.0**-8
             bound = amax * (0.5 / largest * (1 + scale_rounding) + scale_rounding + 2 * 2.0**-8)
-        case Format.fp8:  # 3 mantissa bits; below 2^-6 steps of 2^-9; the product's rounding
+        case "fp8":  # 3 mantissa bits; below 2^-6 steps of 2^-9; the product's rounding
             bound = groups * (2.0**-4 + 2.0**-8) + amax / 448 * 2.0**-10
         case _:  # steps up to 2 between 4 and 6, in units of amax / 6; a scale rounded down clamps its largest weights
             bound = amax * (1.0 / 4.0)

@@ -29,12 +29,12 @@ from runner.precision.audit import (
     compare_streams,
     read_checkpoint,
 )
-from runner.precision.formats import encode_all
+from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor
-from runner.schema import Convention, Format, GridConfig, ModelConfig, PrecisionConfig, Role
+from runner.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
 from runner.searchpath import groups
 
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")
@@ -55,8 +55,8 @@ FORMATS = [
 INT4 = FORMATS[0]
 
 
-def precision(roles: list[Role] | None = None, fmt: Format = Format.int4, group_size: int = 32) -> PrecisionConfig:
-    def grid(kind: Format) -> GridConfig:
+def precision(roles: list[Role] | None = None, fmt: str = "int4", group_size: int = 32) -> PrecisionConfig:
+    def grid(kind: str) -> GridConfig:
         return GridConfig(format=kind, group_size=group_size, convention=Convention.exact)
 
     return PrecisionConfig(name="test", roles=roles, train=grid(fmt), rollout=grid(fmt))
@@ -135,7 +135,7 @@ def test_some_roles_are_never_quantized(role: Role) -> None:
 def test_quantizing_nothing_is_an_error() -> None:
     with pytest.raises(UserError, match="would quantize nothing"):
         PrecisionPlan.build(DENSE, precision([Role.routed_expert]), "train")
-    assert not PrecisionPlan.build(DENSE, precision(fmt=Format.bf16), "train").quantized
+    assert not PrecisionPlan.build(DENSE, precision(fmt="bf16"), "train").quantized
 
 
 def test_every_shape_that_does_not_divide_is_named() -> None:
@@ -326,7 +326,7 @@ def test_grids_that_differ_are_named(fields: dict[str, Any], message: str) -> No
 
 def test_a_dense_mlp_that_was_silently_left_out() -> None:
     plan = default_plan(DENSE)
-    problems = audit(("trainer", PrecisionPlan.build(DENSE, precision(fmt=Format.bf16), "train")), ("engine", plan))
+    problems = audit(("trainer", PrecisionPlan.build(DENSE, precision(fmt="bf16"), "train")), ("engine", plan))
     assert len(problems) == 1 and "dense_mlp: trainer bf16, engine int4" in problems[0]
 
 
@@ -363,7 +363,7 @@ def test_modules_to_not_convert_that_were_converted(tmp_path: Path) -> None:
 
 def test_a_method_nobody_knows(tmp_path: Path) -> None:
     plan = default_plan(SPARSE)
-    folder = checkpoint(tmp_path / "a", PrecisionPlan.build(SPARSE, precision(fmt=Format.bf16), "train"))
+    folder = checkpoint(tmp_path / "a", PrecisionPlan.build(SPARSE, precision(fmt="bf16"), "train"))
     write_config(folder, {"quant_method": "mystery"})
     problems = audit_checkpoint(plan, folder)
     assert any("quant_method is 'mystery'" in problem for problem in problems)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runner.errors import UserError
-from runner.precision.formats import decode
+from runner.precision.codec import decode
 from runner.schema import QatPlacement
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.trainer_configs import DENSE, MLA, MOE, batch, config
@@ -194,7 +194,7 @@ def test_export_decodes_to_what_the_trainer_computes_with(model: str, format: st
     for exported in trainer.export():
         name, piece = pieces[exported.name]
         seen.add(exported.name)
-        assert exported.format == layout.formats[name].format.name
+        assert exported.format == layout.formats[name].format
         if layout.formats[name].quantized:
             quantized += 1
             assert torch.equal(decode(exported, layout.formats[name]), piece.of(resident[name])), exported.name
@@ -310,7 +310,7 @@ def test_learning_rate_schedules() -> None:
 @pytest.mark.parametrize("format", ["int4", "mxfp4", "nvfp4", "fp8"])
 def test_export_equals_encoding_every_weight_by_itself(format: str, architecture: dict[str, Any]) -> None:
     """Same integers and scales from stored scales, from a stack, and from bf16(master) alone."""
-    from runner.precision.formats import encode_all
+    from runner.precision.codec import encode_all
     from runner.precision.plan import PrecisionPlan
 
     trainer = TorchTrainer(cfg := config(architecture, format=format))

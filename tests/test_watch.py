@@ -30,7 +30,7 @@ def config(*, baseline: str | None = None, window: int = 4, r3: bool = True, **r
     cfg.watch = schema.WatchConfig(baseline, window, dict(rules))
     cfg.model.num_experts = 8
     cfg.router_replay = schema.RouterReplayConfig("r3" if r3 else "none", r3, r3)
-    grid = schema.GridConfig(schema.Format.int4, 32, schema.Convention.exact)
+    grid = schema.GridConfig("int4", 32, schema.Convention.exact)
     cfg.precision.group_size, cfg.precision.train, cfg.precision.rollout = 32, grid, grid
     cfg.trainer.optimizer.lr = 1e-3
     cfg.algorithm.correction, cfg.algorithm.dynamic_sampling = schema.Correction.none, False
@@ -145,7 +145,7 @@ def test_only_remedies_that_are_still_open_are_proposed() -> None:
     cfg.algorithm.correction = schema.Correction.tis
     routing = {"quantization": 0.0, "routing": 1.0, "numerics": 0.0}
     assert diagnose(MISMATCH, routing, cfg)[1] == []
-    cfg.precision.train = schema.GridConfig(schema.Format.bf16, -1, schema.Convention.exact)
+    cfg.precision.train = schema.GridConfig("bf16", -1, schema.Convention.exact)
     assert diagnose(MISMATCH, {"quantization": 1.0, "routing": 0.0, "numerics": 0.0}, cfg)[1] == [
         "train in the rollout's format (now bf16 against int4)"
     ]

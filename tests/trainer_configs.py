@@ -11,7 +11,6 @@ from runner.schema import (
     Convention,
     Correction,
     Estimator,
-    Format,
     GridConfig,
     LossAggregation,
     ModelConfig,
@@ -40,7 +39,7 @@ MLA = {
 
 def config(model: dict[str, object] = MOE, **changes: object) -> Config:
     """`changes` set dotted keys, for example `**{"algorithm.kl_coef": 0.1}`; `format` sets train and rollout formats."""
-    fmt = Format[str(changes.pop("format", "int4"))]
+    fmt = str(changes.pop("format", "int4"))
     train, rollout = (GridConfig(format=fmt, group_size=32, convention=Convention.exact) for _ in range(2))
     optimizer = schema.OptimizerConfig(
         lr=1e-2, lr_schedule="constant", lr_warmup_steps=0, lr_min_ratio=0.0, weight_decay=0.1, beta1=0.9, beta2=0.98,

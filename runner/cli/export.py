@@ -19,9 +19,9 @@ def own_keys() -> dict[str, str]:
 
 
 def formats() -> tuple[str, ...]:
-    from runner.schema import Format
+    from runner.precision.formats import all_formats
 
-    return tuple(format.name for format in Format if format is not Format.int8)
+    return tuple(spec.name for spec in all_formats() if not spec.converter_only)
 
 
 def start(command: Command) -> int:

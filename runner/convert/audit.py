@@ -14,7 +14,8 @@ from runner.convert.stored import problems
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
-from runner.precision.plan import PrecisionPlan, nested_quantization_config, quantized_roles
+from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import ModelConfig, PrecisionConfig
 

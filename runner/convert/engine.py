@@ -26,11 +26,12 @@ from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
 from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source, without_unused
 from runner.errors import UserError
-from runner.precision import formats, int4, kernels
-from runner.precision.plan import PrecisionPlan, without_quantization_config
-from runner.precision.tensor_format import FP8_BLOCK, TensorFormat
+from runner.precision import codec, int4, kernels
+from runner.precision.plan import PrecisionPlan
+from runner.precision.quantization_config import without_quantization_config
+from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
-from runner.schema import Format, ModelConfig, Role
+from runner.schema import ModelConfig, Role
 
 LAYOUT_VERSION = 2  # of the written bytes: raise it when a change here would give other bytes for the same identity
 BLOCK_BYTES = 4 << 20  # of a weight that one worker converts at a time
@@ -129,7 +130,7 @@ def plan_jobs(
     source: Source, model: ModelConfig, tensor_format: TensorFormat, roles: Callable[[ModelConfig], Iterable[Role]]
 ) -> tuple[Jobs, dict[str, Any] | None]:
     """The work, and the `quantization_config` of the target."""
-    if tensor_format.format is Format.bf16:
+    if not tensor_format.quantized:
         return dequantizing_jobs(source, model), None
     plan = PrecisionPlan.with_format(model, tensor_format, roles(model))
     return quantizing_jobs(source, plan), plan.quantization_config()
@@ -161,7 +162,7 @@ def identity(source: Source, jobs: Jobs) -> dict[str, Any]:
 
 def _load_kernels(jobs: Jobs) -> None:
     """Load the compiled INT4 kernels when there is enough to convert to pay for it; same bits with and without."""
-    encoded = (job for job in jobs if job.tensor_format.format is Format.int4 and job.action is Action.encode)
+    encoded = (job for job in jobs if job.tensor_format.spec.compiled_kernels and job.action is Action.encode)
     if sum(math.prod(job.inputs[0].shape) for job in encoded) >= kernels.FIRST_ELEMENTS:
         kernels.load()
 
@@ -227,16 +228,16 @@ def _encode(job: Job, tensors: list[torch.Tensor], writer: ShardWriter) -> None:
     """Row block by row block where a row's (or a 128-row block's) result depends on nothing else."""
     weight, rows = tensors[0], _rows_per_block(job.tensor_format, tensors[0])
     fused = {stored.name: tensor for stored, tensor in zip(job.inputs, tensors, strict=True)}
-    scales = formats.fused_scales(fused, job.tensor_format).get(job.name)
+    scales = codec.fused_scales(fused, job.tensor_format).get(job.name)
     for start in range(0, weight.shape[0], rows):
-        exported = formats.encode(job.name, weight[start : start + rows], job.tensor_format, scales)
+        exported = codec.encode(job.name, weight[start : start + rows], job.tensor_format, scales)
         for name, part in exported.parts.items():
             if name.endswith(".weight_shape"):
                 if start == 0:
                     writer.write(name, torch.tensor(weight.shape, dtype=torch.int64))
                 continue
             whole = rows >= weight.shape[0]
-            first = start // FP8_BLOCK if name.endswith(".weight_scale_inv") else start
+            first = start // job.tensor_format.rows_per_scale if ".weight_scale" in name else start
             writer.write(name, part, None if whole else first)
 
 
@@ -251,25 +252,25 @@ def _pack(job: Job, integers: torch.Tensor, scale: torch.Tensor, writer: ShardWr
 
 
 def _rows_per_block(tensor_format: TensorFormat, weight: torch.Tensor) -> int:
-    if tensor_format.format is Format.nvfp4 or tensor_format.strategy == "tensor":
-        return max(weight.shape[0], 1)  # one scale for the whole weight
-    return _rows_of(BLOCK_BYTES, weight.shape[1] * weight.element_size())
+    if tensor_format.scales_whole_weight:
+        return max(weight.shape[0], 1)
+    return _rows_of(BLOCK_BYTES, weight.shape[1] * weight.element_size(), tensor_format.rows_per_scale)
 
 
-def _rows_of(num_bytes: int, row_bytes: int) -> int:
-    """Rows that fit, as whole fp8 blocks."""
-    return max(num_bytes // max(row_bytes, 1) // FP8_BLOCK * FP8_BLOCK, FP8_BLOCK)
+def _rows_of(num_bytes: int, row_bytes: int, unit: int = 1) -> int:
+    """Rows that fit, a multiple of `unit`."""
+    return max(num_bytes // max(row_bytes, 1) // unit * unit, unit)
 
 
 def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> None:
     """Row block by row block, except where zero points are packed along the rows."""
     rows, columns = job.outputs[0].shape
-    step = _rows_of(BLOCK_BYTES, columns * 2) if job.tensor_format.symmetric else rows
-    blocks = job.tensor_format.strategy == "block"
+    unit = job.tensor_format.rows_per_scale
+    step = _rows_of(BLOCK_BYTES, columns * 2, unit) if job.tensor_format.symmetric else rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        block = parts if step >= rows else {name: _rows(name, part, start, stop, columns, blocks) for name, part in parts.items()}
-        decoded = formats.decode(ExportedTensor(job.name, job.tensor_format.format.name, block), job.tensor_format)
+        block = parts if step >= rows else {name: _rows(name, part, start, stop, columns, unit) for name, part in parts.items()}
+        decoded = codec.decode(ExportedTensor(job.name, job.tensor_format.format, block), job.tensor_format)
         if tuple(decoded.shape) != (stop - start, columns):
             raise UserError(
                 f"{job.name} holds {tuple(decoded.shape)} weights where config.json implies {(stop - start, columns)}"
@@ -278,14 +279,14 @@ def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> No
         writer.write(job.name, decoded, start if step < rows else None)
 
 
-def _rows(name: str, part: torch.Tensor, start: int, stop: int, columns: int, blocks: bool) -> torch.Tensor:
-    """What rows [start, stop) of a weight need of one of its parts; `blocks`: a scale covers FP8_BLOCK rows."""
+def _rows(name: str, part: torch.Tensor, start: int, stop: int, columns: int, unit: int) -> torch.Tensor:
+    """What rows [start, stop) of a weight need of one of its parts; a scale covers `unit` rows."""
     if name.endswith(".weight_shape"):
         return torch.tensor([stop - start, columns])
     if part.numel() <= 1:  # a scale of the whole tensor
         return part
-    if blocks and ".weight_scale" in name:  # compressed-tensors' name lacks the _inv
-        return part[start // FP8_BLOCK : -(-stop // FP8_BLOCK)]
+    if ".weight_scale" in name:  # compressed-tensors' name of block scales lacks the _inv
+        return part[start // unit : -(-stop // unit)]
     return part[start:stop]
 
 

@@ -22,11 +22,11 @@ from runner import checkpoint, storage
 from runner.convert.jobs import reader_notes
 from runner.convert.source import CONFIG, INDEX, SINGLE
 from runner.errors import UserError
-from runner.precision import formats
+from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
-from runner.schema import Config, Format, GridConfig
+from runner.schema import Config
 
 SHARD_BYTES = 4 << 30
 
@@ -62,8 +62,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 def plan_of(cfg: Config, format: str | None) -> PrecisionPlan:
     """The plan of the exported folder: the run's group size, convention and roles with the wanted format."""
     grid = cfg.precision.rollout
-    wanted = grid.format if format is None else Format[format]
-    tensor_format = TensorFormat.of(GridConfig(format=wanted, group_size=grid.group_size, convention=grid.convention))
+    tensor_format = TensorFormat.named(format or grid.format, grid.group_size, grid.convention)
     return PrecisionPlan.with_format(cfg.model, tensor_format, quantized_roles(cfg.model, cfg.precision))
 
 
@@ -96,7 +95,7 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
         with storage.new_folder(target) as partial:
             shards = _Shards(partial)
             missing = set(plan.parameters)
-            for exported in formats.encode_all(weights, plan):
+            for exported in codec.encode_all(weights, plan):
                 missing.discard(exported.name)
                 shards.add(exported)
             if missing:

@@ -36,10 +36,10 @@ from runner.models.tokenizer import load_tokenizer
 from runner.precision import int4
 from runner.precision.audit import audit_checkpoint
 from runner.precision.checks import WeightError
-from runner.precision.formats import module_of
+from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ConvertConfig, Format, ModelConfig, Role
+from runner.schema import ConvertConfig, ModelConfig, Role
 
 DRIVER = Path(__file__).with_name("gptq_driver.py")
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ def convert_gptq(
     loses the calibration; one while writing does not. Raises UserError for a format other than int4 and int8, a missing
     environment, bad calibration data, a Hessian that cannot be inverted, and all that `convert` refuses.
     """
-    if tensor_format.format not in (Format.int4, Format.int8):
+    if not tensor_format.integer:
         raise UserError(
             f"method=gptq writes int4 and int8, not {tensor_format}", key="convert.format", fix="method=rtn, or format=int4"
         )

@@ -9,9 +9,10 @@ import yaml
 
 from runner.errors import UserError
 from runner.models import family_of
+from runner.precision.formats import all_formats
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config, Format, ModelConfig, PrecisionConfig
+from runner.schema import Config, ModelConfig, PrecisionConfig
 from runner.searchpath import CONFIG_DIR, files_of, shown
 
 NAMED_BY = ("precision.group_size", "precision.rollout.group_size", "model", "model.int4_group_size", "recipe")
@@ -22,30 +23,13 @@ IDENTITY = ("family", "num_layers", "hidden_size", "ffn_size", "num_experts", "e
 def target_format(cfg: Config) -> TensorFormat:
     """What the quantized weights become: convert.format, or else the rollout format of `precision`."""
     grid = cfg.precision.rollout
-    match cfg.convert.format:
-        case None:
-            return TensorFormat.of(grid)
-        case "bf16":
-            return TensorFormat.bf16()
-        case "int4":
-            return TensorFormat.int4(grid.group_size, grid.convention)
-        case "int8":
-            return TensorFormat.int8(grid.group_size, grid.convention)
-        case "fp8" | "fp8_block":
-            return TensorFormat.fp8("block")
-        case "fp8_channel":
-            return TensorFormat.fp8("channel")
-        case "fp8_tensor":
-            return TensorFormat.fp8("tensor")
-        case "mxfp4":
-            return TensorFormat.mxfp4()
-        case "nvfp4":
-            return TensorFormat.nvfp4()
-    raise UserError(
-        f"unknown format {cfg.convert.format!r}",
-        key="convert.format",
-        fix="one of bf16, int4, int8, fp8, fp8_channel, fp8_tensor, mxfp4, nvfp4",
-    )
+    if cfg.convert.format is None:
+        return TensorFormat.of(grid)
+    for spec in all_formats():
+        if cfg.convert.format in spec.variants:
+            return spec.grid(grid.group_size, grid.convention, spec.variants[cfg.convert.format])
+    known = [name for spec in all_formats() for name in spec.variants]
+    raise UserError(f"unknown format {cfg.convert.format!r}", key="convert.format", fix=f"one of {', '.join(known)}")
 
 
 def with_groups_of(
@@ -57,13 +41,13 @@ def with_groups_of(
     `overrides` do not name comes from the model of conf/model that the folder's config.json describes, or is the largest
     of 128, 64 and 32 that divides every quantized matrix.
     """
-    if tensor_format.format not in (Format.int4, Format.int8):
+    if not tensor_format.spec.group_sizes:
         return tensor_format, None
     if {override.partition("=")[0].lstrip("+") for override in overrides} & set(NAMED_BY):
         return tensor_format, None
     size, why = default_group_size(model, precision)
     strategy = replace(tensor_format, group_size=size, strategy="group")
-    return strategy, f"{tensor_format.format.name} in groups of {size}: {why}; precision.group_size=N chooses another"
+    return strategy, f"{tensor_format.format} in groups of {size}: {why}; precision.group_size=N chooses another"
 
 
 def default_group_size(model: ModelConfig, precision: PrecisionConfig) -> tuple[int, str]:

@@ -16,10 +16,11 @@ from runner.convert.source import INDEX, Source, StoredTensor
 from runner.convert.stored import check, inputs_of, is_activation_part, is_plain
 from runner.errors import UserError
 from runner.models import Parameter
-from runner.precision.formats import module_of
-from runner.precision.plan import PrecisionPlan, nested_quantization_config, shorten
-from runner.precision.tensor_format import FP8_BLOCK, MXFP4_GROUP, NVFP4_GROUP, TensorFormat
-from runner.schema import Format, ModelConfig, Role
+from runner.precision.codec import module_of
+from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.quantization_config import nested_quantization_config
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import ModelConfig, Role
 
 
 class Action(Enum):
@@ -69,32 +70,7 @@ class Jobs:
 def parts_of(name: str, shape: tuple[int, ...], tensor_format: TensorFormat) -> tuple[Part, ...]:
     """Names, dtypes and shapes of what `formats.encode` makes of a weight [out, in]; the writer checks them again."""
     module = module_of(name)
-    rows, columns = shape
-    groups = 1 if tensor_format.group_size == -1 else columns // max(tensor_format.group_size, 1)
-    packed, scale = f"{module}.weight_packed", f"{module}.weight_scale"
-    match tensor_format.format:
-        case Format.int4 | Format.int8:
-            words = -(-columns * tensor_format.bits // 32)
-            return (
-                Part(packed, torch.int32, (rows, words)),
-                Part(scale, torch.bfloat16, (rows, groups)),
-                Part(f"{module}.weight_shape", torch.int64, (2,)),
-            )
-        case Format.fp8:
-            values = Part(name, torch.float8_e4m3fn, shape)
-            if tensor_format.strategy == "block":
-                blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-                return values, Part(f"{module}.weight_scale_inv", torch.float32, blocks)
-            return values, Part(scale, torch.float32, (rows, 1) if tensor_format.strategy == "channel" else (1,))
-        case Format.mxfp4:
-            return Part(packed, torch.uint8, (rows, columns // 2)), Part(scale, torch.uint8, (rows, columns // MXFP4_GROUP))
-        case Format.nvfp4:
-            return (
-                Part(packed, torch.uint8, (rows, columns // 2)),
-                Part(scale, torch.float8_e4m3fn, (rows, columns // NVFP4_GROUP)),
-                Part(f"{module}.weight_global_scale", torch.float32, (1,)),
-            )
-    raise AssertionError(tensor_format)
+    return tuple(Part(f"{module}.{part.name}", getattr(torch, part.dtype), part.shape) for part in tensor_format.parts(shape))
 
 
 def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
@@ -168,14 +144,9 @@ def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
 
 
 def reader_notes(plan: PrecisionPlan) -> list[str]:
-    """Programs that read the written format wrongly, each seen to do so (tests/test_convert_proof.py)."""
-    experts = [n for n, t in plan.quantized.items() if t.format is Format.nvfp4 and plan.parameters[n].role is Role.routed_expert]
-    if not experts:
-        return []
-    return [
-        "do not load this with transformers 5.19: it leaves out the weight_global_scale of NVFP4 experts and computes with wrong "
-        "weights; runner reads it, and gate_proj and up_proj share one global scale, as SGLang demands"
-    ]
+    """Programs that read the written format wrongly."""
+    written = {t.format: t for name, t in plan.quantized.items() if plan.parameters[name].role is Role.routed_expert}
+    return [note for tensor_format in written.values() if (note := tensor_format.spec.expert_note)]
 
 
 def _notes(source: Source, plan: PrecisionPlan, jobs: Jobs) -> list[str]:

@@ -10,8 +10,9 @@ from runner.convert.source import Source, open_shard, open_source, without_unuse
 from runner.convert.stored import check, inputs_of, is_plain
 from runner.errors import UserError
 from runner.models.config_file import check_model
-from runner.precision import formats
-from runner.precision.plan import PrecisionPlan, nested_quantization_config
+from runner.precision import codec
+from runner.precision.plan import PrecisionPlan
+from runner.precision.quantization_config import nested_quantization_config
 from runner.samples import ExportedTensor
 from runner.schema import ModelConfig, Role
 
@@ -60,7 +61,7 @@ def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:
             parts[tensor.name] = handle.get_tensor(tensor.name)
     if is_plain(stored, name):
         return parts[name]
-    decoded = formats.decode(ExportedTensor(name, tensor_format.format.name, parts), tensor_format)
+    decoded = codec.decode(ExportedTensor(name, tensor_format.format, parts), tensor_format)
     if tuple(decoded.shape) != plan.parameters[name].shape or not torch.isfinite(decoded).all():
         found = f"holds {tuple(decoded.shape)} weights" if decoded.isfinite().all() else "holds values that are not finite"
         raise UserError(f"{name} in '{source.folder}' {found}", key=KEY, fix="the checkpoint is damaged; download it again")

@@ -8,28 +8,18 @@ a weight is left over. The converter, the audit and the trainers all read folder
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from runner.convert.source import Source, StoredTensor
 from runner.errors import UserError, UserErrors
-from runner.precision import fp8
-from runner.precision.formats import module_of
+from runner.precision.codec import module_of
+from runner.precision.formats import FLOATS, part_names
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Format, Role
+from runner.schema import Role
 
-UNQUANTIZED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WEIGHT_PARTS = (
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_global_scale",
-)
+UNQUANTIZED_DTYPES = tuple(getattr(torch, name) for name in FLOATS)
 # static scales of activations and of a KV cache: they describe a quantized engine and mean nothing beside bf16 weights
 INPUT_PARTS = ("input_scale", "input_global_scale", "input_zero_point")
 CACHE_PARTS = ("k_scale", "v_scale")
@@ -38,21 +28,12 @@ PART_WORDS = ("scale", "zero_point", "qweight", "qzeros", "g_idx", "absmax", "qu
 INCOMPLETE = "config.json and the shards must belong together; download both again"
 
 
-@dataclass(frozen=True)
-class Expected:
-    """One part of a stored weight: any of `names`, with any of the dtypes and shapes."""
-
-    names: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-
 def inputs_of(source: Source, name: str, tensor_format: TensorFormat) -> tuple[StoredTensor, ...]:
     """The stored tensors that make up one weight."""
     if not tensor_format.quantized:
         return (source.tensors[name],) if name in source.tensors else ()
     module = module_of(name)
-    found = (f"{module}.{part}" for part in WEIGHT_PARTS)
+    found = (f"{module}.{part}" for part in part_names())
     return tuple(source.tensors[part] for part in found if part in source.tensors)
 
 
@@ -122,55 +103,20 @@ def _part_problems(
         return
     module = module_of(name)
     parts = {stored.name.removeprefix(f"{module}."): stored for stored in inputs}
-    for expected in expected_parts(shape, tensor_format):
+    for expected in tensor_format.spec.readable(tensor_format, shape):
         present = [part for part in expected.names if part in parts]
         if len(present) != 1:
             yield f"has {' and '.join(present) or f'no {expected.names[0]} beside it'}, in {tensor_format}"
         for part in present:
             stored = parts.pop(part)
-            if stored.dtype not in expected.dtypes:
-                known = ", ".join(_plain(dtype) for dtype in expected.dtypes)
+            if _plain(stored.dtype) not in expected.dtypes:
+                known = ", ".join(expected.dtypes)
                 yield f"has {part} in {_plain(stored.dtype)}; {tensor_format} has {known}"
             if stored.shape not in expected.shapes:
                 known = " or ".join(map(str, expected.shapes))
                 yield f"has {part} of shape {stored.shape}; {tensor_format} of a weight {shape} has {known}"
     if parts:
         yield f"has {', '.join(sorted(parts))} beside it, which {tensor_format} does not have"
-
-
-def expected_parts(shape: tuple[int, ...], tensor_format: TensorFormat) -> tuple[Expected, ...]:
-    """The parts of a weight [out, in], as this program and others write them."""
-    rows, columns = shape
-    groups = 1 if tensor_format.group_size == -1 else columns // max(tensor_format.group_size, 1)
-    channel = ((rows,),) if tensor_format.strategy == "channel" else ()
-    match tensor_format.format:
-        case Format.int4 | Format.int8:
-            bits = tensor_format.bits
-            parts = (
-                Expected(("weight_packed",), (torch.int32,), ((rows, -(-columns * bits // 32)),)),
-                Expected(("weight_scale",), UNQUANTIZED_DTYPES, ((rows, groups), *channel)),
-                Expected(("weight_shape",), (torch.int64, torch.int32), ((2,),)),
-            )
-            if tensor_format.symmetric:
-                return parts
-            return *parts, Expected(("weight_zero_point",), (torch.int32,), ((-(-rows * bits // 32), groups),))
-        case Format.fp8:
-            scales = fp8.scale_shape(shape, tensor_format.strategy)
-            more = {"channel": channel, "tensor": ((), (1, 1)), "block": ()}[tensor_format.strategy]
-            return (
-                Expected(("weight",), (torch.float8_e4m3fn,), (shape,)),
-                Expected(("weight_scale", "weight_scale_inv"), (*UNQUANTIZED_DTYPES, torch.float8_e8m0fnu), (scales, *more)),
-            )
-        case Format.mxfp4:
-            scale = Expected(("weight_scale",), (torch.uint8, torch.float8_e8m0fnu), ((rows, groups),))
-            return Expected(("weight_packed",), (torch.uint8,), ((rows, columns // 2),)), scale
-        case Format.nvfp4:
-            return (
-                Expected(("weight_packed",), (torch.uint8,), ((rows, columns // 2),)),
-                Expected(("weight_scale",), (torch.float8_e4m3fn,), ((rows, groups),)),
-                Expected(("weight_global_scale",), (torch.float32,), ((1,), ())),
-            )
-    raise AssertionError(tensor_format)
 
 
 def _missing(source: Source, plan: PrecisionPlan, missing: list[str], key: str) -> list[UserError]:

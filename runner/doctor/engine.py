@@ -29,12 +29,13 @@ from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.audit import audit_engine
-from runner.precision.formats import decode, encode, integers, scales_of
+from runner.precision.codec import decode, encode, integers, scales_of
+from runner.precision.formats import all_formats
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.samples import ExportedTensor, WeightStream
-from runner.schema import Config, Convention, Format, ModelConfig, Role
+from runner.schema import Config, Convention, ModelConfig, Role
 
 GROUP_SIZES = (32, 64, 128, 256)
 ALL_COLUMNS = 1024  # up to this many input columns are all probed; of more, this many spread evenly
@@ -95,9 +96,14 @@ def probe_for(cfg: Config) -> EngineProbe:
 
 
 def probed_formats() -> list[TensorFormat]:
-    """Every format a rollout can ask for, INT4 in every convention and kernel group size."""
-    int4 = [TensorFormat.int4(group, convention) for convention in Convention for group in GROUP_SIZES]
-    return [TensorFormat.bf16(), *int4, TensorFormat.fp8(), TensorFormat.mxfp4(), TensorFormat.nvfp4()]
+    """Every format a rollout can ask for, integers in every convention and kernel group size."""
+    return [
+        TensorFormat.named(spec.name, group, convention)
+        for spec in all_formats()
+        if not spec.converter_only
+        for convention in (Convention if spec.integer else (None,))
+        for group in (GROUP_SIZES if spec.group_sizes else (-1,))
+    ]
 
 
 def probed_weights(model: ModelConfig) -> list[tuple[Role, str, tuple[int, int]]]:
@@ -270,8 +276,7 @@ def two_hot(
     by_full = (full[:, columns] - full[:, other]).to(torch.bfloat16).float()
     telling = by_rounded != by_full
     if torch.equal(got, by_rounded) and not telling.any():
-        integer = tensor_format.format in (Format.int4, Format.int8)
-        return TwoHot("two-hot equal" + (", every product exact in bf16" if integer else ""))
+        return TwoHot("two-hot equal" + (", every product exact in bf16" if tensor_format.integer else ""))
     share = f"{float(telling.float().mean()):.0%} of pairs tell"
     observed = "bf16" if torch.equal(got, by_rounded) else "fp32" if torch.equal(got, by_full) else ""
     if not observed:
@@ -284,7 +289,7 @@ def two_hot(
 
 def fp32_products(exported: ExportedTensor, tensor_format: TensorFormat, expected: torch.Tensor) -> torch.Tensor:
     """[N, K] fp32: integer * scale without the rounding to bf16; formats other than integers are decoded to bf16 first."""
-    if tensor_format.format not in (Format.int4, Format.int8):
+    if not tensor_format.integer:
         return expected.float()
     q, scale = integers(exported, tensor_format), scales_of(exported).scale
     grouped = q.float().unflatten(-1, (scale.shape[-1], -1))

@@ -21,7 +21,7 @@ from runner import options
 from runner.cores import available_cores
 from runner.doctor.findings import Finding, Status
 from runner.options import engine_layout
-from runner.schema import Config, CpuMatmul, Format
+from runner.schema import Config, CpuMatmul
 
 GIB = 1024**3
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -158,7 +158,7 @@ def int4_matmul(cfg: Config) -> Iterator[Finding]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    needed = engine_layout(cfg).in_process and cfg.precision.rollout.format is Format.int4
+    needed = engine_layout(cfg).in_process and cfg.precision.rollout.format == "int4"
     try:
         q = torch.arange(-8, 8, dtype=torch.int32).repeat(16, 4)  # [16, 64], every integer
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q + 8, 1)

@@ -28,7 +28,8 @@ from runner.models.published import (
 )
 from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
-from runner.precision.plan import QUANTIZATION_KEYS, PrecisionPlan, nested_quantization_config
+from runner.precision.plan import PrecisionPlan
+from runner.precision.quantization_config import QUANTIZATION_KEYS, nested_quantization_config
 from runner.schema import ModelConfig
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.models.family import MtpLayers, Parameter, StackedParameter
+from runner.models.family import Cut, MtpLayers, Parameter, StackedParameter
 from runner.models.vocabulary import EOS_ID, PAD_ID
 from runner.schema import ModelConfig, Role
 
@@ -79,14 +79,14 @@ class SparseFamily(KnownFamily):
 
 
 def embedding(model: ModelConfig, prefix: str = "model.") -> Parameter:
-    return Parameter(f"{prefix}embed_tokens.weight", Role.embedding, (model.vocab_size, model.hidden_size))
+    return Parameter(f"{prefix}embed_tokens.weight", Role.embedding, (model.vocab_size, model.hidden_size), cut=Cut.outputs)
 
 
 def final_norm_and_head(model: ModelConfig, prefix: str = "model.") -> Iterator[Parameter]:
     """The last norm, and lm_head unless it is tied to the embedding (then it is not on disk)."""
     yield Parameter(f"{prefix}norm.weight", Role.norm, (model.hidden_size,))
     if not model.tied_embeddings:
-        yield Parameter("lm_head.weight", Role.lm_head, (model.vocab_size, model.hidden_size))
+        yield Parameter("lm_head.weight", Role.lm_head, (model.vocab_size, model.hidden_size), cut=Cut.outputs)
 
 
 def layer_norms(model: ModelConfig, prefix: str, layer: int | None) -> Iterator[Parameter]:
@@ -100,21 +100,26 @@ def grouped_query_attention(model: ModelConfig, prefix: str, layer: int | None, 
     `attention_bias` gives q, k, v a bias; `output_bias` says whether o_proj has one too (Qwen3 yes, Qwen2 no).
     """
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    shapes = {
-        "q_proj": (queries, model.hidden_size),
-        "k_proj": (keys, model.hidden_size),
-        "v_proj": (keys, model.hidden_size),
-        "o_proj": (model.hidden_size, queries),
+    projections = {
+        "q_proj": ((queries, model.hidden_size), Cut.outputs),
+        "k_proj": ((keys, model.hidden_size), Cut.kv_heads),
+        "v_proj": ((keys, model.hidden_size), Cut.kv_heads),
+        "o_proj": ((model.hidden_size, queries), Cut.inputs),
     }
-    for projection, shape in shapes.items():
+    for projection, (shape, cut) in projections.items():
         name = f"{prefix}.self_attn.{projection}"
         fused = None if projection == "o_proj" else f"{prefix}.self_attn.qkv_proj"
-        yield Parameter(f"{name}.weight", Role.attention, shape, layer, fused=fused)
+        yield Parameter(f"{name}.weight", Role.attention, shape, layer, fused=fused, cut=cut)
         if model.attention_bias and (projection != "o_proj" or output_bias):
-            yield Parameter(f"{name}.bias", Role.attention, shape[:1], layer)
+            yield Parameter(f"{name}.bias", Role.attention, shape[:1], layer, cut=of_bias(cut))
     if model.qk_norm:
         for norm in ("q_norm", "k_norm"):
             yield Parameter(f"{prefix}.self_attn.{norm}.weight", Role.norm, (model.head_dim,), layer)
+
+
+def of_bias(cut: Cut) -> Cut:
+    """How the bias of a weight is shared: where ranks have part of the inputs, each adds to all outputs."""
+    return Cut.whole if cut is Cut.inputs else cut
 
 
 def gated_mlp(
@@ -122,8 +127,9 @@ def gated_mlp(
 ) -> Iterator[Parameter]:
     """gate_proj, up_proj `[ffn, hidden]` and down_proj `[hidden, ffn]` under `prefix` (without a dot at its end)."""
     for projection in ("gate_proj", "up_proj"):
-        yield Parameter(f"{prefix}.{projection}.weight", role, (ffn, hidden), layer, expert, f"{prefix}.gate_up_proj")
-    yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert)
+        fused = f"{prefix}.gate_up_proj"
+        yield Parameter(f"{prefix}.{projection}.weight", role, (ffn, hidden), layer, expert, fused, Cut.outputs)
+    yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert, cut=Cut.inputs)
 
 
 def routed_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter
+from runner.models.family import Cut, Parameter
 from runner.schema import ModelConfig, Role
 
 # what transformers takes where config.json has nothing
@@ -113,26 +113,27 @@ def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[P
     hidden, heads = model.hidden_size, model.num_heads
     queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
 
-    def matrix(name: str, rows: int, columns: int) -> Parameter:
+    def matrix(name: str, rows: int, columns: int, cut: Cut) -> Parameter:
         together = model.q_lora_rank and name in ("q_a_proj", "kv_a_proj_with_mqa")
         fused = f"{prefix}.fused_qkv_a_proj_with_mqa" if together else None
-        return Parameter(f"{prefix}.{name}.weight", Role.attention, (rows, columns), layer, fused=fused)
+        return Parameter(f"{prefix}.{name}.weight", Role.attention, (rows, columns), layer, fused=fused, cut=cut)
 
-    def bias(name: str, rows: int) -> Iterator[Parameter]:
+    def bias(name: str, rows: int) -> Iterator[Parameter]:  # of weights that are whole, or cut along their inputs
         if model.attention_bias:
             yield Parameter(f"{prefix}.{name}.bias", Role.attention, (rows,), layer)
 
     if model.q_lora_rank:
-        yield matrix("q_a_proj", model.q_lora_rank, hidden)
+        yield matrix("q_a_proj", model.q_lora_rank, hidden, Cut.whole)
         yield from bias("q_a_proj", model.q_lora_rank)
         yield Parameter(f"{prefix}.q_a_layernorm.weight", Role.norm, (model.q_lora_rank,), layer)
-        yield matrix("q_b_proj", queries, model.q_lora_rank)
+        yield matrix("q_b_proj", queries, model.q_lora_rank, Cut.outputs)
     else:
-        yield matrix("q_proj", queries, hidden)
+        yield matrix("q_proj", queries, hidden, Cut.outputs)
     compressed = model.kv_lora_rank + model.qk_rope_head_dim
-    yield matrix("kv_a_proj_with_mqa", compressed, hidden)
+    yield matrix("kv_a_proj_with_mqa", compressed, hidden, Cut.whole)
     yield from bias("kv_a_proj_with_mqa", compressed)
     yield Parameter(f"{prefix}.kv_a_layernorm.weight", Role.norm, (model.kv_lora_rank,), layer)
-    yield matrix("kv_b_proj", heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
-    yield matrix("o_proj", hidden, heads * model.v_head_dim)
+    key_values = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    yield matrix("kv_b_proj", key_values, model.kv_lora_rank, Cut.outputs)
+    yield matrix("o_proj", hidden, heads * model.v_head_dim, Cut.inputs)
     yield from bias("o_proj", hidden)

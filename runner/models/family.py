@@ -7,15 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from runner.schema import ModelConfig, Role
+
+
+class Cut(Enum):
+    """What each of the ranks that share a weight holds of it, in Megatron-core and in SGLang alike.
+
+    Tensor-parallel ranks share it; a routed expert lies whole on one expert-parallel rank, or is shared by its etp ranks.
+    """
+
+    whole = "whole"  # every rank has all of it
+    outputs = "outputs"  # rows of [out, in], entries of its bias; a vocabulary may be padded
+    kv_heads = "kv_heads"  # likewise, but never finer than one key/value head: more ranks hold copies
+    inputs = "inputs"  # columns of [out, in]: groups of a quantized weight lie along them
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One weight as it lies in an HF checkpoint (experts one by one).
 
+    `cut` says how ranks share it.
     `fused` names the matrix that engines lay it into together with other weights: they want one NVFP4 global scale for it.
     """
 
@@ -25,6 +39,7 @@ class Parameter:
     layer: int | None = None
     expert: int | None = None
     fused: str | None = None  # "model.layers.0.mlp.experts.3.gate_up_proj"
+    cut: Cut = Cut.whole
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from runner.models import common
-from runner.models.family import Parameter
+from runner.models.family import Cut, Parameter
 from runner.schema import ModelConfig, Role
 
 
@@ -76,7 +76,7 @@ def _mtp_layer(model: ModelConfig, prefix: str, layer: int) -> Iterator[Paramete
     hidden = model.hidden_size
     for norm in ("token_layernorm", "hidden_layernorm"):
         yield Parameter(f"{prefix}.{norm}.weight", Role.mtp, (hidden,), layer)
-    yield Parameter(f"{prefix}.input_proj.weight", Role.mtp, (hidden, 2 * hidden), layer)
+    yield Parameter(f"{prefix}.input_proj.weight", Role.mtp, (hidden, 2 * hidden), layer, cut=Cut.outputs)
     for parameter in _decoder_layer(model, prefix, layer):
         yield replace(parameter, role=Role.mtp)
     yield Parameter(f"{prefix}.final_layernorm.weight", Role.mtp, (hidden,), layer)

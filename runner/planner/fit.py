@@ -12,7 +12,7 @@ from runner.planner.memory import MemoryPlan, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.placement import placement_problems
 from runner.planner.workload import longest_sequence_tokens, samples_per_step
-from runner.schema import Config, Format
+from runner.schema import Config
 
 TOKENS_STEP = 512  # granularity of a proposed max_tokens_per_gpu
 TOKENS_LIMIT = 65536  # larger micro-batches gain nothing: the matmuls have long filled the GPU
@@ -59,7 +59,7 @@ def single_changes(cfg: Config) -> Iterator[Change]:
                 yield _set("rollout.memory_fraction", fraction)
     elif cfg.rollout.max_concurrency > 8:
         yield _set("rollout.max_concurrency", cfg.rollout.max_concurrency // 4)
-    if cfg.precision.rollout.format is Format.bf16:
+    if cfg.precision.rollout.format == "bf16":
         yield quantized_rollout()
     yield from more_gpus(cfg)
 
@@ -67,7 +67,7 @@ def single_changes(cfg: Config) -> Iterator[Change]:
 def quantized_rollout() -> Change:
     def apply(cfg: Config) -> None:
         for side in (cfg.precision.train, cfg.precision.rollout):
-            side.format, side.group_size = Format.int4, 128
+            side.format, side.group_size = "int4", 128
         cfg.precision.group_size = 128
 
     return "precision=int4_qat precision.group_size=128", apply

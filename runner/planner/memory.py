@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from runner.options import engine_layout, one_process, trainer_layout
-from runner.planner.parameters import Inventory, Split, on_stage, shard, stage_layers, stored_bytes
+from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
 from runner.planner.workload import (
     GIB,
     base_bytes,
@@ -24,7 +24,7 @@ from runner.planner.workload import (
     micro_batch_tokens,
     route_bytes_per_step,
 )
-from runner.schema import Config, Format, ModelConfig, QatPlacement
+from runner.schema import Config, ModelConfig, QatPlacement, Role
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)
@@ -122,11 +122,11 @@ def _stage_elements(
             continue
         share = shard(group, tp=tp, ep=ep, etp=etp, num_kv_heads=model.num_kv_heads, pad_vocab=pad_vocab)
         elements = group.elements * share
-        if group.split is Split.expert:
+        if group.role is Role.routed_expert:
             expert += elements
         else:
             dense += elements
-        if group.train.format is not Format.bf16:
+        if group.train.quantized:
             quantized += elements
     return dense, expert, quantized
 
@@ -234,10 +234,10 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
     backward (of one layer under full recompute). FP8 under Transformer Engine: cached e4m3 weights in both layouts, unless
     they are the parameters themselves.
     """
-    quantized = {group.train.format for group in inventory.groups} - {Format.bf16}
+    quantized = {group.train.format for group in inventory.groups if group.train.quantized}
     if not quantized:
         return {}
-    if Format.fp8 in quantized:
+    if "fp8" in quantized:
         return {"FP8 copies of weights": int(2 * shares.quantized)} if trainer_layout(cfg).keeps_fp8 else {}
     if cfg.precision.qat_placement is QatPlacement.forward:
         layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == "full" else 1
@@ -257,7 +257,7 @@ def _engine_bytes(inventory: Inventory, ranks: int, ep: int, base: int) -> int:
     for group in inventory.groups:
         kv_heads = inventory.model.num_kv_heads
         share = shard(group, tp=ranks, ep=ep, etp=max(ranks // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
-        total += stored_bytes(group.shape, group.rollout, base) * group.count * share
+        total += group.rollout.stored_bytes(group.shape, base) * group.count * share
     return int(total)
 
 

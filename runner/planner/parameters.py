@@ -7,37 +7,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from enum import Enum
 from math import ceil, prod
 
 from runner.errors import UserError
-from runner.models.family import Parameter
-from runner.schema import Config, Format, ModelConfig, Role
+from runner.models.family import Cut
+from runner.precision.plan import PrecisionPlan, Side
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config, ModelConfig, Role
 
+SIDES: tuple[Side, Side] = ("train", "rollout")
 MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp
-
-
-class Split(Enum):
-    """Over which ranks a parameter is divided."""
-
-    replicated = "replicated"
-    tensor = "tensor"  # over tensor-parallel ranks
-    kv_heads = "kv_heads"  # likewise, but never finer than one key/value head
-    expert = "expert"  # whole experts over EP ranks, each cut over ETP ranks
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a tensor is stored: `group_size` weights along the input dimension share a scale (-1: a row).
-
-    Formats with a fixed layout (fp8, mxfp4, nvfp4) ignore it.
-    """
-
-    format: Format
-    group_size: int
-
-
-BF16 = Grid(Format.bf16, -1)
 
 
 @dataclass(frozen=True)
@@ -47,9 +26,9 @@ class ParameterGroup:
     role: Role
     layer: int | None
     shape: tuple[int, ...]
-    split: Split
-    train: Grid
-    rollout: Grid
+    cut: Cut
+    train: TensorFormat
+    rollout: TensorFormat
     count: int
 
     @property
@@ -83,57 +62,18 @@ class Inventory:
         return {role: counts[role] for role in Role if counts[role]}
 
 
-def split_of(parameter: Parameter) -> Split:
-    """Follows Megatron-core and SGLang: norms, router, vision tower and the low-rank down projections of latent
-    attention (DeepSeek-V2, arXiv 2405.04434) are whole on every rank."""
-    module = parameter.name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
-    if parameter.role is Role.routed_expert:
-        return Split.expert
-    if parameter.role in (Role.norm, Role.router, Role.vision) or module in ("q_a_proj", "kv_a_proj_with_mqa"):
-        return Split.replicated
-    if parameter.role is Role.mtp and len(parameter.shape) == 1:
-        return Split.replicated
-    return Split.kv_heads if module in ("k_proj", "v_proj") else Split.tensor
-
-
-def stored_bytes(shape: tuple[int, ...], grid: Grid, base_bytes: int = 2) -> int:
-    """Bytes of one weight `shape` [..., out, in] in rollout format, scales included (facts: compressed-tensors' packed forms).
-
-    int4: half a byte each, bf16 scale per group, int64 weight_shape; int8: one byte, bf16 scale per group or row;
-    fp8: one byte, fp32 scale per 128 x 128 block; mxfp4: half a byte, e8m0 scale per 32; nvfp4: half a byte, e4m3 scale
-    per 16, an fp32 scale per tensor. Anything else: `base_bytes` each.
-    """
-    elements = prod(shape)
-    if grid.format is Format.bf16 or len(shape) < 2:
-        return elements * base_bytes
-    rows, columns = prod(shape[:-1]), shape[-1]
-    groups = 1 if grid.group_size <= 0 else ceil(columns / grid.group_size)
-    if grid.format is Format.int4:
-        return rows * ceil(columns / 8) * 4 + rows * groups * 2 + 16
-    if grid.format is Format.int8:
-        return elements + rows * groups * 2 + 16
-    if grid.format is Format.fp8:
-        return elements + ceil(rows / 128) * ceil(columns / 128) * 4
-    if grid.format is Format.mxfp4:
-        return rows * (ceil(columns / 2) + ceil(columns / 32))
-    return rows * (ceil(columns / 2) + ceil(columns / 16)) + 4
-
-
 def take_inventory(cfg: Config) -> Inventory:
     """Group the family's table by everything that decides memory; raises UserError for an unknown family."""
-    from runner.models import family_of
-    from runner.planner.formats import grids
-
-    table = list(family_of(cfg.model).parameters(cfg.model))
-    train, rollout = grids(cfg, "train"), grids(cfg, "rollout")
+    train, rollout = (PrecisionPlan.build(cfg.model, cfg.precision, side) for side in SIDES)
     counts: Counter[tuple[object, ...]] = Counter()
     groups: dict[tuple[object, ...], ParameterGroup] = {}
-    for p in table:
-        on_trainer, on_engine, split = train.get(p.name, BF16), rollout.get(p.name, BF16), split_of(p)
-        # names and ids, because hashing enums and dataclasses takes seconds for the 70,000 experts of a large model
-        key = (p.layer, p.shape, p.role.name, split.name, id(on_trainer), id(on_engine))
+    for p in train.parameters.values():
+        on_trainer, on_engine = train.tensors[p.name], rollout.tensors[p.name]
+        # names and ids (a plan has one object for each of its formats), because hashing enums and dataclasses takes seconds for
+        # the 70,000 experts of a large model
+        key = (p.layer, p.shape, p.role.name, p.cut.name, id(on_trainer), id(on_engine))
         if key not in groups:
-            groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), split, on_trainer, on_engine, 1)
+            groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), p.cut, on_trainer, on_engine, 1)
         counts[key] += 1
     return Inventory(cfg.model, tuple(replace(group, count=counts[key]) for key, group in groups.items()))
 
@@ -172,11 +112,11 @@ def on_stage(group: ParameterGroup, stage: int, stages: list[range], tied: bool)
 
 def shard(group: ParameterGroup, *, tp: int, ep: int, etp: int, num_kv_heads: int, pad_vocab: bool) -> float:
     """Share of one rank in `group` (0 to 1, above 1/n where something is replicated or padded)."""
-    if group.split is Split.replicated:
-        return 1.0
-    if group.split is Split.expert:
+    if group.role is Role.routed_expert:
         return 1 / (ep * etp)
-    if group.split is Split.kv_heads:
+    if group.cut is Cut.whole:
+        return 1.0
+    if group.cut is Cut.kv_heads:
         return 1 / min(tp, max(num_kv_heads, 1))
     if pad_vocab and group.role in (Role.embedding, Role.lm_head):
         multiple = MEGATRON_VOCAB_MULTIPLE * tp

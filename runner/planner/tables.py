@@ -15,7 +15,8 @@ from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.placement import Place, place, placement_problems, placement_warnings
 from runner.planner.traffic import bf16_stream_bytes, step_flows, stream_bytes, sync_flows
 from runner.planner.workload import GIB, longest_sequence_tokens
-from runner.schema import Config, Format
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config
 
 TIGHT = 0.05  # a memory with less than this share free is called tight
 SHOWN_PLACES = 16
@@ -83,8 +84,8 @@ def parameters_table(cfg: Config, inventory: Inventory) -> Table:
     for role, elements in inventory.by_role().items():
         groups = [g for g in inventory.groups if g.role is role]
         part = Inventory(inventory.model, tuple(groups))
-        train = sorted({format_name(g.train.format, g.train.group_size) for g in groups})
-        rollout = sorted({format_name(g.rollout.format, g.rollout.group_size) for g in groups})
+        train = sorted({format_name(g.train) for g in groups})
+        rollout = sorted({format_name(g.rollout) for g in groups})
         size = gib(stream_bytes(cfg, part))
         made.add_row(
             role.name, count(elements), f"{elements / inventory.total:.1%}", " + ".join(train), " + ".join(rollout), size
@@ -94,8 +95,8 @@ def parameters_table(cfg: Config, inventory: Inventory) -> Table:
     return made
 
 
-def format_name(fmt: Format, group_size: int) -> str:
-    return f"{fmt.name} g{group_size}" if fmt is Format.int4 and group_size > 0 else fmt.name
+def format_name(grid: TensorFormat) -> str:
+    return f"{grid.format} g{grid.group_size}" if grid.spec.group_sizes and grid.group_size > 0 else grid.format
 
 
 def placement_table(cfg: Config) -> Table:

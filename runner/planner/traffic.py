@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 from runner.options import engine_layout, trainer_layout
 from runner.planner.memory import state_shares
-from runner.planner.parameters import Grid, Inventory, stored_bytes
+from runner.planner.parameters import Inventory
 from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
-from runner.schema import Config, Format
+from runner.precision.tensor_format import TensorFormat
+from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
 
@@ -21,16 +22,16 @@ class Flow:
     how: str
 
 
-def stream_bytes(cfg: Config, inventory: Inventory, grid: Grid | None = None) -> int:
+def stream_bytes(cfg: Config, inventory: Inventory, grid: TensorFormat | None = None) -> int:
     """One whole copy of the weights in rollout format, or with `grid` in place of the quantized tensors' own."""
     return sum(
-        g.count * stored_bytes(g.shape, grid if grid and g.rollout.format is not Format.bf16 else g.rollout, base_bytes(cfg))
+        g.count * (grid if grid and g.rollout.quantized else g.rollout).stored_bytes(g.shape, base_bytes(cfg))
         for g in inventory.groups
     )
 
 
 def bf16_stream_bytes(cfg: Config, inventory: Inventory) -> int:
-    plain = tuple(replace(g, rollout=Grid(Format.bf16, -1)) for g in inventory.groups)
+    plain = tuple(replace(g, rollout=TensorFormat.bf16()) for g in inventory.groups)
     return stream_bytes(cfg, Inventory(inventory.model, plain))
 
 

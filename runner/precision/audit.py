@@ -14,15 +14,15 @@ from safetensors import safe_open
 
 from runner.errors import UserError
 from runner.models.config_file import CONFIG, read_json
-from runner.precision import fp8, int4
-from runner.precision.fp4 import unpack as unpack_fp4
-from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, nested_quantization_config, shorten
+from runner.precision import formats
+from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
+from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
 from runner.samples import ExportedTensor, WeightStream
-from runner.schema import Convention, Format, GridConfig
+from runner.schema import Convention
 
-_SUFFIXES = ("_packed", "_scale_inv", "_global_scale", "_scale", "_shape", "_zero_point", "_g_idx")
+FOREIGN_PARTS = ("weight_g_idx",)  # of GPTQ's activation order
 
 
 def audit(reference: tuple[str, PrecisionPlan], *others: tuple[str, PrecisionPlan]) -> list[str]:
@@ -63,11 +63,10 @@ def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str
     try:
         convention = Convention[description.convention]
         tensors = {
-            name: TensorFormat.of(GridConfig(Format[kind], description.group_size, convention))
-            for name, kind in description.formats.items()
+            name: TensorFormat.named(kind, description.group_size, convention) for name, kind in description.formats.items()
         }
-    except KeyError as error:
-        return [f"{label} computes with an unknown format {error}"]
+    except (KeyError, UserError) as error:
+        return [f"{label} computes with an unknown format: {error}"]
     return audit(("run", plan), (label, PrecisionPlan(tensors, plan.parameters)))
 
 
@@ -83,25 +82,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def weight_of(tensor_name: str) -> str:
     """`x.weight_packed`, `x.weight_scale`, ... -> `x.weight`; other names as they are."""
-    for suffix in _SUFFIXES:
-        if tensor_name.endswith(f".weight{suffix}"):
-            return tensor_name[: -len(suffix)]
-    return tensor_name
+    module, _, part = tensor_name.rpartition(".")
+    return f"{module}.weight" if part in (*formats.part_names(), *FOREIGN_PARTS) else tensor_name
 
 
 def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
     """The format that a weight's parts are in, from names and dtypes; raises UserError for a mixture that is none."""
     module = name.removesuffix(".weight")
-    packed, weight = parts.get(f"{module}.weight_packed"), parts.get(name)
-    if packed is not None and packed.dtype is torch.int32 and f"{module}.weight_shape" in parts:
-        columns = int(parts[f"{module}.weight_shape"][-1])
-        return Format.int4.name if packed.shape[-1] == -(-columns // 8) else Format.int8.name
-    if packed is not None and packed.dtype is torch.uint8:
-        return Format.nvfp4.name if f"{module}.weight_global_scale" in parts else Format.mxfp4.name
-    if weight is not None and weight.dtype is torch.float8_e4m3fn:
-        return Format.fp8.name
-    if weight is not None and len(parts) == 1:
-        return Format.bf16.name
+    own = {part.removeprefix(f"{module}."): tensor for part, tensor in parts.items()}
+    for spec in sorted(formats.all_formats(), key=lambda spec: not spec.quantized):
+        if spec.holds(own):
+            return spec.name
     raise UserError(f"{name}: parts {', '.join(sorted(parts))} are no known format")
 
 
@@ -165,8 +156,8 @@ def audit_checkpoint(
 
 def tensor_problems(exported: ExportedTensor, expected: TensorFormat, shape: tuple[int, ...]) -> list[str]:
     """How one stored tensor differs from the grid it should be on: format, layout, scales, zero points, values."""
-    if exported.format != expected.format.name:
-        return [f"run {expected.format.name}, stored {exported.format}"]
+    if exported.format != expected.format:
+        return [f"run {expected.format}, stored {exported.format}"]
     module, parts = exported.name.removesuffix(".weight"), exported.parts
     if not expected.quantized:
         return [] if tuple(parts[exported.name].shape) == shape else [f"shape {tuple(parts[exported.name].shape)}"]
@@ -179,24 +170,17 @@ def tensor_problems(exported: ExportedTensor, expected: TensorFormat, shape: tup
     dtype = {"e8m0": torch.uint8}.get(expected.scale_dtype) or getattr(torch, expected.scale_dtype)
     if scale.dtype is not dtype:
         found.append(f"scale dtype run {expected.scale_dtype}, stored {str(scale.dtype).removeprefix('torch.')}")
-    wanted = scale_shape(expected, shape)
+    body, *others = expected.parts(shape)
+    (wanted,) = (part.shape for part in others if part.name in ("weight_scale", "weight_scale_inv"))
     if tuple(scale.shape) != wanted:
         found.append(f"scale shape run {wanted}, stored {tuple(scale.shape)} (group_size or strategy differ)")
     values = scale.float()
-    if not torch.isfinite(values).all() or (expected.format is not Format.mxfp4 and not (values > 0).all()):
+    if not torch.isfinite(values).all() or (expected.scale_dtype != "e8m0" and not (values > 0).all()):
         found.append("scales that are not positive and finite")
-    body = parts[exported.name] if expected.format is Format.fp8 else parts[f"{module}.weight_packed"]
-    per_item = {Format.int4: 8, Format.int8: 4, Format.mxfp4: 2, Format.nvfp4: 2, Format.fp8: 1}[expected.format]
-    if tuple(body.shape) != (shape[0], -(-shape[1] // per_item)):
-        found.append(f"packed shape {tuple(body.shape)} instead of {(shape[0], -(-shape[1] // per_item))}")
+    stored = tuple(parts[f"{module}.{body.name}"].shape)
+    if stored != body.shape:
+        found.append(f"packed shape {stored} instead of {body.shape}")
     return found
-
-
-def scale_shape(tensor_format: TensorFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the stored scales of a weight [out, in]."""
-    if tensor_format.format is Format.fp8:
-        return fp8.scale_shape(shape, tensor_format.strategy)
-    return (*shape[:-1], 1 if tensor_format.group_size == -1 else shape[-1] // tensor_format.group_size)
 
 
 # -- tensor by tensor -------------------------------------------------------------------------------------------------
@@ -266,8 +250,7 @@ def _part_difference(part: str, kind: str, a: torch.Tensor, b: torch.Tensor, nam
 def _values(part: str, kind: str, tensor: torch.Tensor) -> torch.Tensor:
     """Integers to compare bit for bit: unpacked where packed, else the raw bits."""
     if part.endswith("weight_packed"):
-        bits = 8 if kind == Format.int8.name else 4
-        return unpack_fp4(tensor) if tensor.dtype is torch.uint8 else int4.unpack(tensor, tensor.shape[-1] * 32 // bits, bits)
+        return formats.spec_of(kind).unpacked(tensor)
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(width)
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from runner.errors import UserError
 
+T = TypeVar("T")
+
 
 class WeightError(UserError):
-    """A weight that cannot be quantized; formats.py puts the tensor's name in front."""
+    """A weight that cannot be quantized; `named` puts the tensor's name in front."""
+
+
+def named(name: str, function: Callable[..., T], *args: object) -> T:
+    """function(*args), whose WeightError becomes a UserError that names the weight."""
+    try:
+        return function(*args)
+    except WeightError as error:
+        raise UserError(f"{name}: {error.problem}", fix=error.fix, key=error.key) from None
 
 
 def as_bf16(weight: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 
 from runner.precision.checks import WeightError, as_bf16, check_amax
+from runner.precision.formats.mxfp4 import GROUP as MXFP4_GROUP
+from runner.precision.formats.nvfp4 import GROUP as NVFP4_GROUP
 from runner.precision.int4 import BF16_MAX, groups_of
-from runner.precision.tensor_format import MXFP4_GROUP, NVFP4_GROUP
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # (threshold, inclusive): a magnitude at or past it has at least the next index; halves go to the even mantissa

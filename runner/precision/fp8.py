@@ -13,24 +13,12 @@ from __future__ import annotations
 import torch
 
 from runner.precision.checks import as_bf16, check_amax, check_scale
-from runner.precision.tensor_format import FP8_BLOCK
+from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
+from runner.precision.formats.fp8 import scale_shape
 
 E4M3_MAX = 448.0
 ZERO_BLOCK_SCALE = 2.0**-23
 FP32_MAX = float(torch.finfo(torch.float32).max)
-
-
-def scale_shape(shape: tuple[int, ...], strategy: str, block: int = FP8_BLOCK) -> tuple[int, ...]:
-    """Shape of the scales of a weight [..., out, in]."""
-    *leading, rows, columns = shape
-    match strategy:
-        case "block":
-            return (*leading, -(-rows // block), -(-columns // block))
-        case "channel":
-            return (*leading, rows, 1)
-        case "tensor":
-            return (*leading, 1)
-    raise ValueError(f"unknown fp8 strategy {strategy}")
 
 
 def _amax(weight: torch.Tensor, strategy: str, block: int) -> torch.Tensor:

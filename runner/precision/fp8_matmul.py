@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from runner.precision.tensor_format import FP8_BLOCK
+from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
 
 ROW_MULTIPLE = 4  # scales of one column of groups start at 16-byte borders
 BLOCK_MULTIPLE = 4

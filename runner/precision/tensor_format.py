@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from runner.errors import UserError
-from runner.schema import Convention, Format, GridConfig
-
-FP8_BLOCK = 128
-MXFP4_GROUP = 32
-NVFP4_GROUP = 16
-INT_GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
-
-_SCALE_DTYPES = {
-    Format.bf16: "none",
-    Format.int4: "bfloat16",
-    Format.int8: "bfloat16",
-    Format.fp8: "float32",
-    Format.mxfp4: "e8m0",
-    Format.nvfp4: "float8_e4m3fn",
-}
+from runner.precision import formats
+from runner.schema import Convention, GridConfig
 
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """Format and grid of one weight [..., out, in].
+    """Format and grid of one weight [..., out, in]. What a format has of its own, its file in formats/ says.
 
-    format       how values are stored
+    format       how values are stored: the name of a FormatSpec
     group_size   weights along `in` that share a scale; -1: a whole row. fp8 blocks: 128. bf16: 0
     convention   how an integer scale is derived from a group's amax; None for the other formats, and for a
                  foreign checkpoint that does not say
@@ -35,7 +22,7 @@ class TensorFormat:
     scale_dtype  of the stored scales; derived from the format unless a foreign checkpoint says otherwise
     """
 
-    format: Format
+    format: str
     group_size: int
     convention: Convention | None
     strategy: str
@@ -44,106 +31,93 @@ class TensorFormat:
 
     def __post_init__(self) -> None:
         if not self.scale_dtype:
-            object.__setattr__(self, "scale_dtype", _SCALE_DTYPES[self.format])
+            object.__setattr__(self, "scale_dtype", self.spec.scale_dtype)
 
     @staticmethod
-    def bf16() -> TensorFormat:
-        return TensorFormat(Format.bf16, 0, None, "none")
-
-    @staticmethod
-    def integer(bits: int, group_size: int, convention: Convention) -> TensorFormat:
-        """INT4 or INT8; raises UserError for a grid that does not exist."""
-        if group_size not in INT_GROUP_SIZES:
-            raise UserError(
-                f"group_size {group_size} is not one of {', '.join(map(str, INT_GROUP_SIZES))}",
-                key="precision.group_size",
-                fix="precision.group_size=128",
-            )
-        if bits == 8 and convention is Convention.exact:
-            raise UserError(
-                "convention exact does not exist for int8: 7-bit integers leave one bit for the scale",
-                key="precision.convention",
-                fix="precision.convention=llmcompressor",
-            )
-        strategy = "channel" if group_size == -1 else "group"
-        return TensorFormat(Format.int4 if bits == 4 else Format.int8, group_size, convention, strategy)
-
-    @staticmethod
-    def int4(group_size: int, convention: Convention) -> TensorFormat:
-        return TensorFormat.integer(4, group_size, convention)
-
-    @staticmethod
-    def int8(group_size: int, convention: Convention) -> TensorFormat:
-        return TensorFormat.integer(8, group_size, convention)
-
-    @staticmethod
-    def fp8(strategy: str = "block") -> TensorFormat:
-        if strategy not in ("block", "channel", "tensor"):
-            raise UserError(f"fp8 scales are per block, channel or tensor, not {strategy}")
-        return TensorFormat(Format.fp8, FP8_BLOCK if strategy == "block" else -1, None, strategy)
-
-    @staticmethod
-    def mxfp4() -> TensorFormat:
-        return TensorFormat(Format.mxfp4, MXFP4_GROUP, None, "group")
-
-    @staticmethod
-    def nvfp4() -> TensorFormat:
-        return TensorFormat(Format.nvfp4, NVFP4_GROUP, None, "group")
+    def named(name: str, group_size: int = -1, convention: Convention | None = None, strategy: str | None = None) -> TensorFormat:
+        """The format of this name on a grid, of which it reads what it does not fix; UserError where there is none."""
+        spec = formats.spec_of(name)
+        return spec.grid(group_size, convention, strategy or spec.strategies[0])
 
     @staticmethod
     def of(grid: GridConfig) -> TensorFormat:
         """The format that one side of `precision` (train or rollout) asks for."""
-        match grid.format:
-            case Format.bf16:
-                return TensorFormat.bf16()
-            case Format.int4:
-                return TensorFormat.int4(grid.group_size, grid.convention)
-            case Format.int8:
-                return TensorFormat.int8(grid.group_size, grid.convention)
-            case Format.fp8:
-                return TensorFormat.fp8()
-            case Format.mxfp4:
-                return TensorFormat.mxfp4()
-            case Format.nvfp4:
-                return TensorFormat.nvfp4()
+        return TensorFormat.named(grid.format, grid.group_size, grid.convention)
+
+    # shorter, for the formats that ship with the program
+
+    @staticmethod
+    def bf16() -> TensorFormat:
+        return TensorFormat.named("bf16")
+
+    @staticmethod
+    def int4(group_size: int, convention: Convention) -> TensorFormat:
+        return TensorFormat.named("int4", group_size, convention)
+
+    @staticmethod
+    def int8(group_size: int, convention: Convention) -> TensorFormat:
+        return TensorFormat.named("int8", group_size, convention)
+
+    @staticmethod
+    def fp8(strategy: str = "block") -> TensorFormat:
+        return TensorFormat.named("fp8", strategy=strategy)
+
+    @staticmethod
+    def mxfp4() -> TensorFormat:
+        return TensorFormat.named("mxfp4")
+
+    @staticmethod
+    def nvfp4() -> TensorFormat:
+        return TensorFormat.named("nvfp4")
+
+    @property
+    def spec(self) -> formats.FormatSpec:
+        return formats.spec_of(self.format)
 
     @property
     def quantized(self) -> bool:
-        return self.format is not Format.bf16
+        return self.spec.quantized
+
+    @property
+    def integer(self) -> bool:
+        """Whether values are integers, each times its group's scale."""
+        return self.spec.integer
 
     @property
     def has_global_scale(self) -> bool:
         """Whether one more scale covers the whole weight, or all the weights that engines lay into one matrix."""
-        return self.format is Format.nvfp4
+        return self.spec.has_global_scale
+
+    @property
+    def scales_whole_weight(self) -> bool:
+        """Whether a scale depends on every row, so that no part of the weight can be quantized by itself."""
+        return self.has_global_scale or self.strategy == "tensor"
+
+    @property
+    def rows_per_scale(self) -> int:
+        """Neighbouring rows that share a scale, beside a scale of the whole weight."""
+        return self.group_size if self.strategy == "block" else 1
 
     @property
     def bits(self) -> int:
-        return {Format.bf16: 16, Format.int8: 8, Format.fp8: 8}.get(self.format, 4)
+        return self.spec.bits
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise UserError if a weight of this shape [..., out, in] has no such format."""
+        self.spec.check_shape(self, name, shape)
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[formats.Part, ...]:
+        """The stored tensors of a weight [out, in]."""
+        return self.spec.parts(self, shape)
+
+    def stored_bytes(self, shape: tuple[int, ...], base_bytes: int = 2) -> int:
+        """Bytes of one stored weight, scales included; `base_bytes` for each value of one that is not quantized."""
         if not self.quantized:
-            return
-        if len(shape) < 2:
-            raise UserError(f"{name} has shape {tuple(shape)}: only matrices [out, in] are quantized")
-        if self.strategy == "group" and shape[-1] % self.group_size:
-            raise UserError(
-                f"{name}: in dimension {shape[-1]} is not a multiple of group_size {self.group_size}",
-                key="precision.group_size",
-                fix="choose a group_size that divides it, or leave this role out of precision.roles",
-            )
-        if self.format in (Format.mxfp4, Format.nvfp4) and shape[-1] % 2:
-            raise UserError(f"{name}: in dimension {shape[-1]} is odd, two FP4 values share a byte")
+            return prod(shape) * base_bytes
+        return sum(part.num_bytes for part in self.parts(shape))
 
     def __str__(self) -> str:
-        parts = [self.format.name]
-        if self.format in (Format.int4, Format.int8):
-            parts.append(f"group {self.group_size}" if self.group_size > 0 else "per channel")
-            parts.append(self.convention.name if self.convention else "unknown convention")
-            if not self.symmetric:
-                parts.append("asymmetric")
-        elif self.format is Format.fp8:
-            parts.append(f"per {self.strategy}")
-        if self.scale_dtype != _SCALE_DTYPES[self.format]:
-            parts.append(f"{self.scale_dtype} scales")
-        return " ".join(parts)
+        words = [self.format, *self.spec.words(self)]
+        if self.scale_dtype != self.spec.scale_dtype:
+            words.append(f"{self.scale_dtype} scales")
+        return " ".join(words)

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 from runner import options
 from runner.errors import UserError
 from runner.limits import CHOICES, RANGE, walk
-from runner.models import FAMILIES
 from runner.schema import Config
-from runner.weights.transports import TRANSPORTS
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
-# Choices that stand in a registry.
-NAMED: dict[str, Iterable[str]] = {
-    "model.family": FAMILIES,
-    "rollout.weight_transport": TRANSPORTS,
-}
+LOOKED_UP = ("precision.train.format", "precision.rollout.format")  # other rules ask what it is
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
@@ -39,9 +33,10 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
 
 
 def within_ranges(cfg: Config) -> Config:
-    """A copy to ask the other rules with, which may divide by a number, count up to it, or ask an option what it is."""
+    """A copy to ask the other rules with, which divide by numbers, count up to them, look up a format, ask options."""
     copy = deepcopy(cfg)
     replaced = {key: number for key, number, _ in out_of_range(cfg)}
+    replaced |= {key: known[0] for key, _, known in _unknown(cfg) if key in LOOKED_UP}
     for key, holder, field in walk(copy):
         if key in replaced:
             setattr(holder, field.name, replaced[key])
@@ -56,14 +51,20 @@ def ranges(cfg: Config) -> Iterator[UserError]:
         yield problem
 
 
-def choices(cfg: Config) -> Iterator[UserError]:
+def _unknown(cfg: Config) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """(key, text, what it may be) of every text that names none of its choices."""
     for key, holder, field in walk(cfg):
-        known = tuple(NAMED[key]) if key in NAMED else field.metadata.get(CHOICES)
-        value = getattr(holder, field.name)
+        value, among = getattr(holder, field.name), field.metadata.get(CHOICES)
+        known = among() if among else None
         if known is not None and value is not None and value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            fix = f"{key}={close[0]}" if close else f"one of: {', '.join(known)}"
-            yield UserError(f"{value!r} is none of {', '.join(known)}", key=key, fix=fix)
+            yield key, value, known
+
+
+def choices(cfg: Config) -> Iterator[UserError]:
+    for key, value, known in _unknown(cfg):
+        close = difflib.get_close_matches(value, known, n=1)
+        fix = f"{key}={close[0]}" if close else f"one of: {', '.join(known)}"
+        yield UserError(f"{value!r} is none of {', '.join(known)}", key=key, fix=fix)
 
 
 def texts(cfg: Config) -> Iterator[UserError]:

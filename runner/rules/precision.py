@@ -7,15 +7,13 @@ from dataclasses import replace
 
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
-from runner.models.family import Parameter
+from runner.models.family import Cut, Parameter
 from runner.options import engine_layout, trainer_layout
+from runner.precision.formats import spec_of
+from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
 from runner.precision.plan import PrecisionPlan, quantized_roles
-from runner.schema import Config, Format, GridConfig, ModelConfig, QatPlacement, Role
+from runner.schema import Config, GridConfig, ModelConfig, QatPlacement, Role
 
-FIXED_GROUPS = {Format.fp8: 128, Format.mxfp4: 32, Format.nvfp4: 16}
-ROW_PARALLEL = ("o_proj", "down_proj")  # tensor parallelism cuts the input dimension of these, the output of the others
-KEY_VALUE = ("k_proj", "v_proj")
-REPLICATED = ("q_a_proj", "kv_a_proj_with_mqa")  # the down-projections of latent attention: every rank holds them whole
 TRAIN_ONLY = "int4_train"  # the control experiment that quantizes the trainer and not the engine
 
 
@@ -52,13 +50,13 @@ def weights_have_formats(cfg: Config) -> Iterator[UserError]:
 def grids_agree(cfg: Config) -> Iterator[UserError]:
     """Both sides compute with the same integers, except in the two control experiments."""
     train, rollout, name = cfg.precision.train, cfg.precision.rollout, cfg.precision.name
-    if train.format is Format.bf16 or name == TRAIN_ONLY:
+    if train.format == "bf16" or name == TRAIN_ONLY:
         return
-    if train.format is not rollout.format:
+    if train.format != rollout.format:
         yield UserError(
-            f"the trainer quantizes to {train.format.name}, the engine to {rollout.format.name}: two different policies",
+            f"the trainer quantizes to {train.format}, the engine to {rollout.format}: two different policies",
             key="precision.rollout.format",
-            fix=f"precision.rollout.format={train.format.name}, or as a control experiment precision={TRAIN_ONLY}",
+            fix=f"precision.rollout.format={train.format}, or as a control experiment precision={TRAIN_ONLY}",
         )
         return
     for field in ("group_size", "convention"):
@@ -75,10 +73,10 @@ def grids_agree(cfg: Config) -> Iterator[UserError]:
 def fixed_group_sizes(cfg: Config) -> Iterator[UserError]:
     grids: tuple[GridConfig, ...] = (cfg.precision.train, cfg.precision.rollout)
     for grid in grids:
-        fixed = FIXED_GROUPS.get(grid.format)
+        fixed = spec_of(grid.format).fixed_group
         if fixed is not None and grid.group_size != fixed:
             yield UserError(
-                f"{grid.format.name} has groups of {fixed} by definition, not {grid.group_size}",
+                f"{grid.format} has groups of {fixed} by definition, not {grid.group_size}",
                 key="precision.group_size",
                 fix="leave precision.group_size out, or choose precision=int4_qat",
             )
@@ -104,21 +102,19 @@ def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
 
 def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
     per_channel = grid.group_size < 1  # one scale for all inputs; an engine takes it as it is, a trainer computes it itself
-    if grid.format is Format.bf16 or (per_channel and side == "engine"):
+    if grid.format == "bf16" or (per_channel and side == "engine"):
         return
     cut: dict[tuple[str, int, int, int, bool], list[str]] = {}
     for parameter in sharded_weights(cfg):
         projection = parameter.name.split(".")[-2]
         shards = expert_shards if parameter.role is Role.routed_expert else tp
-        if projection in REPLICATED:
+        if parameter.cut is Cut.whole:
             continue
-        if projection in KEY_VALUE:  # more ranks than key/value heads hold copies
+        if parameter.cut is Cut.kv_heads:
             shards = min(shards, cfg.model.num_kv_heads)
-        row = projection in ROW_PARALLEL
+        row = parameter.cut is Cut.inputs
         size = parameter.shape[1] if row else parameter.shape[0]
-        unit = (
-            (size if per_channel else grid.group_size) if row else (FIXED_GROUPS[Format.fp8] if grid.format is Format.fp8 else 1)
-        )
+        unit = (size if per_channel else grid.group_size) if row else spec_of(grid.format).block_rows
         if shards > 1 and size % (shards * unit):
             cut.setdefault((parameter.role.name, size, shards, unit, row), []).append(projection)
     for (role, size, shards, unit, row), projections in cut.items():
@@ -161,7 +157,7 @@ def bad_roles(cfg: Config) -> bool:
 def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
     """Quantizing in place destroys the weight it reads, so there must be a master to return to."""
     precision = cfg.precision
-    if precision.train.format is Format.bf16 or precision.qat_placement is QatPlacement.forward:
+    if precision.train.format == "bf16" or precision.qat_placement is QatPlacement.forward:
         return
     wide = precision.base_dtype == "float32"
     if wide or not trainer_layout(cfg).masters:
@@ -182,9 +178,9 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
             fix="trainer.optimizer.cpu_offload=false or precision.fp8_param_gather=false",
         )
     for option in ("fp8_param_gather", "fp8_backward"):
-        if getattr(precision, option) and precision.train.format is not Format.fp8:
+        if getattr(precision, option) and precision.train.format != "fp8":
             yield UserError(
-                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}",
+                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}",
                 key=f"precision.{option}",
                 fix=f"precision=fp8, or precision.{option}=false",
             )
@@ -196,9 +192,9 @@ def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
     """torch's blockwise FP8 matmul: what of it can be known without a look at the GPU (fp8_matmul.py knows the rest)."""
     key, precision = "precision.fp8_matmul", cfg.precision
     back = f"{key}=simulated"
-    if precision.train.format is not Format.fp8:
+    if precision.train.format != "fp8":
         yield UserError(
-            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format.name}", key=key, fix=back
+            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}", key=key, fix=back
         )
         return
     if precision.qat_placement is QatPlacement.forward:
@@ -207,7 +203,7 @@ def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
         )
     if not known_model(cfg) or bad_roles(cfg):
         return
-    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FIXED_GROUPS[Format.fp8] for size in p.shape)}
+    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FP8_BLOCK for size in p.shape)}
     if shapes:
         shown = ", ".join(f"{p.role.name} {p.name.split('.')[-2]} {list(shape)}" for shape, p in shapes.items())
         yield UserError(f"FP8 matmuls need dimensions in multiples of 128: {shown}", key=key, fix=back)

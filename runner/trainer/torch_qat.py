@@ -17,11 +17,11 @@ from torch import nn
 
 from runner.errors import UserError
 from runner.models.family import Family
-from runner.precision.formats import Scales, encode, fused_scales, module_of, quantize_dequantize, quantize_dequantize_
+from runner.precision.codec import Scales, encode, fused_scales, module_of, quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
-from runner.schema import Format, ModelConfig
+from runner.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def export_weights(
         tensor_format, weight = layout.formats[name], weights[name]
         if not tensor_format.quantized:
             for piece in pieces:
-                yield ExportedTensor(piece.name, Format.bf16.name, {piece.name: piece.of(weight).detach()})
+                yield ExportedTensor(piece.name, "bf16", {piece.name: piece.of(weight).detach()})
         elif pieces[0].expert is None:
             scales = kept(name, None) or layout.fused_scales(name, weights.__getitem__).get(name)
             yield encode(pieces[0].name, weight, tensor_format, scales)

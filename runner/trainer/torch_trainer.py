@@ -25,7 +25,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.samples import Batch, Sample, WeightStream
-from runner.schema import Config, Format, QatPlacement, Role
+from runner.schema import Config, QatPlacement, Role
 from runner.trainer import attention, checkpoint, experts, microbatch, mtp, policy_step
 from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
@@ -102,7 +102,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         quantized = bool(self._train_layout.quantized)
         in_place = precision.qat_placement is QatPlacement.in_place and self.optimizer.has_masters
         self._in_place = quantized and in_place
-        if quantized and precision.train.format is Format.fp8:  # first: fake quantization wraps what it finds
+        if quantized and precision.train.format == "fp8":  # first: fake quantization wraps what it finds
             install_fp8_matmuls(self.model, self._train_layout, self.quantizer, precision, self.device)
         self._fake = ForwardFakeQuantization(self.model, self.quantizer) if quantized and not in_place else None
 

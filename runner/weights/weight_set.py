@@ -19,8 +19,8 @@ from safetensors import safe_open
 
 from runner import scratch, storage
 from runner.errors import UserError
+from runner.precision.formats import spec_of
 from runner.samples import ExportedTensor
-from runner.schema import Format
 from runner.weights.bits import Changes
 from runner.weights.files import write_tensors
 from runner.weights.stream import SealedTensor, sealed, wire_bytes
@@ -28,7 +28,6 @@ from runner.weights.stream import SealedTensor, sealed, wire_bytes
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
 PREFIX = "runner-weights-"
-BITS = {Format.int4.name: 4, Format.int8.name: 8, Format.fp8.name: 8, Format.mxfp4.name: 4, Format.nvfp4.name: 4}
 
 
 @dataclass
@@ -143,7 +142,8 @@ def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, 
 
 def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet | None) -> None:
     """Integers and scales of a quantized tensor that differ from those of the previous set."""
-    if previous is None or item.format not in BITS or item.name not in previous.parts:
+    form = spec_of(item.format)
+    if previous is None or not form.quantized or item.name not in previous.parts:
         return
     wanted = [part for part in item.parts if part in previous.location and not part.endswith("weight_shape")]
     for name, old in read_parts(previous, wanted):
@@ -151,4 +151,4 @@ def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet
         if old.shape != new.shape or old.dtype != new.dtype:
             continue
         kind = "scales" if "scale" in name.rpartition(".")[2] else "integers"
-        written.changes.count(kind, old, new, BITS[item.format] if kind == "integers" else 8 * new.element_size())
+        written.changes.count(kind, old, new, form.bits if kind == "integers" else 8 * new.element_size())

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from runner.errors import UserError
-from runner.precision.formats import quantize_dequantize
+from runner.precision.codec import quantize_dequantize
 from runner.routing.routes import RouteError
 from runner.samples import Batch
 from runner.schema import Config, Role

@@ -10,7 +10,7 @@ import torch
 
 from runner.errors import UserError
 from runner.precision import int4
-from runner.precision.formats import encode_all
+from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.schema import Config
 from runner.trainer.megatron import MegatronTrainer

@@ -13,7 +13,7 @@ import torch
 from runner import compose
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
-from runner.precision.formats import decode, encode
+from runner.precision.codec import decode, encode
 from runner.precision.plan import PrecisionPlan
 from runner.samples import ExportedTensor, Request, Sample, SamplingParams
 from runner.schema import Config

@@ -31,7 +31,7 @@ def test_latent_attention_computes_what_transformers_does_and_follows_its_weight
             check(cfg, pool, built)
         quantized = sum(form == "int4" for form in pool.describe()[0].formats.values())
         assert quantized == len(pool.plan.quantized)
-        assert (quantized > 0) == cfg.precision.rollout.format.name.startswith("int4")
+        assert (quantized > 0) == cfg.precision.rollout.format.startswith("int4")
     finally:
         pool.close()
 

@@ -14,7 +14,7 @@ from runner.models.family import Parameter
 from runner.options import EngineLayout, Option
 from runner.rules.parallelism import positive
 from runner.rules.precision import bad_roles, known_model, sharded_weights
-from runner.schema import Config, Format, Role, RolloutConfig
+from runner.schema import Config, Role, RolloutConfig
 
 SPECULATION = ("none", "ngram", "draft")
 INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
@@ -74,7 +74,7 @@ def cache(cfg: Config) -> Iterator[UserError]:
 
 def int4_matmul(cfg: Config) -> Iterator[UserError]:
     """torch's weight-only int4 matmul, which this engine decodes with, takes these shapes only."""
-    if cfg.precision.rollout.format is not Format.int4 or not known_model(cfg) or bad_roles(cfg):
+    if cfg.precision.rollout.format != "int4" or not known_model(cfg) or bad_roles(cfg):
         return
     group = cfg.precision.rollout.group_size
     if group not in INT4_GROUPS:

@@ -13,7 +13,6 @@ from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.model import EngineModel
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, int4_kernel_limits
 from runner.samples import ExportedTensor
-from runner.schema import Format
 from runner.weights.bits import Changes, same_bits
 from runner.weights.stream import SealedTensor, check, wire_bytes
 
@@ -85,7 +84,7 @@ class WeightStore:
         if item.name in seen:
             return [f"{item.name}: arrived twice in one session"]
         wanted = self.plan.format_of(item.name)
-        if item.format != wanted.format.name:
+        if item.format != wanted.format:
             return [f"{item.name}: arrived as {item.format}, the engine computes with {wanted}"]
         shape = tuple(self.plan.parameters[item.name].shape)
         if not wanted.quantized and tuple(item.parts[item.name].shape) != shape:
@@ -140,8 +139,8 @@ class WeightStore:
 
     def formats(self) -> dict[str, str]:
         """Format by HF name, of what is resident."""
-        plain = dict.fromkeys(self.model.others, Format.bf16.name)
-        return plain | {name: weight.format.format.name for name, weight in self.model.weights.items()}
+        plain = dict.fromkeys(self.model.others, "bf16")
+        return plain | {name: weight.format.format for name, weight in self.model.weights.items()}
 
     def _quantized(self) -> Iterator[ResidentWeight]:
         unique = {id(weight): weight for weight in self.model.weights.values()}
@@ -154,7 +153,7 @@ class WeightStore:
             {
                 int4_kernel_limits((sum(w.rows), w.columns), w.format, self.model.dtype, self.model.device)
                 for w in self._quantized()
-                if w.format.format is Format.int4 and w.kind == "transient"
+                if w.format.format == "int4" and w.kind == "transient"
             }
         )
         return {"kernels": dict(kinds), "int4_fallback": reasons}

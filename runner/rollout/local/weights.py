@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from runner.precision.formats import decode, integers, scales_of
+from runner.precision.codec import decode, integers, scales_of
 from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
-from runner.schema import Format
 from runner.weights.bits import same_bits
 
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)
@@ -159,10 +158,10 @@ class TransientWeight(ResidentWeight):
         for name in self.names:
             module = name.removesuffix(".weight")
             parts = {part: tensor for part, tensor in fresh.items() if part.startswith(module + ".")}
-            self.exported.append(ExportedTensor(name, self.format.format.name, parts))
+            self.exported.append(ExportedTensor(name, self.format.format, parts))
 
     def linear(self, x: torch.Tensor) -> torch.Tensor:
-        if self.format.format is Format.fp8:  # an FP8 matmul takes FP8 on both sides: 1 x 128 groups, scaled as they come
+        if self.format.format == "fp8":  # an FP8 matmul takes FP8 on both sides: 1 x 128 groups, scaled as they come
             x = quantize_dequantize_activations(x)
         weights = [decode(item, self.format) for item in self.exported]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
@@ -180,6 +179,6 @@ def resident_weight(
     """The way this engine computes with a weight of this format and shape."""
     if not tensor_format.quantized:
         return DenseWeight(names, rows, columns, dtype, device)
-    if tensor_format.format is Format.int4 and not int4_kernel_limits((sum(rows), columns), tensor_format, dtype, device):
+    if tensor_format.format == "int4" and not int4_kernel_limits((sum(rows), columns), tensor_format, dtype, device):
         return Int4Weight(names, rows, columns, tensor_format, device)
     return TransientWeight(names, rows, columns, tensor_format, device)

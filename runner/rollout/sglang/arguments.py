@@ -13,7 +13,7 @@ from typing import Any
 from runner.errors import UserError
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.schema import Config, Format
+from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
 Arguments = dict[str, Any]
@@ -125,7 +125,7 @@ def _speculation(cfg: Config) -> Arguments:
     if spec.method in ("draft", "eagle"):
         decided["speculative_draft_model_path"] = spec.draft_model
         decided["speculative_draft_load_format"] = "auto"  # its weights are its own and do not change
-    elif cfg.precision.rollout.format is not Format.bf16:
+    elif cfg.precision.rollout.format != "bf16":
         decided["speculative_draft_model_quantization"] = "unquant"  # multi-token-prediction layers never are
     return decided
 
@@ -192,7 +192,7 @@ def warnings(cfg: Config) -> list[str]:
             f"CUDA graphs are captured for up to {max(graphs)} sequences, but this run decodes up to {asked} at a time in each "
             f"engine: larger batches run without graphs, several times slower per step (rollout.cuda_graph_max_batch={asked})"
         )
-    if on_cpu(cfg) and cfg.precision.rollout.format is Format.fp8:
+    if on_cpu(cfg) and cfg.precision.rollout.format == "fp8":
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
     if cfg.speculative.method == "draft":
         found.append("SGLang 0.5.23 shows a draft model the text without its first token, so even an equal model misses some")

@@ -14,11 +14,17 @@ from runner.schema import Config, RolloutConfig
 MIB = 1024**2
 
 
+def transports() -> tuple[str, ...]:
+    from runner.weights.transports import TRANSPORTS
+
+    return tuple(TRANSPORTS)
+
+
 @dataclass
 class SglangRolloutConfig(RolloutConfig):
     memory_fraction: float = number(gt=0, le=1)  # of a GPU's memory, for weights and KV cache
     attention_backend: str = MISSING  # auto, or a name that SGLang knows
-    weight_transport: str = MISSING  # the name of one in weights/transports
+    weight_transport: str = one_of(among=transports)  # a file of weights/transports
     transfer_protocol: str = one_of("rdma", "tcp")  # of p2p
     transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
     pause_mode: str = one_of("abort", "retract", "in_place")

@@ -10,7 +10,7 @@ from runner.errors import UserError
 from runner.models.config_file import CONFIG, architectures_of, read_json
 from runner.rollout.sglang.config import settings
 from runner.rollout.sglang.interface import listen_address
-from runner.schema import Config, Format, Role
+from runner.schema import Config, Role
 from runner.weights.transports import TRANSPORTS
 
 REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCausalLM")  # of the families that runner knows
@@ -21,7 +21,7 @@ def live_updates(cfg: Config) -> Iterator[UserError]:
     live update of packed INT4 would be unpacked wrongly."""
     roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
     dense = [role.name for role in roles if role is not Role.routed_expert]
-    if cfg.precision.rollout.format is Format.int4 and dense and cfg.parallelism.rollout_gpus:
+    if cfg.precision.rollout.format == "int4" and dense and cfg.parallelism.rollout_gpus:
         yield UserError(
             f"SGLang 0.5.23 cannot update packed INT4 weights of {', '.join(dense)} while it runs",
             key="precision.roles",

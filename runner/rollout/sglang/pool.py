@@ -35,7 +35,7 @@ from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.routing.routes import RouteError
 from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, Format, Role
+from runner.schema import Config, Role
 from runner.weights.stream import SealedTensor
 from runner.weights.transports import TRANSPORTS, Site, Transport
 from runner.weights.weight_set import WeightSet
@@ -56,7 +56,7 @@ class SglangPool:
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
         self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
-        self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format is not Format.bf16
+        self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format != "bf16"
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
@@ -136,7 +136,7 @@ class SglangPool:
             on_gpus=not on_cpu(self._cfg),
             disk=(self._run_dir or self._scratch) / "weights",
             logs=self._logs,
-            needed_bytes=sum(_bytes_of(self.plan, name) for name in self._loaded),
+            needed_bytes=sum(self.plan.tensors[name].stored_bytes(self.plan.parameters[name].shape) for name in self._loaded),
             transfer_protocol=rollout.transfer_protocol,
             transfer_devices=rollout.transfer_devices,
         )
@@ -250,7 +250,7 @@ class SglangPool:
         for name, form in weights.formats.items():
             if name not in self.plan.tensors:
                 found.append(f"{name}: the precision plan has no such tensor")
-            elif form != self.plan.tensors[name].format.name:
+            elif form != self.plan.tensors[name].format:
                 found.append(f"{name}: arrived as {form}, the engine computes with {self.plan.tensors[name]}")
         return found
 
@@ -278,7 +278,7 @@ class SglangPool:
 
     def describe(self) -> list[EngineDescription]:
         """Formats as read back from every engine; `info`: what it says about itself."""
-        grid, plain = self._cfg.precision.rollout, dict.fromkeys(self.plan.tensors, Format.bf16.name)
+        grid, plain = self._cfg.precision.rollout, dict.fromkeys(self.plan.tensors, "bf16")
         return [
             EngineDescription(
                 formats=plain | answer["formats"],
@@ -359,10 +359,3 @@ def _problems(updates: list[EngineUpdate]) -> list[str]:
     if all(update.died for update in updates):
         found += [f"server {update.engine.server.index}: {update.died}" for update in updates]
     return found
-
-
-def _bytes_of(plan: PrecisionPlan, name: str) -> int:
-    count = 1
-    for size in plan.parameters[name].shape:
-        count *= size
-    return count * plan.tensors[name].bits // 8 + 1

@@ -8,10 +8,10 @@ from runner.errors import UserError
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
-from runner.schema import Config, Format
+from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
-CPU_FORMATS = (Format.bf16, Format.int4, Format.fp8)
+CPU_FORMATS = ("bf16", "int4", "fp8")
 
 
 def options(cfg: Config) -> Iterator[UserError]:
@@ -55,7 +55,7 @@ def formats(cfg: Config) -> Iterator[UserError]:
     chosen = cfg.precision.rollout.format
     if on_cpu(cfg) and chosen not in CPU_FORMATS:
         yield UserError(
-            f"the CPU twin of SGLang computes with {', '.join(f.name for f in CPU_FORMATS)}, not with {chosen.name}",
+            f"the CPU twin of SGLang computes with {', '.join(CPU_FORMATS)}, not with {chosen}",
             key="precision.rollout.format",
             fix="rollout=local, or precision=int4_qat",
         )

@@ -14,7 +14,7 @@ from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.models.agreement import Rope
 from runner.models.family import Family
-from runner.schema import Config, Format, ModelConfig
+from runner.schema import Config, ModelConfig
 from runner.trainer.megatron.config import MegatronTrainerConfig
 
 Arguments = dict[str, Any]
@@ -76,7 +76,7 @@ def environment(cfg: Config) -> dict[str, str]:
         threads = str(trainer_config(cfg).threads or 1)
         variables |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         variables["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's jit_fuser compiles every small function, minutes on a CPU
-    if cfg.precision.train.format is Format.fp8:
+    if cfg.precision.train.format == "fp8":
         variables["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] = "1"  # fp32 scales (amax / 448), as engines have on Hopper
     return variables
 
@@ -124,7 +124,7 @@ def transformer(cfg: Config) -> Arguments:
         arguments |= _experts(cfg)
     if model.kv_lora_rank:
         arguments |= _latent_attention(model)
-    if cfg.precision.train.format is Format.fp8 and Device.of(cfg).cuda:
+    if cfg.precision.train.format == "fp8" and Device.of(cfg).cuda:
         arguments |= _fp8(cfg)
     return arguments
 

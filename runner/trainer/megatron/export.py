@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from runner.models.family import Family
-from runner.precision.formats import encode
+from runner.precision.codec import encode
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.samples import ExportedTensor
@@ -39,9 +39,9 @@ def local_weights(
             if place.parameter:
                 yield encode(name, tensor, wanted)
             else:  # a router's selection bias keeps its dtype
-                yield ExportedTensor(name, bf16.format.name, {name: tensor})
+                yield ExportedTensor(name, bf16.format, {name: tensor})
     for name, tensor in carried.items() if dist.get_rank() == 0 else ():
-        yield ExportedTensor(name, bf16.format.name, {name: tensor.to(torch.bfloat16, copy=True)})
+        yield ExportedTensor(name, bf16.format, {name: tensor.to(torch.bfloat16, copy=True)})
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
 from runner.errors import UserError
-from runner.precision.formats import quantize_dequantize, quantize_dequantize_
+from runner.precision.codec import quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import ModelConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from runner.errors import UserError
 from runner.options import Rule
-from runner.schema import Config, Format, QatPlacement
+from runner.schema import Config, QatPlacement
 from runner.trainer.megatron.arguments import trainer_config
 
 
@@ -57,13 +57,13 @@ def quantization(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_matmul",
             fix="precision.fp8_matmul=simulated",
         )
-    if precision.train.format is Format.nvfp4:
+    if precision.train.format == "nvfp4":
         yield UserError(
             "NVFP4 has a scale over a whole weight, which Megatron fuses and divides",
             key="precision",
             fix="precision=mxfp4_qat or int4_qat, or trainer=torch",
         )
-    forward = precision.train.format is not Format.bf16 and precision.qat_placement is QatPlacement.forward
+    forward = precision.train.format != "bf16" and precision.qat_placement is QatPlacement.forward
     if forward and cfg.parallelism.gpus and trainer.gradient_accumulation_fusion:
         yield UserError(
             "a fake-quantized weight has no main_grad for the fused gradient accumulation",

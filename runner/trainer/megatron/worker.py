@@ -26,7 +26,7 @@ from runner.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.samples import Batch, ExportedTensor, Sample
-from runner.schema import Config, Format, QatPlacement
+from runner.schema import Config, QatPlacement
 from runner.trainer import policy_step
 from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat, sharded
 from runner.trainer.megatron.fp8 import simulate_fp8
@@ -78,7 +78,7 @@ class Worker(PolicyUpdates):
     def _build_quantization(self) -> qat.NoQuantization | qat.InPlaceQuantization:
         precision = self.cfg.precision
         plan = PrecisionPlan.build(self.cfg.model, precision, "train")
-        fp8 = precision.train.format is Format.fp8
+        fp8 = precision.train.format == "fp8"
         if not plan.quantized or (fp8 and self.device.type == "cuda"):  # there Transformer Engine quantizes in its matmuls
             return qat.NoQuantization(self.ddp, self.masters)
         quantized = qat.quantized_parameters(self.places, plan, self.cfg.model)
