@@ -1,6 +1,6 @@
 """SGLang's server arguments: golden files per recipe, options checked by name and kind, conflicts, warnings. Needs no SGLang.
 
-RUNNER_UPDATE_GOLDEN=1 pytest tests/test_sglang_arguments.py writes the golden files anew; read the diff before you commit it.
+Golden files: tests/goldens.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from runner.rollout.sglang.option_table import options, problem_of
 from runner.rules import sglang
 from runner.schema import Config, SglangRolloutConfig
 from runner.weights import transfer_engine
+from tests import goldens
 
 GOLDEN = Path(__file__).parent / "golden" / "sglang"
 RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
@@ -39,16 +40,12 @@ def test_every_recipe_gives_its_golden_arguments(recipe: str) -> None:
     if not isinstance(cfg.rollout, SglangRolloutConfig):
         cfg = load(f"recipe={recipe}", *CPU, *(["precision=int4_qat"] if "fp4" in cfg.precision.name else []))
     found = {"servers": arguments.num_engines(cfg), **arguments.server_arguments(cfg)}
-    path = GOLDEN / f"{recipe}.yaml"
-    if os.environ.get("RUNNER_UPDATE_GOLDEN"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(found, sort_keys=False))
-    assert found == yaml.safe_load(path.read_text())
+    goldens.check(GOLDEN / f"{recipe}.yaml", found, RECIPES[0])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_argument_is_an_option_of_sglang_with_a_value_of_its_kind(recipe: str) -> None:
-    for name, value in yaml.safe_load((GOLDEN / f"{recipe}.yaml").read_text()).items():
+    for name, value in goldens.read(GOLDEN / f"{recipe}.yaml").items():
         if name != "servers":
             assert problem_of(name, value) is None, name
 
