@@ -17,6 +17,7 @@ from runner.cluster import sweep
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
 from runner.tracking.tracker import JsonlTracker
+from tests.configs import composed
 
 # argv: folder, reward, mode. A job that leaves what a real run leaves.
 JOB = """
@@ -45,7 +46,7 @@ tracker.finish("completed", {}, "completed")
 
 def fake_load(outputs: Path):
     def load(overrides: list[str]) -> schema.Config:
-        cfg = schema.Config()
+        cfg = composed()
         cfg.outputs_dir = str(outputs)
         values = dict(item.split("=", 1) for item in overrides)
         cfg.seed = int(values.get("seed", 1))
