@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 
+import pytest
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from runner import compose
+from runner import compose, rules
+from runner.cli.overrides import parse
+from runner.cli.problems import groups
+from runner.errors import UserError, UserErrors
 from runner.schema import Config
 
+GROUPS = groups(compose.CONFIG_DIR)
 _CONFIGS: dict[str, Config] = {}
 
 
@@ -27,6 +35,30 @@ def composed(*overrides: str, **changes: object) -> Config:
             OmegaConf.update(raw, name, value)
         _CONFIGS[key] = compose.to_config(raw)
     return copy.deepcopy(_CONFIGS[key])
+
+
+def problems(*overrides: str) -> list[UserError]:
+    """What is wrong with a run of these overrides; a failure when nothing is.
+
+    The rules are asked about a changed copy of a composition, a tenth of compose.load's time; where they say nothing, or the
+    overrides do not fit the schema, compose.load is what must refuse them.
+    """
+    choices, changes = [], {}
+    for item in overrides:
+        parsed = parse(item)
+        if parsed is None or parsed.is_sweep_override() or parsed.type != OverrideType.CHANGE or parsed.key_or_group in GROUPS:
+            choices.append(item)
+        else:
+            changes[parsed.key_or_group] = parsed.value()
+    try:
+        found = rules.check(composed(*choices, **changes))
+    except (HydraException, OmegaConfBaseException, UserErrors, ValueError):
+        found = []
+    if not found:
+        with pytest.raises(UserErrors) as caught:
+            compose.load(list(overrides))
+        found = caught.value.errors
+    return found
 
 
 @functools.cache

@@ -95,6 +95,7 @@ def both() -> tuple[Gpus, Turns]:
     return gpus, Turns(FakeTrainer(gpus), FakePool(gpus))  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync(both: tuple[Gpus, Turns]) -> None:
     gpus, shared = both
     trainer, pool = shared.trainer, shared.pool
