@@ -63,8 +63,18 @@ def test_command_line_beats_model_recipe_and_scale() -> None:
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
+def test_every_model_composes_in_int4_and_fp8(model: str) -> None:
+    _compose(model, "int4_qat", "fp8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", OPTIONS["model"])
 def test_every_model_composes_with_every_precision(model: str) -> None:
-    for precision in OPTIONS["precision"]:
+    _compose(model, *OPTIONS["precision"])
+
+
+def _compose(model: str, *precisions: str) -> None:
+    for precision in precisions:
         cfg = compose.load([f"model={model}", f"precision={precision}", *EXTRA.get((model, precision), [])]).config
         assert (cfg.model.name, cfg.precision.name) == (model, precision)
 

@@ -203,6 +203,7 @@ def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: 
         sweep.Sweep(root, jobs, fake_command({})).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     driver = (
