@@ -22,20 +22,10 @@ import time
 
 import torch
 
-from runner import schema
+from runner import compose
 from runner.precision import kernels
 from runner.samples import Batch, Sample, Status
-from runner.schema import (
-    Config,
-    Convention,
-    Correction,
-    Estimator,
-    GridConfig,
-    LossAggregation,
-    ModelConfig,
-    QatPlacement,
-)
-from runner.trainer.torch.option import TorchTrainerConfig
+from runner.schema import Config, QatPlacement
 from runner.trainer.torch_trainer import TorchTrainer
 
 KINDS = {
@@ -47,45 +37,15 @@ KINDS = {
 
 def build_config(kind: str, args: argparse.Namespace) -> Config:
     fmt, placement = KINDS[kind]
-    grids = [GridConfig(format=fmt, group_size=32, convention=Convention.exact) for _ in range(2)]
-    optimizer = schema.OptimizerConfig(
-        lr=1e-4, lr_schedule="constant", lr_warmup_steps=0, lr_min_ratio=0.0, weight_decay=0.1, beta1=0.9, beta2=0.98,
-        eps=1e-8, clip_grad_norm=1.0, cpu_offload=False,
-    )  # fmt: skip
-    model = ModelConfig(
-        name="bench", family="qwen3_moe", hf_checkpoint=None, num_layers=args.layers,
-        hidden_size=args.hidden, ffn_size=2 * args.hidden, num_heads=4, num_kv_heads=2, head_dim=args.hidden // 4,
-        vocab_size=272, max_context_tokens=512, rope_theta=1e4, norm_eps=1e-6, tied_embeddings=True, attention_bias=False,
-        qk_norm=True, initializer_range=0.05, num_experts=8, experts_top_k=2, expert_ffn_size=args.hidden,
-        num_shared_experts=0, num_dense_layers=0, router_score="softmax", router_bias=False, routed_scaling_factor=1.0,
-        expert_groups=1, expert_groups_top_k=1,
-        q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0, v_head_dim=0, num_mtp_layers=0,
-        vision=False, toy_twin="tiny_moe",
-    )  # fmt: skip
-    return Config(
-        precision=schema.PrecisionConfig(
-            name=kind, group_size=32, convention=Convention.exact, roles=None, train=grids[0], rollout=grids[1],
-            qat_placement=placement, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False, fp8_param_gather=False,
-            cpu_matmul=schema.CpuMatmul.auto,
-        ),
-        trainer=TorchTrainerConfig(
-            _target_="runner.trainer.torch.TorchTrainer", name="torch", optimizer=optimizer,
-            max_tokens_per_gpu=args.micro_batch_tokens, recompute=args.recompute, max_nan_steps=3,
-            logprob_chunk_tokens=1 << 20, threads=args.threads, master_weights=True, device="auto",
-        ),
-        router_replay=schema.RouterReplayConfig(name="none", trainer=False, rollout=False),
-        speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
-        algorithm=schema.AlgorithmConfig(
-            name="grpo", estimator=Estimator.grpo, samples_per_prompt=8, prompts_per_step=8, updates_per_rollout=1,
-            normalize_by_std=True, clip_low=0.2, clip_high=0.28, dual_clip=0.0,
-            loss_aggregation=LossAggregation.token_mean, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
-            dynamic_sampling=False, max_resample_rounds=1, oversample_prompts=0, correction=Correction.none,
-            correction_low=0.5, correction_high=2.0,
-        ),
-        model=model,
-        steps=1000,
-        seed=1,
-    )  # fmt: skip
+    sizes = {"num_layers": args.layers, "hidden_size": args.hidden, "ffn_size": 2 * args.hidden, "head_dim": args.hidden // 4}
+    sizes |= {"expert_ffn_size": args.hidden, "max_context_tokens": 512}
+    changes = {f"model.{key}": value for key, value in sizes.items()}
+    changes |= {f"precision.{side}.format": fmt for side in ("train", "rollout")}
+    changes |= {"precision.qat_placement": placement.name, "trainer.max_tokens_per_gpu": args.micro_batch_tokens}
+    changes |= {"trainer.recompute": args.recompute, "trainer.threads": args.threads, "trainer.optimizer.lr": 1e-4, "steps": 1000}
+    groups = ["model=tiny_moe", "trainer=torch", "precision=int4_qat", "router_replay=none", "speculative=none"]
+    overrides = [*groups, *(f"{key}={value}" for key, value in changes.items())]
+    return compose.load(overrides, check_rules=False).config
 
 
 def build_batch(tokens: int, length: int = 64, prompt: int = 16) -> Batch:

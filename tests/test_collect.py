@@ -65,6 +65,7 @@ def test_groups_come_back_in_prompt_order_whatever_finished_first() -> None:
     assert rollout.metrics["rollout/zero_std"] == 0.5 and rollout.metrics["rollout/raw_reward"] == 0.75
 
 
+@pytest.mark.promise("oversampling with the dynamic filter")
 def test_dynamic_sampling_replaces_flat_groups_and_fills_up_when_rounds_run_out() -> None:
     rollout = collector(FakePool(), "algorithm.dynamic_sampling=true").collect(step=0)
     assert [group.prompt.prompt_id for group in rollout.groups] == ["0/0/1", "0/0/3", "0/1/1", "0/1/3"]
@@ -73,6 +74,7 @@ def test_dynamic_sampling_replaces_flat_groups_and_fills_up_when_rounds_run_out(
     assert [group.is_flat for group in short.groups] == [False, False, True, True]
 
 
+@pytest.mark.promise("oversampling with the dynamic filter")
 def test_oversampling_asks_for_more_and_keeps_what_carries_an_advantage() -> None:
     pool = FakePool()
     rollout = collector(pool, "algorithm.dynamic_sampling=true", "algorithm.oversample_prompts=8").collect(step=0)

@@ -96,6 +96,7 @@ def both() -> tuple[Gpus, TimeShared]:
     return gpus, TimeShared(FakeTrainer(gpus), FakePool(gpus))  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_a_step_hands_the_gpus_over_in_the_middle_of_the_sync(both: tuple[Gpus, TimeShared]) -> None:
     gpus, shared = both
     trainer, pool = shared.trainer, shared.pool

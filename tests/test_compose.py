@@ -1,11 +1,10 @@
 """Composition: every option and recipe is a valid config, recipes resolve to their golden files, laptop twins are toys.
 
-RUNNER_UPDATE_GOLDEN=1 pytest tests/test_compose.py writes the golden files anew; read the diff before you commit it.
+Golden files: tests/goldens.py.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.schema import Convention, Correction, ModelConfig
 from runner.searchpath import CONFIG_DIR, groups
 from runner.trainer.megatron.config import MegatronTrainerConfig
+from tests import goldens
 
 GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = "qwen3_30b_int4"
 OPTIONS = groups()
 RECIPES = [name for name in OPTIONS["recipe"] if name != "none"]
 BIG = [name for name in OPTIONS["model"] if not name.startswith("tiny")]
@@ -79,8 +80,18 @@ def test_command_line_beats_model_recipe_and_scale() -> None:
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
+def test_every_model_composes_in_int4_and_fp8(model: str) -> None:
+    _compose(model, "int4_qat", "fp8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", OPTIONS["model"])
 def test_every_model_composes_with_every_precision(model: str) -> None:
-    for precision in OPTIONS["precision"]:
+    _compose(model, *OPTIONS["precision"])
+
+
+def _compose(model: str, *precisions: str) -> None:
+    for precision in precisions:
         cfg = compose.load([f"model={model}", f"precision={precision}", *EXTRA.get((model, precision), ("", []))[1]]).config
         assert (cfg.model.name, cfg.precision.name) == (model, precision)
 
@@ -139,19 +150,18 @@ def test_every_parallelism_composes_with_a_model_it_is_for(option: str) -> None:
     assert compose.load(overrides).config.parallelism.name == option
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["none", PUBLISHED, *(name for name in RECIPES if name != PUBLISHED)])
 def test_recipes_resolve_to_their_golden_files(recipe: str) -> None:
+    """`none`, the default run, stands there in full."""
     loaded = compose.load([f"recipe={recipe}"])
     assert loaded.config.recipe == recipe
-    text = compose.to_yaml(loaded.raw, resolve=True)
-    file = GOLDEN / f"{recipe}.yaml"
-    if os.environ.get("RUNNER_UPDATE_GOLDEN"):
-        file.write_text(text)
-    assert yaml.safe_load(text) == yaml.safe_load(file.read_text())
+    near_default = recipe == PUBLISHED or recipe.startswith("laptop")
+    base = None if recipe == "none" else "none" if near_default else PUBLISHED
+    goldens.check(GOLDEN / f"{recipe}.yaml", yaml.safe_load(compose.to_yaml(loaded.raw, resolve=True)), base)
 
 
 def test_no_golden_file_is_left_over() -> None:
-    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == RECIPES
+    assert sorted(file.stem for file in GOLDEN.glob("*.yaml")) == sorted([*RECIPES, "none"])
 
 
 @pytest.mark.parametrize("model", BIG)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -346,6 +345,7 @@ def test_a_config_that_never_ends(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "target")
 
 
+@pytest.mark.timeout(200)  # a guard: unguarded, one of these takes longer than the universe is old
 @pytest.mark.parametrize("pattern", [r"re:(a|a)*$", r"re:((\w+)+\.?)+X", r"re:(.*)*(.*)*(.*)*X", r"re:(\w*\.*)*\1Z"])
 @pytest.mark.parametrize("key", ["ignore", "targets"])
 def test_a_pattern_that_never_ends(source: Path, tmp_path: Path, pattern: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,9 +363,7 @@ def test_a_pattern_that_never_ends(source: Path, tmp_path: Path, pattern: str, k
             quantization["config_groups"]["group_0"]["targets"] = [pattern]
 
     edit_config(tmp_path / "int4", edit)
-    started = time.process_time()
     assert main(["audit", str(tmp_path / "int4"), str(tmp_path / "int4")]) in (0, 1, 2)
-    assert time.process_time() - started < 60  # unguarded, one of these takes longer than the universe is old
 
 
 @pytest.mark.parametrize("pattern", ["re:(", "re:[", "re:*", "re:(?<a>x"])

@@ -219,6 +219,7 @@ def test_a_failed_conversion_resumes_and_ends_with_the_same_bytes(tmp_path: Path
         assert (target / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_leaves_no_checkpoint_and_resumes(tmp_path: Path) -> None:
     config = model("qwen3_moe", num_experts=32, num_layers=6)
     source, target = tmp_path / "source", tmp_path / "target"
@@ -500,6 +501,7 @@ def test_fp16_and_fp32_sources_are_rounded_once(tmp_path: Path) -> None:
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_under_twice_the_largest_shard(tmp_path: Path) -> None:
     """Two shards of 100 MB, few huge weights in each, in a process of its own; growth over the imported libraries."""
     config = model("qwen3", num_layers=2, hidden_size=1024, ffn_size=16384)

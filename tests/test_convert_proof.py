@@ -10,7 +10,6 @@ import pytest
 import torch
 from convert_sources import model, read_all, write_shards, write_source
 from test_convert import assert_same, default_roles, run
-from trainer_configs import DENSE, MLA, MOE, batch, config
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from runner.models import family_of
@@ -20,6 +19,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Convention, ModelConfig
 from runner.trainer.torch_trainer import TorchTrainer
+from tests.trainer_configs import DENSE, MLA, MOE, batch, config
 
 GRIDS = {
     "exact_32": TensorFormat.int4(32, Convention.exact),

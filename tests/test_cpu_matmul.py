@@ -137,7 +137,7 @@ def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_goes_by_instructions_then_by_measurement(
     monkeypatch: pytest.MonkeyPatch, instructions: bool, ratio: float, expected: CpuMatmul
 ) -> None:
-    monkeypatch.setattr(cpu_matmul, "_INHERITED", None)
+    monkeypatch.delenv(cpu_matmul.VARIABLE, raising=False)
     monkeypatch.setattr(cpu_matmul, "has_bf16_instructions", lambda: instructions)
     monkeypatch.setattr(cpu_matmul, "measure", lambda: ratio)
     way, reason = cpu_matmul.choose(CpuMatmul.auto)

@@ -9,22 +9,18 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from planner_configs import config, local, megatron, parallelism, precision, sglang, torch_trainer
 from rich.console import Console
 
 from runner.doctor import machine
 from runner.doctor.findings import Finding, Status, show
-from runner.schema import Config, CpuMatmul, TrackingConfig
+from runner.schema import Config, CpuMatmul
+from tests.configs import composed
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def laptop(outputs: Path) -> Config:
-    par = parallelism(0, rollout_gpus=0, gpus_per_engine=0)
-    cfg = config("tiny_moe", par, prec=precision(group_size=32), rollout=local(), trainer=torch_trainer(), gpus_per_node=0)
-    cfg.outputs_dir, cfg.cluster.launcher, cfg.cluster.host_memory_gib = str(outputs), "local", 1.0
-    cfg.tracking = TrackingConfig(name="wandb", wandb_mode="offline", project="p", entity=None, group=None, tags=[])
-    return cfg
+    return composed(outputs_dir=str(outputs), **{"cluster.host_memory_gib": 1.0})
 
 
 def found(cfg: Config) -> dict[str, Finding]:
@@ -54,7 +50,7 @@ def test_a_wrong_pin_and_a_missing_package_are_named(tmp_path: Path, monkeypatch
 
 def test_missing_gpus_fail_here_and_warn_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    cfg = config("qwen3_30b", parallelism(8, tp=4, ep=8), trainer=megatron(), rollout=sglang())
+    cfg = composed("recipe=qwen3_30b_int4")
     cfg.cluster.launcher = "local"
     (here,) = machine.devices(cfg)
     assert here.status is Status.fail and "wanted 8" in here.found and "scale=laptop" in here.fix
@@ -65,7 +61,7 @@ def test_missing_gpus_fail_here_and_warn_on_a_cluster(tmp_path: Path, monkeypatc
 
 def test_engines_and_trainers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "has_module", lambda name: False)
-    cfg = config("qwen3_30b", parallelism(8), trainer=megatron(), rollout=sglang())
+    cfg = composed("recipe=qwen3_30b_int4")
     findings = {f.name: f for f in machine.optional_parts(cfg)}
     assert findings["megatron-core"].status is findings["sglang"].status is Status.fail
     assert "triton" in findings["optional parts"].found and findings["optional parts"].status is Status.ok

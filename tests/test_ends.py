@@ -130,6 +130,7 @@ def test_no_end_or_a_wrong_one_is_refused(
     assert caught.value.key == key and caught.value.fix
 
 
+@pytest.mark.slow
 def test_a_run_ends_its_samples_there_says_so_and_keeps_the_file(published: Path, tmp_path: Path) -> None:
     """Also the case of ../shared/cases/end_of_turn.py: half of all byte tokens end a turn."""
     checkpoint(published, tmp_path / "copy", generation=HALF)

@@ -32,6 +32,7 @@ from runner.routing.replay import RouterReplay
 from runner.schema import Convention, ModelConfig, Role
 from runner.searchpath import groups
 from runner.trainer import mtp
+from tests.configs import composed
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -97,7 +98,7 @@ def test_what_differs_or_is_not_computed_is_said_before_a_run(
     config = folder_of(tmp_path / "source", model(family), **changes)
     found = list(agreement.problems(config, family_of(config), agreement.local_config(config) or {}))
     assert [error.key for error in found] == [key] and said in str(found[0])
-    cfg = compose.load(["precision=bf16"], check_rules=False).config
+    cfg = composed("precision=bf16")
     cfg.model = config
     assert any(error.key == key and said in str(error) for error in rules.check(cfg))
     with pytest.raises(UserError, match=said.replace("(", r"\(")[:20]):

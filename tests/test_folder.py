@@ -18,10 +18,11 @@ from runner.rules.names import run_name
 from runner.tracking import folder as files
 from runner.tracking.tracker import CompositeTracker, JsonlTracker, LateTracker, StatusTracker
 from runner.trainer.megatron.ranks import LocalRanks
+from tests.configs import composed
 
 
 def config(outputs: Path, name: str | None = None, resume: Path | None = None) -> schema.Config:
-    cfg = schema.Config()
+    cfg = composed()
     cfg.outputs_dir, cfg.run_name, cfg.resume = str(outputs), name, str(resume) if resume else None
     return cfg
 

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from trainer_configs import MOE, batch, config
 
 from runner import preflight
 from runner.errors import UserError, UserErrors
 from runner.precision import fp8, fp8_matmul
 from runner.schema import Role
 from runner.trainer.torch_trainer import TorchTrainer
+from tests.trainer_configs import MOE, batch, config
 
 # every dimension a multiple of 128
 WIDE = {

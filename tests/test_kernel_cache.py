@@ -51,6 +51,7 @@ def activate(copy: Path, tmp_path: Path) -> tuple[float, int, int]:
     return float(value), int(hits), int(misses)
 
 
+@pytest.mark.slow
 def test_an_edited_helper_compiles_its_callers_in_other_files_anew(copy: Path, tmp_path: Path) -> None:
     silu = pytest.approx(1 / (1 + 2.718281828**-1), rel=1e-6)
     assert activate(copy, tmp_path) == (silu, 0, 1)

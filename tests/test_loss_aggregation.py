@@ -11,7 +11,7 @@ import torch
 
 from runner.algorithms.aggregation import loss_weights
 from runner.samples import Batch
-from runner.schema import Estimator, LossAggregation, RolloutConfig, SamplingConfig
+from runner.schema import Estimator, LossAggregation
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.trainer_configs import batch, config
 
@@ -67,7 +67,7 @@ def _trainer(aggregation: LossAggregation, tokens: int, **changes: object) -> To
             "trainer.max_tokens_per_gpu": tokens,
             "precision.base_dtype": "float32",
             "algorithm.loss_aggregation": aggregation,
-            "rollout": RolloutConfig(sampling=SamplingConfig(max_response_tokens=16)),
+            "rollout.sampling.max_response_tokens": 16,
             **changes,
         }
     )

@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from trainer_configs import DENSE, batch, config
 
 from runner.schema import Config, QatPlacement
 from runner.trainer.torch_trainer import TorchTrainer
+from tests.trainer_configs import batch, config, model
 
-MTP = {**DENSE, "name": "tiny_mtp", "family": "mimo", "qk_norm": False, "attention_bias": True, "num_mtp_layers": 1}
 ONLINE: dict[str, object] = {"speculative.online_training": True, "speculative.mtp_loss_coef": 0.2}
 FP32: dict[str, object] = {"precision.base_dtype": "float32", "precision.qat_placement": QatPlacement.forward, "format": "bf16"}
 
 
 def mtp_config(layers: int = 1, **changes: object) -> Config:
-    return config({**MTP, "num_mtp_layers": layers}, **changes)
+    return config(model("tiny_mtp", num_mtp_layers=layers), **changes)
 
 
 def weights(trainer: TorchTrainer) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
 
 from runner import compose
 from runner.cli import overrides
@@ -20,11 +21,12 @@ HARD = st.text(st.sampled_from("a1.e'\"\\${}[](),=: ~ü实🚀!`#;|&"), min_size
 
 
 def composed(text: str, key: str = "tracking.project") -> object:
-    raw = compose.compose_raw(compose.readable([text]))
-    config = compose.to_config(raw)
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
+    return OmegaConf.select(typed(text), key)
+
+
+def typed(*texts: str) -> DictConfig:
+    """The config as the program uses it, in which keys can be looked up."""
+    return OmegaConf.structured(compose.to_config(compose.compose_raw(compose.readable(list(texts)))))
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,9 +42,8 @@ def test_a_written_override_reads_back_through_shell_and_hydra(value: str) -> No
 
 @pytest.mark.parametrize("value", ["12e4567", "1_1_1", "true", "1e5", "-7", "nan", "0x10", "2026-11-28", "3.10", "no", "1_"])
 def test_texts_that_look_like_numbers_stay_what_was_typed(value: str) -> None:
-    assert composed(f"run_name={value}", "run_name") == value
-    assert composed(f"tracking.tags=[a,{value}]", "tracking.tags") == ["a", value]
-    assert composed(f"++tracking.project={value}") == value
+    found = typed(f"run_name={value}", f"tracking.tags=[a,{value}]", f"++tracking.project={value}")
+    assert (found.run_name, found.tracking.tags, found.tracking.project) == (value, ["a", value], value)
 
 
 def test_null_numbers_and_quoted_texts_keep_their_meaning() -> None:

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from planner_configs import MODELS, config, local, megatron, parallelism, precision, sglang, torch_trainer
 from rich.console import Console
 
 from runner.compose import load_config
@@ -30,21 +29,38 @@ from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
 from runner.precision.tensor_format import TensorFormat
 from runner.schema import Config, Convention, QatPlacement, Role
+from tests.configs import composed
+
+# Every activation is kept, and the optimizer's states lie on the GPU.
+KEPT = {"trainer.recompute": "none", "trainer.optimizer.cpu_offload": False}
+APART = {"parallelism.colocate": False, "cluster.gpus_per_node": 8}
+RECIPES = {
+    "qwen3_4b": "qwen3_4b_fp8",
+    "qwen3_30b": "qwen3_30b_int4",
+    "qwen3_235b": "qwen3_235b_int4",
+    "moonlight_16b": "moonlight_16b_int4",
+    "kimi_k2_thinking": "kimi_k2_int4",
+}
 
 
-def qwen3_30b(**kwargs: object) -> Config:
-    return config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=1), **kwargs)
+def config(model: str, *overrides: str, **changes: object) -> Config:
+    """The recipe of a published run; changes as in tests.configs.composed."""
+    return composed(f"recipe={RECIPES[model]}", *overrides, **changes)
 
 
-def kimi(**kwargs: object) -> Config:
-    par = parallelism(256, tp=8, pp=8, cp=4, ep=32, last_stage_layers=5, engine_ep=8)
-    return config("kimi_k2_thinking", par, **{"rollout": sglang(16384, memory_fraction=0.85), **kwargs})
+def qwen3_30b(*overrides: str, **changes: object) -> Config:
+    return config("qwen3_30b", *overrides, **changes)
 
 
-def tiny(**kwargs: object) -> Config:
-    par = parallelism(0, rollout_gpus=0, gpus_per_engine=0)
-    defaults = {"prec": precision(group_size=32), "rollout": local(), "trainer": torch_trainer(), "host_memory_gib": 16.0}
-    return config("tiny_moe", par, **{**defaults, **kwargs})
+def kimi(*overrides: str, **changes: object) -> Config:
+    return config("kimi_k2_thinking", *overrides, **{"rollout.memory_fraction": 0.85, **changes})
+
+
+def parallelism(gpus: int, **fields: object) -> dict[str, object]:
+    """Changes: a layout of `gpus`, everything 1 that is not given."""
+    values = dict.fromkeys(("tp", "pp", "cp", "ep", "etp", "engine_ep", "gpus_per_engine"), 1)
+    values |= {"gpus": gpus, "ranks": gpus, "rollout_gpus": gpus, "last_stage_layers": None}
+    return {f"parallelism.{key}": value for key, value in (values | fields).items()}
 
 
 # ---- parameters
@@ -61,7 +77,7 @@ def tiny(**kwargs: object) -> Config:
     ],
 )
 def test_totals_are_the_published_ones(name: str, total: int, active: float) -> None:
-    inventory = take_inventory(config(name, parallelism(8), prec=precision("bf16")))
+    inventory = take_inventory(config(name, "precision=bf16"))
     assert inventory.total == pytest.approx(total, rel=1e-5)
     assert inventory.active == pytest.approx(active, rel=0.01)
 
@@ -107,13 +123,13 @@ def test_stored_bytes_are_those_of_real_tensors() -> None:
 
 
 def test_kimi_int4_checkpoint_is_594_gb() -> None:
-    cfg = kimi(prec=precision(group_size=32))
+    cfg = kimi()
     assert stream_bytes(cfg, take_inventory(cfg)) / 1e9 == pytest.approx(594, rel=0.01)
 
 
 def test_shares_of_all_ranks_cover_the_model_once() -> None:
     """Summed over stages, what the ranks of one model replica hold is the model plus only what is replicated."""
-    cfg = config("qwen3_235b", parallelism(64, tp=4, pp=4, cp=2, ep=16, last_stage_layers=22, engine_ep=8))
+    cfg = config("qwen3_235b")
     inventory = take_inventory(cfg)
     shares = [state_shares(cfg, inventory, stage) for stage in range(4)]
     experts = inventory.by_role()[Role.routed_expert]
@@ -138,7 +154,7 @@ def test_stage_layers() -> None:
 
 def test_optimizer_states_by_hand() -> None:
     """qwen3_30b on 8 GPUs, TP 4, EP 8: experts lie once over the 8 ranks, dense parts twice over groups of 4."""
-    cfg = qwen3_30b()
+    cfg = qwen3_30b(**{"trainer.optimizer.cpu_offload": False})
     train = next(p for p in plan_memory(cfg, take_inventory(cfg)).phases if p.name == "train")
     experts = 48 * 128 * 3 * 768 * 2048 // 8
     vocab = 2 * 2048 * 152064 // 4  # padded to 128 * tp
@@ -152,7 +168,7 @@ def test_optimizer_states_by_hand() -> None:
 
 
 def test_cpu_offload_moves_the_optimizer_to_the_host() -> None:
-    on_gpu, offloaded = (qwen3_30b(trainer=megatron(offload)) for offload in (False, True))
+    on_gpu, offloaded = (qwen3_30b(**{"trainer.optimizer.cpu_offload": offload}) for offload in (False, True))
     inventory = take_inventory(on_gpu)
     gpu = {p.name: p for p in plan_memory(offloaded, inventory).phases}
     before = {p.name: p for p in plan_memory(on_gpu, inventory).phases}
@@ -163,7 +179,7 @@ def test_cpu_offload_moves_the_optimizer_to_the_host() -> None:
 
 def test_activations_by_hand() -> None:
     """One dense layer type, no parallelism: bytes per token worked out from the list in the docstring."""
-    cfg = config("qwen3_4b", parallelism(1, gpus_per_engine=1), trainer=megatron(recompute="none"))
+    cfg = config("qwen3_4b", **parallelism(1), **{"trainer.recompute": "none"})
     attention = 2 * 2 * 2560 + 2 * (2 * (32 + 8) * 128 + (8 + 32) * 128) + 4 * 32
     mlp = 2 * 2 * 2560 + 2 * 3 * 9728
     assert activation_bytes(cfg, 0, 1000) == 36 * (attention + mlp) * 1000
@@ -187,8 +203,8 @@ def test_activations_are_those_that_autograd_keeps(name: str, recompute: str) ->
         sizes |= {"num_experts": 8, "experts_top_k": 2, "expert_ffn_size": 512}
     tokens, kept, planned = 256, [], []
     for layers in (1, 2):
-        cfg = config(name, parallelism(1, gpus_per_engine=1), trainer=torch_trainer(recompute=recompute))
-        cfg.model = replace(MODELS[name], **sizes, num_layers=layers, hf_checkpoint=None)
+        cfg = config(name, "trainer=torch", **parallelism(1), **{"trainer.recompute": recompute})
+        cfg.model = replace(cfg.model, **sizes, num_layers=layers, hf_checkpoint=None)
         model = build_model(cfg.model, dtype=torch.bfloat16, seed=0, experts=experts.NAME).train()
         install_recompute(model, recompute)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -219,21 +235,20 @@ def _without_layers(cfg: Config) -> Config:
 def test_recompute_sequence_parallel_and_stages_order_activations() -> None:
     sizes = []
     for recompute in ("none", "selective", "full"):
-        cfg = qwen3_30b(trainer=megatron(recompute=recompute))
+        cfg = qwen3_30b(**{"trainer.recompute": recompute})
         sizes.append(activation_bytes(cfg, 0, 8192))
     assert sizes[0] > sizes[1] > sizes[2]
     scattered = qwen3_30b()
     whole = copy.deepcopy(scattered)
     whole.parallelism.sequence_parallel = False
     assert activation_bytes(whole, 0, 8192) > activation_bytes(scattered, 0, 8192)
-    staged = config("qwen3_30b", parallelism(8, tp=2, pp=4, ep=2, gpus_per_engine=1))
+    staged = qwen3_30b(**parallelism(8, tp=2, pp=4, ep=2))
     by_stage = [activation_bytes(staged, stage, 8192) for stage in range(4)]
     assert by_stage == sorted(by_stage, reverse=True) and by_stage[0] > by_stage[3]
 
 
 def test_fake_quantization_in_the_forward_costs_memory_and_in_place_does_not() -> None:
-    in_place = qwen3_30b(trainer=megatron(recompute="none"))
-    forward = qwen3_30b(trainer=megatron(recompute="none"), prec=precision(qat_placement=QatPlacement.forward))
+    in_place, forward = (qwen3_30b(**KEPT, **{"precision.qat_placement": where}) for where in ("in_place", "forward"))
     inventory = take_inventory(in_place)
     first = {cfg.precision.qat_placement: plan_memory(cfg, inventory).phases[0].items for cfg in (in_place, forward)}
     experts = 48 * 128 * 3 * 768 * 2048 // 8
@@ -244,7 +259,7 @@ def test_fake_quantization_in_the_forward_costs_memory_and_in_place_does_not() -
 def test_kv_cache_bytes() -> None:
     assert kv_bytes_per_token(qwen3_30b()) == 48 * 2 * 4 * 128 * 2
     assert kv_bytes_per_token(kimi()) == 61 * (512 + 64) * 2, "latent attention: whole on every GPU"
-    spread = config("qwen3_235b", parallelism(64, tp=4, ep=16, gpus_per_engine=8, engine_ep=8))
+    spread = config("qwen3_235b")
     assert kv_bytes_per_token(spread) == 94 * 2 * 1 * 128 * 2, "8 GPUs cannot cut 4 heads below one"
     spread.precision.kv_cache = "fp8_e4m3"
     assert kv_bytes_per_token(spread) == 94 * 2 * 128
@@ -259,7 +274,7 @@ def test_engine_weights_by_hand() -> None:
 
 
 def test_kimi_int4_fits_an_engine_of_8_h200_and_bf16_does_not() -> None:
-    int4, bf16 = kimi(prec=precision(group_size=32)), kimi(prec=precision("bf16"))
+    int4, bf16 = kimi(), kimi("precision=bf16")
     assert plan_memory(int4, take_inventory(int4)).fits
     plan = plan_memory(bf16, take_inventory(bf16))
     assert not plan.fits
@@ -268,21 +283,14 @@ def test_kimi_int4_fits_an_engine_of_8_h200_and_bf16_does_not() -> None:
 
 
 def test_published_recipes_fit() -> None:
-    recipes = [
-        qwen3_30b(trainer=megatron(True)),
-        config("qwen3_235b", parallelism(64, tp=4, pp=4, cp=2, ep=16, last_stage_layers=22, engine_ep=8), trainer=megatron(True)),
-        config("moonlight_16b", parallelism(4, tp=2, ep=4, gpus_per_engine=4), rollout=sglang(4096)),
-        kimi(prec=precision(group_size=32)),
-        config("qwen3_4b", parallelism(8, tp=2, gpus_per_engine=2), prec=precision("fp8")),
-    ]
-    for cfg in recipes:
+    for cfg in map(config, RECIPES):
         assert not placement_problems(cfg)
         assert plan_memory(cfg, take_inventory(cfg)).fits, cfg.model.name
 
 
 def test_longest_sequence_decides_the_micro_batch() -> None:
-    cfg = qwen3_30b(trainer=megatron(max_tokens_per_gpu=4096))
-    assert micro_batch_tokens(cfg) == 1024 + 8192
+    cfg = qwen3_30b(**{"trainer.max_tokens_per_gpu": 4096})
+    assert micro_batch_tokens(cfg) == 2048 + 8192
     cfg.parallelism.cp = 4
     assert micro_batch_tokens(cfg) == 4096
     cfg.model = copy.copy(cfg.model)
@@ -291,11 +299,11 @@ def test_longest_sequence_decides_the_micro_batch() -> None:
 
 
 def test_cpu_run_is_one_process_with_everything_in_it() -> None:
-    cfg = tiny()
+    cfg = composed()
     (run,) = plan_memory(cfg, take_inventory(cfg)).phases
     assert run.where == "host" and {"weights", "fp32 masters", "KV cache", "engine weights", "activations"} <= set(run.items)
     assert run.items["KV cache"] == 64 * 512 * 4 * 2 * 2 * 32 * 2
-    assert not plan_memory(tiny(host_memory_gib=0.5), take_inventory(cfg)).fits
+    assert not plan_memory(composed(**{"cluster.host_memory_gib": 0.5}), take_inventory(cfg)).fits
 
 
 def test_cpu_engines_are_counted_with_their_ranks() -> None:
@@ -335,28 +343,28 @@ def test_coordinates_are_a_bijection_in_both_views() -> None:
 
 
 def test_engines_share_gpus_or_follow_the_trainer() -> None:
-    together = place(config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=2)))
+    together = place(qwen3_30b(**{"parallelism.gpus_per_engine": 2}))
     assert [p.engine for p in together] == [0, 0, 1, 1, 2, 2, 3, 3] and [p.rank for p in together] == list(range(8))
-    apart = place(config("qwen3_30b", parallelism(8, tp=4, ep=8, gpus_per_engine=8, colocate=False), nodes=2))
+    apart = place(qwen3_30b(**APART, **{"parallelism.gpus_per_engine": 8, "cluster.nodes": 2}))
     assert [p.rank for p in apart] == [*range(8), *[None] * 8]
     assert [p.engine for p in apart] == [*[None] * 8, *[0] * 8] and [p.node for p in apart] == [0] * 8 + [1] * 8
 
 
 def test_too_few_gpus_is_a_problem() -> None:
-    (problem,) = placement_problems(config("qwen3_30b", parallelism(8, tp=4, ep=8, colocate=False), nodes=1))
+    (problem,) = placement_problems(qwen3_30b(**APART))
     assert "16 GPUs are needed" in problem and "= 8" in problem
 
 
 def test_route_bytes() -> None:
-    assert route_bytes_per_step(qwen3_30b()) == 256 * (1024 + 8192 - 1) * 48 * 8
-    assert route_bytes_per_step(kimi()) == 256 * (1024 + 16384 - 1) * 60 * 8 * 2, "384 experts need two bytes; one dense layer"
+    assert route_bytes_per_step(qwen3_30b()) == 32 * 8 * (2048 + 8192 - 1) * 48 * 8
+    assert route_bytes_per_step(kimi()) == 128 * 8 * (2048 + 16384 - 1) * 60 * 8 * 2, "384 experts: two bytes; one dense layer"
     without = qwen3_30b()
     without.router_replay.rollout = False
     assert route_bytes_per_step(without) == 0
 
 
 def test_sync_ratio_and_transports() -> None:
-    cfg = kimi(prec=precision(group_size=32))
+    cfg = kimi()
     inventory = take_inventory(cfg)
     stream = stream_bytes(cfg, inventory)
     assert bf16_stream_bytes(cfg, inventory) / stream == pytest.approx(3.45, rel=0.01)
@@ -369,7 +377,7 @@ def test_sync_ratio_and_transports() -> None:
 
 
 def test_proposals_fit_when_applied() -> None:
-    cfg = qwen3_30b(trainer=megatron(recompute="none"), rollout=sglang(32768))
+    cfg = qwen3_30b(**KEPT, **{"rollout.sampling.max_response_tokens": 32768})
     cfg.cluster.gpu_memory_gib = 80.0
     inventory = take_inventory(cfg)
     assert not plan_memory(cfg, inventory).fits
@@ -389,13 +397,13 @@ def test_proposals_fit_when_applied() -> None:
 
 
 def test_no_proposal_where_nothing_helps() -> None:
-    cfg = kimi(prec=precision(group_size=32))
+    cfg = kimi()
     cfg.cluster.gpu_memory_gib = 6.0
     assert what_would_fit(cfg, take_inventory(cfg)) == []
 
 
 def test_largest_max_tokens_is_the_border() -> None:
-    cfg = qwen3_30b(trainer=megatron(recompute="none"), rollout=sglang(2048))
+    cfg = qwen3_30b(**KEPT, **{"rollout.sampling.max_response_tokens": 2048})
     cfg.cluster.gpu_memory_gib = 100.0
     inventory = take_inventory(cfg)
     best = largest_max_tokens(cfg, inventory)
@@ -415,14 +423,14 @@ def run_plan(cfg: Config) -> tuple[int, str]:
 
 
 def test_output_and_exit_codes() -> None:
-    code, text = run_plan(qwen3_30b(trainer=megatron(True)))
+    code, text = run_plan(qwen3_30b())
     assert code == 0 and "FITS" in text and "30.53 B parameters, 3.35 B active" in text and "\x1b" not in text
     assert "Placement (8 GPUs" in text and "96.0 KiB per token" in text
-    code, text = run_plan(kimi(prec=precision("bf16")))
+    code, text = run_plan(kimi("precision=bf16"))
     assert code == 1 and "DOES NOT FIT: rollout on GPU" in text and "precision=int4_qat" in text
-    code, text = run_plan(tiny())
+    code, text = run_plan(composed())
     assert code == 0 and "the CPU" in text and "Placement" not in text
-    code, text = run_plan(config("qwen3_30b", parallelism(8, tp=4, ep=8, colocate=False), nodes=1))
+    code, text = run_plan(qwen3_30b(**APART))
     assert code == 1 and "16 GPUs are needed" in text
 
 
@@ -441,5 +449,4 @@ def test_gib_of_an_h200_engine_leaves_room() -> None:
     cfg = qwen3_30b()
     plan = plan_memory(cfg, take_inventory(cfg))
     assert plan.engine_weights / GIB == pytest.approx(16.8, abs=0.2)
-    assert plan.kv.sequences == int(139.8 * GIB * 0.7 - plan.engine_weights) // (48 * 2 * 4 * 128 * 2) // 9216
-    assert set(MODELS) >= {cfg.model.name}
+    assert plan.kv.sequences == int(139.8 * GIB * 0.7 - plan.engine_weights) // (48 * 2 * 4 * 128 * 2) // 10240

@@ -11,6 +11,7 @@ import pytest
 from runner.cli.overrides import parse, readable, shell
 from runner.compose import load
 from runner.errors import UserError, UserErrors
+from tests.configs import problems
 
 # overrides, key of the problem, part of the problem, part of the fix
 BAD: list[tuple[str, str, str, str]] = [
@@ -196,7 +197,7 @@ def problems_of(overrides: list[str]) -> list[UserError]:
 
 @pytest.mark.parametrize(("overrides", "key", "problem", "fix"), BAD, ids=[case[0] for case in BAD])
 def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
-    found = problems_of(overrides.split())
+    found = problems(*overrides.split())
     about = [error for error in found if error.key == key]
     assert about, f"no problem is about {key}:\n" + "\n".join(map(str, found))
     told = Counter(error.key for error in found)
@@ -220,7 +221,7 @@ OVERRIDE = re.compile(r"^\+?[a-z_]+(\.\w+)*=\S*")
 )
 def test_fixes_can_be_typed_into_a_shell(overrides: str) -> None:
     """What a shell makes of the override in a fix is one word, and readable."""
-    for error in problems_of(overrides.split()):
+    for error in problems(*overrides.split()):
         words = [word for word in shlex.split(error.fix or "") if OVERRIDE.match(word)]
         for word in words:
             shown = word.rstrip("?,")

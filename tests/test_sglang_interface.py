@@ -60,6 +60,7 @@ def test_a_router_that_is_not_installed_is_found_before_the_start(monkeypatch: p
     assert "make setup-sglang" in str(caught.value)
 
 
+@pytest.mark.promise("torch's rendezvous and gloo listen on every interface")
 @pytest.mark.parametrize("host", [LOOPBACK, *(address for _, address in OUTSIDE[:1])])
 def test_a_broadcast_listens_on_its_address_alone(host: str) -> None:
     """The store and gloo's own sockets; torch's defaults are every interface, and whatever the host name resolves to."""

@@ -61,6 +61,7 @@ def test_shards_and_copies_are_right(share: Share) -> None:
     assert problems(share) == []
 
 
+@pytest.mark.promise("engines of several ranks: shards, experts and transports")
 @pytest.mark.parametrize(
     ("share", "message"),
     [

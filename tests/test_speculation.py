@@ -87,6 +87,7 @@ def fits(pool: LocalPool, built: torch.nn.Module, temperature: float, samples: i
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "temperature"), [("none", 1.0), ("ngram", 1.0), ("draft", 1.0), ("ngram", 0.6), ("draft", 0.6)]
 )
@@ -98,6 +99,7 @@ def test_joint_distribution_is_the_targets(method: str, temperature: float) -> N
         assert metrics["rollout/spec_proposed_tokens"] > 1_000 and 0.02 < metrics["rollout/spec_accept_rate"] < 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "temperature"),
     [

@@ -18,6 +18,7 @@ from runner.cli.sweep import summary, supervise
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
 from runner.tracking.tracker import JsonlTracker
+from tests.configs import composed
 
 # argv: folder, reward, mode. A job that leaves what a real run leaves.
 JOB = """
@@ -46,7 +47,7 @@ tracker.finish("completed", {}, "completed")
 
 def fake_load(outputs: Path):
     def load(overrides: list[str]) -> schema.Config:
-        cfg = schema.Config()
+        cfg = composed()
         cfg.outputs_dir = str(outputs)
         values = dict(item.split("=", 1) for item in overrides)
         cfg.seed = int(values.get("seed", 1))
@@ -203,6 +204,7 @@ def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: 
         supervise.Sweep(root, jobs, fake_command({})).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     driver = (

@@ -57,6 +57,7 @@ def sync(failures: int, probe: list[torch.Tensor]) -> tuple[Any, Trainer, Pool, 
     return WeightSync(trainer, pool, probe, tracker), trainer, pool, tracker  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("a failed sync is tried again, then stops the run")
 def test_a_sync_that_fails_is_tried_again_with_everything() -> None:
     syncing, trainer, pool, tracker = sync(1, [torch.arange(4), torch.arange(6)])
     metrics = syncing()
@@ -66,6 +67,7 @@ def test_a_sync_that_fails_is_tried_again_with_everything() -> None:
     assert metrics["probe/logprob_abs_diff"] == 0.25 and metrics["perf/update_weights_wire_bytes"] == 100
 
 
+@pytest.mark.promise("a failed sync is tried again, then stops the run")
 def test_the_run_stops_with_the_tensors_name_when_the_retry_fails_too() -> None:
     syncing, _, pool, tracker = sync(ATTEMPTS, [])
     with pytest.raises(UserError, match=r"(?s)version 3 did not arrive intact.*model\.layers\.0\.mlp: bytes differ"):

@@ -20,16 +20,11 @@ from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.tracking import console, folder
 from runner.tracking.tracker import CompositeTracker, JsonlTracker, StatusTracker, build_tracker
 from runner.trainer.megatron.config import MegatronTrainerConfig
+from tests.configs import composed
 
 
 def tracking_config(**tracking: object) -> schema.Config:
-    cfg = schema.Config()
-    cfg.steps, cfg.seed, cfg.resume = 4, 1, None
-    cfg.precision.cpu_matmul = schema.CpuMatmul.auto
-    cfg.tracking = schema.TrackingConfig("test", "disabled", "project", None, None, ["tag"])
-    for key, value in tracking.items():
-        setattr(cfg.tracking, key, value)
-    return cfg
+    return composed("tracking=none", steps=4, **{f"tracking.{key}": value for key, value in tracking.items()})
 
 
 # ---- metrics.jsonl
@@ -231,11 +226,11 @@ def test_a_failing_tracker_does_not_keep_the_others_open(tmp_path: Path) -> None
 
 def test_no_wandb_import_when_disabled(tmp_path: Path) -> None:
     script = (
-        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; from test_tracking import tracking_config;"
-        "from runner.tracking.tracker import build_tracker; t=build_tracker(tracking_config(), Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from tests.configs import composed;"
+        "from runner.tracking.tracker import build_tracker; t=build_tracker(composed('tracking=none'), Path(sys.argv[1]));"
         "t.log(0,{'a':1.0}); t.finish('completed',{}); print('wandb' in sys.modules)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "False"
     assert {"metrics.jsonl", "status.json", "environment.json", "resolved.yaml", "report.html"} <= {

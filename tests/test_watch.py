@@ -13,10 +13,12 @@ from runner import schema
 from runner.errors import UserError
 from runner.tracking.tracker import JsonlTracker
 from runner.watch import Watcher, diagnose
+from tests.configs import composed
 
 MISMATCH = "train/train_rollout_logprob_abs_diff"
 ROUTING = {"mismatch/quantization_abs": 0.01, "mismatch/routing_abs": 0.05, "mismatch/numerics_abs": 0.002}
 QUANTIZATION = {"mismatch/quantization_abs": 0.06, "mismatch/routing_abs": 0.01, "mismatch/numerics_abs": 0.002}
+FIXED: dict[str, Any] = {"trainer.optimizer.lr": 1e-3, "rollout.sampling.max_response_tokens": 32}  # that remedies change
 NUMERICS = {"mismatch/quantization_abs": 0.0, "mismatch/routing_abs": 0.0, "mismatch/numerics_abs": 0.004}
 
 
@@ -25,17 +27,8 @@ def rule(metric: str, **changes: Any) -> schema.WatchRuleConfig:
 
 
 def config(*, baseline: str | None = None, window: int = 4, r3: bool = True, **rules: schema.WatchRuleConfig) -> schema.Config:
-    cfg = schema.Config()
-    cfg.outputs_dir = "outputs"
+    cfg = composed("model=tiny_moe", "precision=int4_qat", f"router_replay={'r3' if r3 else 'none'}", **FIXED)
     cfg.watch = schema.WatchConfig(baseline, window, dict(rules))
-    cfg.model.num_experts = 8
-    cfg.router_replay = schema.RouterReplayConfig("r3" if r3 else "none", r3, r3)
-    grid = schema.GridConfig("int4", 32, schema.Convention.exact)
-    cfg.precision.group_size, cfg.precision.train, cfg.precision.rollout = 32, grid, grid
-    cfg.trainer.optimizer.lr = 1e-3
-    cfg.algorithm.correction, cfg.algorithm.dynamic_sampling = schema.Correction.none, False
-    cfg.algorithm.clip_high, cfg.algorithm.entropy_coef = 0.28, 0.0
-    cfg.rollout.sampling.max_response_tokens = 32
     return cfg
 
 

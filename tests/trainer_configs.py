@@ -1,82 +1,45 @@
-"""A tiny Config for the trainer's tests, written out so that the tests do not move with conf/."""
+"""The trainer's tests run conf/'s tiny models made smaller still, with few tokens and a high learning rate."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 
-from runner import schema
 from runner.samples import Batch, Sample, Status, WeightSpan
-from runner.schema import (
-    Config,
-    Convention,
-    Correction,
-    Estimator,
-    GridConfig,
-    LossAggregation,
-    ModelConfig,
-    QatPlacement,
-)
-from runner.trainer.torch.option import TorchTrainerConfig
+from runner.schema import Config
+from tests.configs import composed
 
-MOE: dict[str, object] = dict(  # noqa: C408
-    name="tiny_moe", family="qwen3_moe", hf_checkpoint=None, num_layers=2, hidden_size=32,
-    ffn_size=64, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=272, max_context_tokens=128, rope_theta=1e4,
-    norm_eps=1e-6, tied_embeddings=True, attention_bias=False, qk_norm=True, initializer_range=0.1, num_experts=4,
-    experts_top_k=2, expert_ffn_size=32, num_shared_experts=0, num_dense_layers=0, router_score="softmax",
-    router_bias=False, routed_scaling_factor=1.0, expert_groups=1,
-    expert_groups_top_k=1, q_lora_rank=0, kv_lora_rank=0, qk_nope_head_dim=0, qk_rope_head_dim=0,
-    v_head_dim=0, num_mtp_layers=0, vision=False, toy_twin="tiny_moe",
-)  # fmt: skip
-DENSE = {**MOE, "name": "tiny_dense", "family": "qwen3", "num_experts": 0, "experts_top_k": 0, "expert_ffn_size": 0}
-DENSE["num_dense_layers"] = 2
-MLA = {
-    **MOE, "name": "tiny_mla", "family": "deepseek", "num_layers": 3, "num_heads": 2, "num_kv_heads": 2, "qk_norm": False,
-    "num_shared_experts": 1, "num_dense_layers": 1, "router_score": "sigmoid", "router_bias": True,
-    "routed_scaling_factor": 2.5, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "tied_embeddings": False,
+SMALL: dict[str, object] = {
+    "num_layers": 2, "hidden_size": 32, "ffn_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+    "max_context_tokens": 128, "rope_theta": 1e4, "tied_embeddings": True, "initializer_range": 0.1,
 }  # fmt: skip
 
 
-def config(model: dict[str, object] = MOE, **changes: object) -> Config:
-    """`changes` set dotted keys, for example `**{"algorithm.kl_coef": 0.1}`; `format` sets train and rollout formats."""
-    fmt = str(changes.pop("format", "int4"))
-    train, rollout = (GridConfig(format=fmt, group_size=32, convention=Convention.exact) for _ in range(2))
-    optimizer = schema.OptimizerConfig(
-        lr=1e-2, lr_schedule="constant", lr_warmup_steps=0, lr_min_ratio=0.0, weight_decay=0.1, beta1=0.9, beta2=0.98,
-        eps=1e-8, clip_grad_norm=1.0, cpu_offload=False,
-    )  # fmt: skip
-    cfg = Config(
-        precision=schema.PrecisionConfig(
-            name="test", group_size=32, convention=Convention.exact, roles=None, train=train, rollout=rollout,
-            qat_placement=QatPlacement.in_place, base_dtype="bfloat16", kv_cache="bf16", fp8_backward=False,
-            fp8_matmul="simulated",
-            fp8_param_gather=False,
-            cpu_matmul=schema.CpuMatmul.auto,
-        ),
-        trainer=TorchTrainerConfig(
-            _target_="runner.trainer.torch.TorchTrainer", name="torch", optimizer=optimizer, max_tokens_per_gpu=96,
-            recompute="none", max_nan_steps=3, logprob_chunk_tokens=4096, threads=1, master_weights=True, device="cpu",
-        ),
-        router_replay=schema.RouterReplayConfig(name="none", trainer=False, rollout=False),
-        speculative=schema.SpeculativeConfig(name="none", method="none", online_training=False, mtp_loss_coef=0.0),
-        algorithm=schema.AlgorithmConfig(
-            name="grpo", estimator=Estimator.grpo, samples_per_prompt=4, prompts_per_step=2, updates_per_rollout=1,
-            normalize_by_std=True, clip_low=0.2, clip_high=0.28, dual_clip=0.0,
-            loss_aggregation=LossAggregation.token_mean, kl_coef=0.0, kl_estimator="k3", entropy_coef=0.0,
-            dynamic_sampling=False, max_resample_rounds=1, oversample_prompts=0, correction=Correction.none,
-            correction_low=0.5, correction_high=2.0,
-        ),
-        model=ModelConfig(**model),
-        steps=10,
-        seed=3,
-    )  # fmt: skip
-    for key, value in changes.items():
-        target: object = cfg
-        *path, last = key.split(".")
-        for part in path:
-            target = getattr(target, part)
-        setattr(target, last, value)
-    return cfg
+def model(name: str, **changes: object) -> dict[str, object]:
+    """The fields of conf/model/<name>.yaml, with SMALL and `changes` on top."""
+    return asdict(composed(f"model={name}").model) | SMALL | changes
+
+
+MOE = model("tiny_moe", num_experts=4, expert_ffn_size=32)
+DENSE = model("tiny_dense")
+MLA = model(
+    "tiny_mla", num_layers=3, num_kv_heads=2, head_dim=24, num_experts=4, expert_ffn_size=32, tied_embeddings=False,
+    kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+FEW: dict[str, object] = {
+    "steps": 10, "seed": 3, "algorithm.samples_per_prompt": 4, "algorithm.prompts_per_step": 2, "precision.group_size": 32,
+    "trainer.optimizer.lr": 1e-2, "trainer.optimizer.beta2": 0.98, "trainer.max_tokens_per_gpu": 96, "trainer.threads": 1,
+    "trainer.logprob_chunk_tokens": 4096,
+}  # fmt: skip
+
+
+def config(model: dict[str, object] = MOE, trainer: str = "torch", **changes: object) -> Config:
+    """`changes` are those of tests.configs.composed; `format` sets train and rollout formats."""
+    formats = dict.fromkeys(("precision.train.format", "precision.rollout.format"), changes.pop("format", "int4"))
+    device = {"trainer.device": "cpu"} if trainer == "torch" else {}
+    overrides = (f"trainer={trainer}", "router_replay=none", "speculative=none")
+    return composed(*overrides, **{"model": model, **formats, **FEW, **device, **changes})
 
 
 def batch(cfg: Config, size: int = 8, seed: int = 0, *, routes: bool = False) -> Batch:

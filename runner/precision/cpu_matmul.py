@@ -24,7 +24,6 @@ import torch
 from runner.schema import CpuMatmul
 
 VARIABLE = "RUNNER_CPU_MATMUL"  # how a process tells its children which way it took
-_INHERITED = os.environ.get(VARIABLE)
 SLOWER = 2.0  # native is left where it takes this many times as long; what lies between may differ from start to start
 _SHAPE = (512, 128, 256)
 _ROUNDS = 3
@@ -68,8 +67,8 @@ def choose(wanted: CpuMatmul) -> tuple[CpuMatmul, str]:
     """(native or widened, why). What a parent process took comes first, so that all processes of a run give the same bits."""
     if wanted is not CpuMatmul.auto:
         return wanted, "asked for (precision.cpu_matmul)"
-    if _INHERITED:
-        return CpuMatmul[_INHERITED], "as the process that started this one"
+    if inherited := os.environ.get(VARIABLE):
+        return CpuMatmul[inherited], "as the process that started this one"
     if has_bf16_instructions():
         return CpuMatmul.native, "the CPU has bf16 instructions"
     ratio = measure()

@@ -1,12 +1,11 @@
 """The one function from config to Megatron's arguments: golden files for every recipe, and the arguments that matter by name.
 
-Torch-free and GPU-free: this file runs in `make test`. `RUNNER_WRITE_GOLDEN=1` writes the files anew.
+Torch-free and GPU-free: this file runs in `make test`. Golden files: tests/goldens.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from runner import compose
 from runner.errors import UserError
 from runner.schema import Config
 from runner.trainer.megatron import arguments
+from tests import goldens
 from tests.megatron_trainer.configs import megatron_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,12 +35,8 @@ def _megatron_recipes() -> list[str]:
 def test_golden_arguments_of_every_recipe(recipe: str) -> None:
     cfg = _load(f"recipe={recipe}")
     assert cfg.trainer.name == "megatron", "a recipe of another trainer needs no golden file"
-    text = json.dumps(arguments.everything(cfg), indent=1, sort_keys=True) + "\n"
-    path = GOLDEN / f"{recipe}.json"
-    if os.environ.get("RUNNER_WRITE_GOLDEN"):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    assert path.read_text() == text
+    found = json.loads(json.dumps(arguments.everything(cfg)))  # lists instead of tuples
+    goldens.check(GOLDEN / f"{recipe}.yaml", found, _megatron_recipes()[0])
 
 
 def test_arguments_import_neither_torch_nor_megatron() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runner.models.vocabulary import PAD_ID
-from runner.schema import Config, Correction, Estimator, LossAggregation, QatPlacement, RolloutConfig, SamplingConfig
+from runner.schema import Config, Correction, Estimator, LossAggregation, QatPlacement
 from runner.trainer.torch_trainer import TorchTrainer
 from tests.megatron_trainer.configs import LAYOUTS, MODELS, megatron_config
 from tests.megatron_trainer.scenario import Result, assert_close, batch, megatron, run
@@ -129,7 +129,7 @@ def test_a_divided_step_has_the_gradient_of_the_whole_one(
         "algorithm.loss_aggregation": aggregation,
         "algorithm.kl_coef": 0.05,
         "algorithm.entropy_coef": 0.01,
-        "rollout": RolloutConfig(sampling=SamplingConfig(max_response_tokens=16)),
+        "rollout.sampling.max_response_tokens": 16,
         **FP32,
         **DESCENT,
     }

@@ -38,6 +38,7 @@ def run(tmp_path: Path, name: str, *overrides: str, program: tuple[str, ...] = (
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.promise("the program itself runs, in bf16 and packed INT4, and taking turns changes nothing")
 def test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing(tmp_path: Path) -> None:
     plain = {name: run(tmp_path, name, f"precision={name}") for name in ("bf16", "int4_qat")}
     for steps in plain.values():

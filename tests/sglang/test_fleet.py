@@ -101,6 +101,7 @@ async def chosen(fleet: Fleet, what: Generation) -> int:
     return fleet.engines.index(engine)  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("load is balanced by outstanding tokens, a prompt's group stays together")
 def test_load_is_balanced_by_outstanding_tokens_not_by_requests() -> None:
     async def run() -> list[int]:
         fleet = ready_fleet(FakeClient(), FakeClient())
@@ -110,6 +111,7 @@ def test_load_is_balanced_by_outstanding_tokens_not_by_requests() -> None:
     assert asyncio.run(run()) == [0, 1, 1, 1, 1]  # one long prompt weighs as much as many short ones
 
 
+@pytest.mark.promise("load is balanced by outstanding tokens, a prompt's group stays together")
 def test_a_prompts_group_stays_together_until_its_engine_is_far_busier() -> None:
     async def run() -> list[int]:
         fleet = ready_fleet(FakeClient(), FakeClient())
@@ -128,6 +130,7 @@ def test_only_engines_with_the_current_weights_are_chosen() -> None:
     assert asyncio.run(run()) == [1, 1, 1]
 
 
+@pytest.mark.promise("retries with backoff, then a failed sample with its reason")
 def test_a_failed_request_is_tried_again_and_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     real = asyncio.sleep
@@ -146,12 +149,14 @@ def test_a_failed_request_is_tried_again_and_counted_once(monkeypatch: pytest.Mo
     assert fleet.engines[0].outstanding == 0
 
 
+@pytest.mark.promise("retries with backoff, then a failed sample with its reason")
 def test_a_request_that_fails_too_often_is_a_failed_sample_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
     sample = asyncio.run(ready_fleet(FakeClient(EngineFailure("no answer within 5 s"))).complete(generation()))
     assert sample.status is Status.failed and "no answer within 5 s" in sample.finish_reason and sample.response_length == 0
 
 
+@pytest.mark.promise("logprobs that are no numbers are a failure")
 def test_a_logprob_that_is_no_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang answers null for NaN and goes on generating."""
     monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
@@ -165,6 +170,7 @@ def test_a_logprob_that_is_no_number_is_a_failure(monkeypatch: pytest.MonkeyPatc
             asyncio.run(ready_fleet(FakeClient(scored)).score([5, 6]))
 
 
+@pytest.mark.promise("partial rollouts: kept prefix, spans per token and per row of routes")
 def test_an_aborted_request_goes_on_from_what_it_kept() -> None:
     client = FakeClient(reply([7, 8], "abort", "3.1"), reply([9, 4], "length", "4.2"))
     sample = asyncio.run(ready_fleet(client).complete(generation(room=4)))
@@ -175,6 +181,7 @@ def test_an_aborted_request_goes_on_from_what_it_kept() -> None:
     assert [(span.version, span.start, span.stop) for span in sample.weight_spans] == [(3, 0, 2), (4, 2, 4)]
 
 
+@pytest.mark.promise("tensor and distributed updates are refused outside of a session")
 @pytest.mark.parametrize(("mode", "flush"), [("abort", True), ("retract", True), ("in_place", False)])
 def test_an_update_is_a_session_between_pause_and_resume_and_flushes(tmp_path: Path, mode: str, flush: bool) -> None:
     client = FakeClient()
@@ -188,6 +195,7 @@ def test_an_update_is_a_session_between_pause_and_resume_and_flushes(tmp_path: P
     assert fleet.engines[0].synced == fleet.updates == 2
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_engines_give_their_memory_back_and_take_it_around_a_load(tmp_path: Path) -> None:
     """A server that is not idle would end itself; the caches come back before the flush that commits."""
     client = FakeClient()
@@ -211,6 +219,7 @@ def test_engines_give_their_memory_back_and_take_it_around_a_load(tmp_path: Path
     assert [call[1] for call in client.calls if call[0] == "take_memory"] == [("weights",), ("kv_cache", "cuda_graph")]
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +251,7 @@ def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
 WEIGHTS = {"digests": {"a": "x"}, "parts": {"a": ["a"]}, "formats": {"a": "bf16"}}
 
 
+@pytest.mark.promise("versions are monotonic")
 def test_labels_of_updates_always_grow(tmp_path: Path) -> None:
     """The trainer's version may begin anew (a restart from a checkpoint); SGLang's label must not come twice."""
     client = FakeClient()
@@ -252,6 +262,7 @@ def test_labels_of_updates_always_grow(tmp_path: Path) -> None:
     assert labels == ["5.2", "6.3", "2.4", "6.5"] and [fleets.version_of_label(text) for text in labels] == [5, 6, 2, 6]
 
 
+@pytest.mark.promise("a failed sync is tried again, then stops the run")
 @pytest.mark.parametrize(("action", "answer"), [("load", {"arrived": 0}), ("check", {"checked": 0})])
 def test_an_engine_that_saw_less_than_was_sent_is_a_problem_and_stays_paused(
     tmp_path: Path, action: str, answer: dict[str, int]
@@ -281,6 +292,7 @@ async def revived(fleet: Fleet, start: Callable[[Any], Awaitable[None]], index: 
     return engine
 
 
+@pytest.mark.promise("a server that loads weights is not taken for hanging; one that does not come back is tried again")
 def test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken(tmp_path: Path) -> None:
     async def run(failures: int) -> tuple[Any, int]:
         fleet, starts = ready_fleet(FakeClient(), FakeClient()), []
@@ -302,6 +314,7 @@ def test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken(tmp_pat
     assert not engine.up and "no more processes" in str(engine.broken) and starts == fleets.RESTARTS
 
 
+@pytest.mark.promise("a server that loads weights is not taken for hanging; one that does not come back is tried again")
 def test_an_engine_that_loads_weights_is_not_taken_for_hanging() -> None:
     """Its scheduler gives no sign of life meanwhile."""
 
@@ -326,6 +339,7 @@ def test_an_engine_that_loads_weights_is_not_taken_for_hanging() -> None:
     assert asyncio.run(run(synced=1)) >= 1
 
 
+@pytest.mark.promise("a hanging server is started again")
 def test_an_engine_that_hangs_in_an_update_is_started_again(tmp_path: Path) -> None:
     class Hanging(FakeClient):
         async def pause(self, mode: str) -> None:
@@ -347,6 +361,7 @@ def test_an_engine_that_hangs_in_an_update_is_started_again(tmp_path: Path) -> N
     assert [engine.synced for engine in fleet.engines] == [fleet.updates] * 2 and fleet.counters["restarts"] == 1
 
 
+@pytest.mark.promise("a hanging server is started again")
 def test_a_server_that_never_answers_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     class Silent(FakeServer):
         title = "SGLang server 0"
@@ -382,6 +397,7 @@ def site(folder: Path, **changes: Any) -> Site:
     return dataclasses.replace(there, **changes)
 
 
+@pytest.mark.promise("a pause by abort looks once a second whether requests ended")
 def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tmp_path: Path) -> None:
     """Its pause looks once a second; the fleet knows when they are back."""
 
@@ -412,6 +428,7 @@ def test_running_requests_are_aborted_before_sglangs_own_pause_waits_for_them(tm
     assert sample.response_length == 4 and took < 0.5
 
 
+@pytest.mark.promise("a rejected update leaves the broadcasting side hanging until its timeout")
 def test_an_engine_that_refuses_a_broadcast_does_not_leave_the_driver_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +453,7 @@ def test_an_engine_that_refuses_a_broadcast_does_not_leave_the_driver_waiting(
     assert answers[0].problems == ["load: no"] and fleet.engines[0].synced == 0
 
 
+@pytest.mark.promise("retries with backoff, then a failed sample with its reason")
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [

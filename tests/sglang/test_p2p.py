@@ -102,6 +102,7 @@ def read_by(weights: WeightSet, endpoint: Endpoint, names: list[str], ranks: int
     return asyncio.run(run())
 
 
+@pytest.mark.promise("transports")
 @needs_mooncake
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_every_rank_reads_the_same_bits(weights: WeightSet, endpoint: Endpoint, ranks: int) -> None:
@@ -125,6 +126,7 @@ def test_a_rank_that_cannot_read_stops_all_ranks(weights: WeightSet, endpoint: E
     )
 
 
+@pytest.mark.promise("transports")
 @needs_mooncake
 def test_memory_is_out_of_reach_when_the_action_is_over(weights: WeightSet, endpoint: Endpoint) -> None:
     """The same process reads here: what a registration allows does not depend on who asks."""

@@ -10,6 +10,7 @@ import torch
 pytestmark = pytest.mark.sglang
 
 
+@pytest.mark.promise("the CPU's parts refuse to load beside CUDA")
 @pytest.mark.parametrize("part", ["cpu", "quantization"])
 def test_the_twins_parts_refuse_to_load_beside_cuda(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sglang", reason="make setup-sglang")

@@ -26,6 +26,7 @@ def test_greedy_tokens_equal_transformers_generate(running: Any) -> None:
         assert samples[request.prompt_id, 0].tokens.tolist() == reference[0].tolist()
 
 
+@pytest.mark.promise("logprobs come after the temperature")
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_routes_equal_transformers(running: Any, temperature: float) -> None:
     built = running.fresh()
@@ -78,6 +79,7 @@ def test_status_and_limits(running: Any) -> None:
         list(running.pool.generate([dataclasses.replace(long, tokens=(5,) * 256)]))
 
 
+@pytest.mark.promise("concurrency is bounded, requests are pulled as room appears, a run can be abandoned")
 def test_requests_are_pulled_lazily_and_a_run_can_be_abandoned(running: Any) -> None:
     running.fresh()
     wanted = requests(60)
@@ -96,6 +98,7 @@ def test_requests_are_pulled_lazily_and_a_run_can_be_abandoned(running: Any) -> 
     assert torch.equal(again[first.prompt_id, first.sample_index].tokens, first.tokens)
 
 
+@pytest.mark.promise("without a flush, answers mix old and new weights")
 def test_an_update_is_seen_by_cached_prompts(running: Any) -> None:
     """The same prompts before and after: a prefix cached under old weights must not be met again."""
     running.fresh()
@@ -111,6 +114,7 @@ def test_an_update_is_seen_by_cached_prompts(running: Any) -> None:
         assert sample.weight_spans[0].version == 1
 
 
+@pytest.mark.promise("partial rollouts: kept prefix, spans per token and per row of routes")
 def test_new_weights_in_the_middle_of_a_run_start_a_new_span(running: Any) -> None:
     """Tokens keep the version that they were sampled from; those after the update are the new model's, over its own cache."""
     built = running.fresh()
@@ -136,6 +140,7 @@ def test_new_weights_in_the_middle_of_a_run_start_a_new_span(running: Any) -> No
         assert torch.equal(sample.routes[kept:].long().sort(-1).values, later)
 
 
+@pytest.mark.promise("an expert that is not sent again keeps repacked bits")
 def test_what_is_wrong_with_a_sync_is_named_and_changes_no_version(running: Any) -> None:
     running.fresh(version=4)
     items = running.items

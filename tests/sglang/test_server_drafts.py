@@ -68,6 +68,7 @@ def drafted(running: Any) -> tuple[dict[Any, list[int]], dict[str, float]]:
     return {key: sample.response_tokens.tolist() for key, sample in samples.items()}, running.pool.metrics()
 
 
+@pytest.mark.promise("drafts take part in weight sync")
 @pytest.mark.parametrize("transport", ["tensor", "distributed", P2P])
 def test_a_new_mtp_layer_drafts_after_the_update_that_brought_it(with_mtp: Any, transport: str) -> None:
     """The same policy twice, with a blind and with a perfect MTP layer: only what is accepted changes."""
@@ -85,6 +86,7 @@ def test_a_new_mtp_layer_drafts_after_the_update_that_brought_it(with_mtp: Any, 
     assert after["rollout/spec_accept_rate"] > 0.9 and after["rollout/spec_accept_length"] > 3.5
 
 
+@pytest.mark.promise("drafts take part in weight sync")
 def test_the_drafts_tensors_are_sent_and_verified_like_the_policys(with_mtp: Any) -> None:
     from runner.weights.stream import seal
 
@@ -188,6 +190,7 @@ def check_drafts(running: Any, items: list[ExportedTensor], version: int, propos
     return float(metrics["rollout/spec_accept_rate"])
 
 
+@pytest.mark.promise("what is accepted of drafts is what they have right")
 def test_an_mtp_layer_drafts_from_its_own_cache(with_mtp: Any) -> None:
     """Partly right drafts, which depend on every earlier token and on the hidden states of the policy."""
     hidden = with_mtp.cfg.model.hidden_size
@@ -208,6 +211,8 @@ def write_draft(folder: Path, items: list[ExportedTensor]) -> None:
     save_file({n: t.contiguous() for i in items for n, t in i.parts.items()}, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.promise("what is restored for loading and not loaded is lost: a draft model that is not updated")
+@pytest.mark.promise("a draft model sees the text without its first token")
 def test_another_model_drafts_with_its_own_weights_over_updates(tmp_path: Path) -> None:
     """STANDALONE: the draft is the first policy. What is accepted of it falls with another policy and is back with the first:
     updates of the policy leave the draft alone.
@@ -223,6 +228,7 @@ def test_another_model_drafts_with_its_own_weights_over_updates(tmp_path: Path) 
     assert 0.2 < rates[0] == rates[2] < 0.3 and rates[1] < 0.1, rates
 
 
+@pytest.mark.promise("a draft model sees the text without its first token")
 def test_a_model_equal_to_the_policy_is_always_right_where_the_first_token_does_not_matter(tmp_path: Path) -> None:
     """Blocks that add nothing: the next token depends on the last one only. The last step of a sample has no room for all of its
     drafts, but SGLang counts them as accepted: the rate is 1, not just near it."""
@@ -234,6 +240,7 @@ def test_a_model_equal_to_the_policy_is_always_right_where_the_first_token_does_
         assert check_drafts(running, items, 0, lambda _: draft) == 1.0
 
 
+@pytest.mark.promise("what is accepted of drafts is what they have right")
 def test_an_eagle_head_drafts_and_keeps_its_weights_over_updates(tmp_path: Path) -> None:
     """Random weights around a projection that hands the token's embedding through, which is right for a policy whose next token
     depends on little else. The embedding and the output layer that the head shares follow the policy."""

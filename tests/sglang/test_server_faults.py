@@ -65,6 +65,7 @@ def gone(processes: list[psutil.Process], seconds: float = 15.0) -> bool:
     return all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
+@pytest.mark.promise("load is balanced by outstanding tokens, a prompt's group stays together")
 def test_both_engines_work_and_groups_stay_together(two_engines: Any) -> None:
     pool = settled(two_engines)
     list(pool.generate(requests(32, same_prompt=4)))
@@ -72,6 +73,8 @@ def test_both_engines_work_and_groups_stay_together(two_engines: Any) -> None:
     assert {engine.server.index for engine in homes[-8:]} == {0, 1}
 
 
+@pytest.mark.promise("a scheduler that fails takes the process along that owns it")
+@pytest.mark.promise("requests of a dead engine are asked for again, none lost or doubled")
 def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: Any) -> None:
     """kill -9 of one of two: its requests are asked for again, it comes back, and has the current weights."""
     pool = settled(two_engines)
@@ -108,6 +111,7 @@ async def _direct(engine: Any, request: Any) -> list[int]:
     return list(reply["output_ids"])
 
 
+@pytest.mark.promise("a hanging server is started again")
 def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
     pool = settled(two_engines)
     victim = pool._fleet.engines[1]
@@ -118,6 +122,7 @@ def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
     assert pool.metrics()["rollout/engine_restarts"] == 1
 
 
+@pytest.mark.promise("requests of a dead engine are asked for again, none lost or doubled")
 def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) -> None:
     pool = settled(two_engines)
     victim = pool._fleet.engines[0]
@@ -132,6 +137,7 @@ def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) ->
     torch.testing.assert_close(expected.rollout_logprobs, reference_logprobs(other, expected), atol=1e-4, rtol=0)
 
 
+@pytest.mark.promise("torch's rendezvous and gloo listen on every interface")
 def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_engines: Any) -> None:
     pool = settled(two_engines)
     server = pool._fleet.engines[1].server
@@ -156,6 +162,8 @@ def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_en
     assert listening == {"127.0.0.1"}
 
 
+@pytest.mark.promise("files of killed servers stay in shared memory")
+@pytest.mark.promise("no orphans after the driver is killed")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_driver_that_is_killed_takes_its_servers_along(tmp_path: Path, ranks: int) -> None:
     """Processes, and what they have in shared memory."""
@@ -203,12 +211,14 @@ def _failing(tmp_path: Path, **arguments: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.promise("out of memory and a wrong checkpoint are one message")
 def test_a_wrong_checkpoint_is_one_message_with_the_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"], "model_type": "qwen3"}))
     message = _failing(tmp_path, model_path=str(tmp_path))
     assert "SGLang server 0 did not start" in message and "NoSuchModel" in message and "sglang_0.log" in message
 
 
+@pytest.mark.promise("a port in use is replaced")
 def test_a_port_that_another_program_took_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from runner.rollout.sglang import SglangPool, server
 

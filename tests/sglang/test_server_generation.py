@@ -21,6 +21,7 @@ from runner.samples import Status
 pytestmark = pytest.mark.sglang
 
 
+@pytest.mark.promise("samples reach the loop as they finish")
 def test_samples_come_as_they_finish(sglang_fp32: Any) -> None:
     """Short ones while long ones of the same call still run."""
     pool = sglang_fp32.pool
@@ -34,6 +35,7 @@ def test_samples_come_as_they_finish(sglang_fp32: Any) -> None:
     assert {sample.response_length for sample in run} == {230}
 
 
+@pytest.mark.promise("timeouts")
 def test_a_request_that_takes_too_long_is_tried_again_and_then_failed(sglang_fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server ends what nobody waits for, and serves the next request."""
     pool = sglang_fp32.pool
@@ -49,6 +51,8 @@ def test_a_request_that_takes_too_long_is_tried_again_and_then_failed(sglang_fp3
     assert again.response_length == 240
 
 
+@pytest.mark.promise("tensor updates over HTTP kill the server unless the sender shares through the file system")
+@pytest.mark.promise("without a flush, answers mix old and new weights")
 def test_an_update_never_sends_pickles_and_flushes(sglang_fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's tensor endpoint unpickles, and dies of shared tensors; ours reads files and broadcasts."""
     from runner.rollout.sglang.client import Client
@@ -72,6 +76,7 @@ def test_an_update_never_sends_pickles_and_flushes(sglang_fp32: Any, monkeypatch
     assert len(commits) == 2 and all(body["flush_cache"] for body in commits)
 
 
+@pytest.mark.promise("out of memory and a wrong checkpoint are one message")
 def test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process(tmp_path: Path) -> None:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     message = _failing(tmp_path, mem_fraction_static=1e-6, max_total_tokens=None)
@@ -80,6 +85,7 @@ def test_an_engine_that_runs_out_of_memory_is_one_message_and_leaves_no_process(
     assert [process for process in after if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_engines_that_slept_compute_as_before(sglang_int4: Any) -> None:
     """Their memory comes back empty (the CPU twin overwrites it): waking brings the weights, and so does an update."""
     pool, built = sglang_int4.pool, sglang_int4.fresh()
@@ -95,6 +101,7 @@ def test_engines_that_slept_compute_as_before(sglang_int4: Any) -> None:
     assert pool._fleet.counters["restarts"] == 0
 
 
+@pytest.mark.promise("engines sleep while the trainer has their GPUs")
 def test_what_runs_is_aborted_before_engines_sleep_and_goes_on_when_they_wake(sglang_fp32: Any) -> None:
     pool, built = sglang_fp32.pool, sglang_fp32.fresh()
     pool.metrics()
@@ -114,6 +121,7 @@ def named(asked: list[Any]) -> list[Any]:
     return [dataclasses.replace(request, prompt_id=f"long{index}") for index, request in enumerate(asked)]
 
 
+@pytest.mark.promise("shutdown prints KeyErrors of the resource tracker")
 def test_a_run_ends_without_a_word(tmp_path: Path) -> None:
     """What SGLang prints while it ends (resource_tracker's KeyErrors) stays in its log, and shared memory is given back."""
     code = """

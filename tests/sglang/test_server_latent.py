@@ -13,6 +13,7 @@ pytestmark = pytest.mark.sglang
 LOW_RANK_QUERIES = "model.q_lora_rank=24"  # as Kimi-K2; Moonlight's queries have none
 
 
+@pytest.mark.promise("latent attention is not served on a CPU")
 @pytest.mark.parametrize(
     "overrides",
     [["precision=bf16"], ["precision=int4_qat", "precision.qat_placement=forward", LOW_RANK_QUERIES]],

@@ -26,6 +26,7 @@ def two_ranks(request: pytest.FixtureRequest) -> Iterator[Running]:
     pool.close()
 
 
+@pytest.mark.promise("engines of several ranks: shards, experts and transports")
 @pytest.mark.parametrize("transport", ["tensor", "distributed", P2P])
 def test_two_ranks_compute_what_transformers_does_over_every_transport(two_ranks: Any, transport: str) -> None:
     """Everything resident is checked, as at a first sync; the ranks' shares together are the tensors."""
@@ -42,12 +43,14 @@ def test_two_ranks_compute_what_transformers_does_over_every_transport(two_ranks
         assert torch.equal(sample.routes.long().sort(-1).values, theirs.sort(-1).values)
 
 
+@pytest.mark.promise("the engine's quantized set is read back and audited against the plan")
 def test_every_ranks_formats_are_read_back(two_ranks: Any) -> None:
     formats = two_ranks.pool.describe()[0].formats
     assert all(formats[item.name] == item.format for item in two_ranks.items)
     assert sum(form == "int4" for form in formats.values()) == 4 * (8 * 3 + 4)
 
 
+@pytest.mark.promise("engines of several ranks: shards, experts and transports")
 @pytest.mark.parametrize("expert", [0, 7])
 def test_a_bit_that_differs_on_one_rank_is_named_with_it(two_ranks: Any, expert: int) -> None:
     """The last integers of a row of down_proj are the second rank's share; of whole experts, the last four are its own."""

@@ -73,6 +73,7 @@ def served(pool: Any) -> list[int]:
     return [server.log.read_text().count("Prefill batch") for server in (engine.server for engine in pool._fleet.engines)]
 
 
+@pytest.mark.promise("transports")
 def test_samples_through_the_router_are_those_of_the_engines(routed: Any) -> None:
     """Seeds, logprobs, stop reasons and weight versions pass; both engines work; the update came as a broadcast."""
     pool = routed.pool
@@ -115,6 +116,7 @@ def test_an_update_in_the_middle_of_a_run_goes_to_the_engines(routed: Any) -> No
         torch.testing.assert_close(sample.rollout_logprobs[new.start :], after, atol=1e-4, rtol=0)
 
 
+@pytest.mark.promise("concurrency is bounded, requests are pulled as room appears, a run can be abandoned")
 def test_abandoned_requests_end_in_the_engines(routed: Any) -> None:
     pool = routed.pool
     routed.fresh()
@@ -127,6 +129,7 @@ def test_abandoned_requests_end_in_the_engines(routed: Any) -> None:
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.promise("the router drops routes and knows no pause")
 def test_the_router_passes_on_neither_routes_nor_pauses(routed: Any) -> None:
     """Why router replay refuses it, and why pauses and updates go to the engines."""
     from runner.rollout.sglang.client import Refused
@@ -143,6 +146,7 @@ def test_the_router_passes_on_neither_routes_nor_pauses(routed: Any) -> None:
             pool._loop.run(pool._fleet.router.client.post(path, {}))
 
 
+@pytest.mark.promise("a scheduler that fails takes the process along that owns it")
 def test_a_dead_engine_leaves_the_router_and_comes_back_with_weights(routed: Any) -> None:
     """Here its scheduler dies, which takes the server along and nothing else."""
     pool = routed.pool
@@ -175,6 +179,7 @@ def test_a_dead_router_is_started_again(routed: Any) -> None:
     assert sends_to(pool) == {engine.server.url for engine in pool._fleet.engines}
 
 
+@pytest.mark.promise("torch's rendezvous and gloo listen on every interface")
 def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: Any) -> None:
     """The router's metrics have no key: they stay on loopback."""
     pool = routed.pool
@@ -197,6 +202,7 @@ def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: An
     assert logs == ["sglang_0.log", "sglang_1.log", "sglang_router.log"]
 
 
+@pytest.mark.promise("no orphans after the driver is killed")
 def test_a_driver_that_is_killed_takes_its_router_along(tmp_path: Path) -> None:
     code = """
 import asyncio, sys

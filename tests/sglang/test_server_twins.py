@@ -13,6 +13,7 @@ from runner.weights import transfer_engine
 pytestmark = pytest.mark.sglang
 
 
+@pytest.mark.promise("transports")
 def test_fp8_blocks_compute_with_their_effective_weights_over_every_transport() -> None:
     # k_proj has 64 rows here, and SGLang cannot cut its stacked q, k and v at half a block
     cfg = config("sglang", "model=tiny_moe", "precision=fp8_rollout", "precision.roles=[routed_expert]")
@@ -29,6 +30,7 @@ def test_fp8_blocks_compute_with_their_effective_weights_over_every_transport() 
         pool.close()
 
 
+@pytest.mark.promise("a tree of n-gram drafts gives wrong routes")
 def test_greedy_ngram_speculation_changes_neither_tokens_nor_routes() -> None:
     """Training refuses speculation on a CPU, because SGLang verifies greedily there; at temperature 0 that is exact."""
     from runner.rollout.sglang import SglangPool

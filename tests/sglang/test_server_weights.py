@@ -144,6 +144,7 @@ def test_names_that_the_engine_does_not_know_are_found(sglang_fp32: Any) -> None
     assert update.problems == ["model.layers.0.mystery.weight: has 12 values, but 0 resident values follow it"]
 
 
+@pytest.mark.promise("tensor and distributed updates are refused outside of a session")
 def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> None:
     """Why the pool opens a session for every update."""
     from runner.rollout.sglang.client import Refused
@@ -155,6 +156,7 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
         pool._loop.run(client.post("/update_weights_from_distributed", body))
 
 
+@pytest.mark.promise("transports")
 @pytest.mark.parametrize("transport", ["distributed", "disk_full", "disk_delta", P2P])
 def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
@@ -173,12 +175,14 @@ def test_other_transports_bring_the_same_weights(sglang_int4: Any, transport: st
     assert all(torch.equal(samples[key].tokens, again.tokens) for key, again in _greedy(pool).items())
 
 
+@pytest.mark.promise("transports")
 @pytest.mark.parametrize("transport", EVERY_TRANSPORT)
 def test_bf16_follows_over_every_transport(sglang_fp32: Any, transport: str) -> None:
     """The engine computes in fp32 here, so the bits of bf16 and of fp32 weights travel alike."""
     assert_follows_over(sglang_fp32.pool, sglang_fp32.cfg, transport, tolerance=1e-4)
 
 
+@pytest.mark.promise("transports")
 @pytest.mark.parametrize("transport", [P2P])
 def test_weights_that_cannot_be_read_are_a_problem_and_the_next_sync_is_whole(sglang_int4: Any, transport: str) -> None:
     pool = sglang_int4.pool
@@ -197,6 +201,7 @@ def _greedy(pool: Any) -> Any:
     return by_key(list(pool.generate(requests(4, temperature=0.0))))
 
 
+@pytest.mark.promise("the engine's quantized set is read back and audited against the plan")
 def test_a_plan_that_the_engine_does_not_follow_stops_the_start(sglang_fp32: Any) -> None:
     described = sglang_fp32.pool.describe()
     audit_pool(sglang_fp32.pool.plan, described)
@@ -205,6 +210,7 @@ def test_a_plan_that_the_engine_does_not_follow_stops_the_start(sglang_fp32: Any
         audit_pool(PrecisionPlan.build(int4.model, int4.precision, "rollout"), described)
 
 
+@pytest.mark.promise("partial rollouts: kept prefix, spans per token and per row of routes")
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
 def test_other_pause_modes_keep_requests_inside_the_server(sglang_fp32: Any, mode: str) -> None:
     """The server itself goes on with a sample: over a cache of the new weights (retract) or of both (in_place: mixed)."""

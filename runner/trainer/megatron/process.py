@@ -1,6 +1,7 @@
-"""The process of one rank: `python -m runner.trainer.megatron.process FD`, started by ranks.py with one end of a socket pair.
+"""The process of one rank, started by ranks.py with one end of a socket pair.
 
-It serves calls until the other end closes. Checkpointing spawns helpers that import this module again, hence the guard.
+On GPUs it is `python -m runner.trainer.megatron.process FD`; on a CPU forkserver.py forks it. It serves calls until the other end
+closes. Checkpointing spawns helpers that import this module again, hence the guard.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from runner.errors import Failure, UserError
 from runner.trainer.megatron import wire
@@ -28,8 +29,7 @@ def main(descriptor: int) -> int:
     die_with_parent()
     os.register_at_fork(after_in_child=die_with_parent)  # checkpoint writers, and theirs: without it they wait for a dead rank
     faulthandler.register(signal.SIGUSR1, all_threads=False)  # where a silent rank stands, into its log
-    for number in (signal.SIGINT, signal.SIGTERM):  # the driver's to handle: it finishes the step, saves, and closes us
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     warnings.filterwarnings("ignore")
     connection = Connection(descriptor)
     try:
@@ -49,11 +49,30 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def ignore_signals() -> None:
+    """Leave Ctrl-C and SIGTERM to the driver: it finishes the step, saves, and closes us."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def preload() -> None:
+    """Import everything that a rank needs."""
+    sys.modules["wandb"] = None  # type: ignore[assignment]  # Megatron imports it where it can; only the driver logs
+    from runner.trainer.megatron import cpu_shim, worker  # noqa: F401
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without destructors of process groups whose other members may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _start(connection: Connection) -> Any:
     """Build the worker from the first message; None when that failed (the driver has been told)."""
     cfg, rank, rendezvous, local_rank = wire.receive(connection)
-    sys.modules["wandb"] = None  # type: ignore[assignment]  # Megatron imports it where it can; only the driver logs
     try:
+        preload()
         from runner.trainer.megatron import worker
 
         worker.initialize(cfg, rank, rendezvous, local_rank)
@@ -98,7 +117,4 @@ def _failure(error: BaseException) -> wire.Failure:
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # no destructors of process groups whose other members may be gone
+    leave(main(int(sys.argv[1])))

@@ -17,7 +17,7 @@ from runner import scratch
 from runner.errors import Failure, UserError
 from runner.precision import cpu_matmul
 from runner.schema import Config
-from runner.trainer.megatron import arguments, wire
+from runner.trainer.megatron import arguments, forkserver, wire
 from runner.trainer.protocol import TrainerLost
 
 LOG_LINES = 12  # of a dead rank's output that the error shows
@@ -39,7 +39,7 @@ class LocalRanks:
         self.timeout = arguments.trainer_config(cfg).rank_timeout_seconds
         self._scratch = scratch.make("runner-ranks-")
         self._logs = run_dir / "logs" if run_dir else self._scratch
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes] | forkserver.Forked] = []
         self._connections: list[Connection] = []
         try:
             for rank in range(arguments.world_size(cfg)):
@@ -53,22 +53,22 @@ class LocalRanks:
             raise
 
     def _spawn(self, rank: int) -> None:
+        environment = (
+            os.environ
+            | scratch.environment(self._scratch)
+            | arguments.environment(self.cfg)
+            | cpu_matmul.environment(self.cfg.precision.cpu_matmul)
+        )
         ours, theirs = socket.socketpair()
-        with theirs, self.log(rank).open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "runner.trainer.megatron.process", str(theirs.fileno())],
-                env=os.environ
-                | scratch.environment(self._scratch)
-                | arguments.environment(self.cfg)
-                | cpu_matmul.environment(self.cfg.precision.cpu_matmul),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group
-            )
-        self._processes.append(process)
         self._connections.append(Connection(ours.detach()))
+        with theirs:
+            if arguments.Device.of(self.cfg).cuda:
+                self._processes.append(_fresh(environment, theirs.fileno(), self.log(rank)))
+                return
+            try:
+                self._processes.append(forkserver.fork(environment, theirs.fileno(), self.log(rank)))
+            except EOFError:
+                raise RankFailure(f"trainer rank {rank} could not be started{self._tail(rank)}") from None
 
     def log(self, rank: int) -> Path:
         """Everything that a rank printed; in the run's logs/ where there is a run."""
@@ -198,6 +198,19 @@ class LocalRanks:
             process.wait()
         self._processes = []
         scratch.remove(self._scratch)
+
+
+def _fresh(environment: dict[str, str], connection: int, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "runner.trainer.megatron.process", str(connection)],
+            env=environment,
+            pass_fds=[connection],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group
+        )
 
 
 def _lines(lines: list[str]) -> str:

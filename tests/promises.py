@@ -1,0 +1,56 @@
+"""What the SGLang pool promises, and the traps that were met on the way, which must stay shut. Each has its tests.
+
+`@pytest.mark.promise("...")` on a test names the sentence that fails with it; conftest.py checks at collection that every
+sentence has a test and that no test names another one.
+"""
+
+PROMISES = [
+    "samples reach the loop as they finish",
+    "concurrency is bounded, requests are pulled as room appears, a run can be abandoned",
+    "partial rollouts: kept prefix, spans per token and per row of routes",
+    "oversampling with the dynamic filter",
+    "load is balanced by outstanding tokens, a prompt's group stays together",
+    "retries with backoff, then a failed sample with its reason",
+    "timeouts",
+    "requests of a dead engine are asked for again, none lost or doubled",
+    "a hanging server is started again",
+    "a server that loads weights is not taken for hanging; one that does not come back is tried again",
+    "a failed sync is tried again, then stops the run",
+    "versions are monotonic",
+    "a port in use is replaced",
+    "out of memory and a wrong checkpoint are one message",
+    "no orphans after the driver is killed",
+    "drafts take part in weight sync",
+    "what is accepted of drafts is what they have right",
+    "the program itself runs, in bf16 and packed INT4, and taking turns changes nothing",
+    "the CPU's parts refuse to load beside CUDA",
+    "engines sleep while the trainer has their GPUs",
+    "logprobs that are no numbers are a failure",
+    "engines of several ranks: shards, experts and transports",
+    "the engine's quantized set is read back and audited against the plan",
+    "transports",
+]
+TRAPS = [
+    "tensor and distributed updates are refused outside of a session",
+    "a rejected update leaves the broadcasting side hanging until its timeout",
+    "tensor updates over HTTP kill the server unless the sender shares through the file system",
+    "without a flush, answers mix old and new weights",
+    "the router drops routes and knows no pause",
+    "speculation on a CPU ignores temperature",
+    "a tree of n-gram drafts gives wrong routes",
+    "a Qwen3-MoE draft model is rewritten to its multi-token-prediction layer",
+    "a scheduler that fails takes the process along that owns it",
+    "shutdown prints KeyErrors of the resource tracker",
+    "INT4 of linear layers cannot be loaded again on CUDA",
+    "an expert that is not sent again keeps repacked bits",
+    "what is restored for loading and not loaded is lost: a draft model that is not updated",
+    "latent attention is not served on a CPU",
+    "files of killed servers stay in shared memory",
+    "a draft model sees the text without its first token",
+    "whatever is called an EAGLE head is loaded as one",
+    "retract loses routes",
+    "logprobs come after the temperature",
+    "sequences x drafts overflow the buffer of routes",
+    "torch's rendezvous and gloo listen on every interface",
+    "a pause by abort looks once a second whether requests ended",
+]
