@@ -1,0 +1,22 @@
+"""Every recipe is planned at its own size."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from runner import compose
+from runner.cli.problems import groups
+from runner.planner.cli import main as plan
+
+RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_the_machines_that_it_names(recipe: str) -> None:
+    out = io.StringIO()
+    cfg = compose.load_config([f"recipe={recipe}"])
+    assert plan(cfg, Console(file=out, width=200, color_system=None)) == 0, out.getvalue()
+    assert "FITS" in out.getvalue()
