@@ -68,7 +68,7 @@ class Jobs:
 
 
 def parts_of(name: str, shape: tuple[int, ...], tensor_format: TensorFormat) -> tuple[Part, ...]:
-    """Names, dtypes and shapes of what `formats.encode` makes of a weight [out, in]; the writer checks them again."""
+    """Names, dtypes and shapes of what `codec.encode` makes of a weight [out, in]; the writer checks them again."""
     module = module_of(name)
     return tuple(Part(f"{module}.{part.name}", getattr(torch, part.dtype), part.shape) for part in tensor_format.parts(shape))
 
