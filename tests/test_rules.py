@@ -43,6 +43,8 @@ BAD: list[tuple[str, str, str, str]] = [
     ("precision.roles=[routed_expert,rooter]", "precision.roles", "rooter", ""),
     ("seed=???", "seed", "no value", "seed=<value>"),
     ("steps=0", "steps", "at least 1", "steps=1"),
+    ("task.operands=11", "task.operands", "at most 10", "task.operands=10"),
+    ("task.digits=0", "task.digits", "at least 1", "task.digits=1"),
     ("trainer.optimizer.lr=-1", "trainer.optimizer.lr", "above 0", "above 0"),
     ("trainer.recompute=ful", "trainer.recompute", "none of", "trainer.recompute=full"),
     ("tracking.wandb_mode=ofline", "tracking.wandb_mode", "none of", "tracking.wandb_mode=offline"),

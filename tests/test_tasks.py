@@ -151,9 +151,6 @@ def test_prompt_tokens_are_its_text() -> None:
 @pytest.mark.parametrize(
     ("fields", "key"),
     [
-        ({"operands": 1}, "task.operands"),
-        ({"operands": 11}, "task.operands"),
-        ({"digits": 0}, "task.digits"),
         ({"digits": 1, "eval_problems": 51}, "task.eval_problems"),
         ({"max_prompt_tokens": 5}, "task.max_prompt_tokens"),
     ],
