@@ -6,10 +6,10 @@ import io
 
 import pytest
 from rich.console import Console
+from runner.planner.cli import main as plan
 
 from runner import compose
 from runner.cli.problems import groups
-from runner.planner.cli import main as plan
 
 RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
 
