@@ -48,7 +48,7 @@ def here() -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from runner import compose
+    from runner.config import compose
 
     folders = {folder.name: folder for folder in Path("conf").iterdir() if folder.is_dir()} | {"recipe": Path("recipes")}
     options = {group: sorted(file.stem for file in folders[group].glob("*.yaml")) for group in sorted(folders)}

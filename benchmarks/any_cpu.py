@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.engine import build_pool
-from runner import compose
+from runner.config import compose
+from runner.config.schema import CpuMatmul
+from runner.data import Request, SamplingParams
 from runner.precision import cpu_matmul
-from runner.samples import Request, SamplingParams
-from runner.schema import CpuMatmul
 from runner.tracking.folder import environment
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 
 SHAPE = (2048, 128, 512)
 SEQUENCES, TOKENS, PROMPT = 256, 34, 12

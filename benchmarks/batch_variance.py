@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.engine import build_pool
-from runner.samples import Request, SamplingParams
+from runner.data import Request, SamplingParams
 
 
 def main() -> None:

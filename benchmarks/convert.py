@@ -28,6 +28,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
 
+from runner.config.schema import Convention, ModelConfig, PrecisionConfig
 from runner.convert.engine import convert
 from runner.cores import available_cores
 from runner.models import family_of
@@ -36,7 +37,6 @@ from runner.models.common import PLAIN
 from runner.precision import codec, kernels
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, ModelConfig, PrecisionConfig
 
 GOAL = 10.0
 GROUP = 32

@@ -17,13 +17,13 @@ from dataclasses import replace
 
 import torch
 
-from runner import compose
+from runner.config import compose
+from runner.data import Request, SamplingParams
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision.codec import encode
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
-from runner.samples import Request, SamplingParams
 
 ROUNDS = 5
 

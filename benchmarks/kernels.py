@@ -26,8 +26,8 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from runner.config.schema import Convention
 from runner.precision import int4, kernels
-from runner.schema import Convention
 
 ROUNDS = 7
 EXPERTS = {"cpu": 8, "cuda": 256}  # of 4 MB each: on a GPU far more than its cache holds, and long beside a launch

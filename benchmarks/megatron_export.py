@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from runner import compose
+from runner.config import compose
 from runner.trainer.megatron import arguments
 
 BASE = ("trainer=megatron", "parallelism=single", "precision=int4_qat", "router_replay=none")

@@ -19,9 +19,9 @@ import time
 
 import torch
 
-from runner import compose
-from runner.samples import Batch, Sample, Status
-from runner.schema import Config
+from runner.config import compose
+from runner.config.schema import Config
+from runner.data import Batch, Sample, Status
 from runner.trainer.megatron import arguments
 
 TOKENS = 4096  # per step, and per micro-batch: the least that a step of a real run has

@@ -22,11 +22,11 @@ import time
 
 import torch
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Config, QatPlacement
+from runner.data import Batch, Sample, Status
 from runner.precision import kernels
-from runner.samples import Batch, Sample, Status
-from runner.schema import Config, QatPlacement
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 
 KINDS = {
     "bf16": ("bf16", QatPlacement.in_place),

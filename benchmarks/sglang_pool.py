@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from runner import compose
+from runner.config import compose
+from runner.data import Request, SamplingParams
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision.codec import encode
-from runner.samples import Request, SamplingParams
 
 ROUNDS = 3
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from runner.data import ExportedTensor
 from runner.rollout.sglang.process import free_ports
-from runner.samples import ExportedTensor
 from runner.weights.transfer_engine import Endpoint
 from runner.weights.transports.broadcast import Sender
 from runner.weights.transports.p2p import lent

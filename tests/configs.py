@@ -11,11 +11,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner import compose, rules
-from runner.cli.overrides import parse
+from runner.config import compose, rules
+from runner.config.overrides import parse
+from runner.config.schema import Config
+from runner.config.searchpath import groups
 from runner.errors import UserError, UserErrors
-from runner.schema import Config
-from runner.searchpath import groups
 
 GROUPS = groups()
 _CONFIGS: dict[str, Config] = {}

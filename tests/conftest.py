@@ -5,8 +5,8 @@ import signal
 import pytest
 from hypothesis import settings
 
+from runner.config.schema import CpuMatmul
 from runner.precision import cpu_matmul
-from runner.schema import CpuMatmul
 from tests.promises import PROMISES, TRAPS
 
 # What the trainers and engines under test are compared with takes the way that they take.

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import BASE, MLA, MOE
 
+from runner.config.schema import ModelConfig
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
-from runner.schema import ModelConfig
 
 
 def model(family: str, **fields: Any) -> ModelConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 from convert_sources import model, write_source
 
-from runner.schema import ModelConfig
+from runner.config.schema import ModelConfig
 
 BYTES = 256
 MERGES = (

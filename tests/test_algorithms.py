@@ -9,9 +9,9 @@ import torch
 
 from runner.algorithms import correction, losses
 from runner.algorithms.advantages import compute_advantages, group_normalized, token_whitened
-from runner.compose import load_config
+from runner.config.compose import load_config
+from runner.config.schema import Correction, Estimator
 from runner.errors import UserError
-from runner.schema import Correction, Estimator
 from tests.trainer_configs import batch, config
 
 tensor = torch.tensor

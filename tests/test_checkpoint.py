@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner import checkpoint
 from runner.errors import UserError
+from runner.run import checkpoint
 from runner.weights.files import write_tensors
 
 

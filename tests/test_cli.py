@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner import compose, preflight
 from runner.__main__ import main
 from runner.cli import convert as convert_verb
 from runner.cli.main import VERBS
 from runner.cli.sweep import jobs, sweep_overrides
 from runner.cli.verb import Verb, parse
+from runner.config import compose, preflight
+from runner.config.schema import ConvertConfig
 from runner.errors import Failure, UserError
-from runner.schema import ConvertConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,7 +186,7 @@ def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
 
 
 COMMANDS = {  # verb -> (its command line, the function that does the work)
-    "run": (["run", "steps=3"], "runner.run.main"),
+    "run": (["run", "steps=3"], "runner.run.supervise.main"),
     "plan": (["plan", "recipe=kimi_k2_int4"], "runner.planner.tables.show"),
     "sweep": (["sweep", "seed=1,2"], "runner.cli.sweep.supervise.Sweep.run"),
     "report": (["report", "RUN"], "runner.tracking.report.write_report"),
@@ -249,7 +249,7 @@ def test_verbs_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(function: str, code: int = 0) -> None:
         monkeypatch.setattr(function, lambda *arguments: calls.append(arguments) or code)
 
-    record("runner.run.main")
+    record("runner.run.supervise.main")
     record("runner.planner.tables.show", 1)
     record("runner.doctor.engine.check_engine")
     record("runner.convert.command.run")

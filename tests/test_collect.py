@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 
-from runner.compose import load
+from runner.config.compose import load
+from runner.data import Request, Sample, Status, request_seed
 from runner.errors import UserError
-from runner.evaluation import evaluate, pass_at_k
-from runner.rollout.collect import Collector, Interrupted
-from runner.samples import Request, Sample, Status, request_seed
+from runner.run.collect import Collector, Interrupted
+from runner.run.evaluation import evaluate, pass_at_k
 from runner.tasks.protocol import Prompt
 
 

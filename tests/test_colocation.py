@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from runner import colocation, compose
-from runner.colocation import TimeShared
-from runner.options import shares_gpus
+from runner.config import compose
+from runner.config.option import shares_gpus
 from runner.rollout.protocol import RolloutPool, SyncReport
+from runner.run import colocation
+from runner.run.colocation import TimeShared
 from runner.trainer.protocol import Trainer
 
 BATCH: Any = None

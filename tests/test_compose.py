@@ -12,13 +12,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from runner import compose, preflight
 from runner.cli.sweep import sweep_overrides
+from runner.config import compose, preflight
+from runner.config.schema import Convention, Correction, ModelConfig
+from runner.config.searchpath import CONFIG_DIR, groups
 from runner.errors import UserError, UserErrors
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.sglang.config import SglangRolloutConfig
-from runner.schema import Convention, Correction, ModelConfig
-from runner.searchpath import CONFIG_DIR, groups
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from tests import goldens
 
@@ -240,7 +240,7 @@ def test_targets_are_ours() -> None:
 
 def test_every_default_is_mandatory_in_the_schema() -> None:
     """A config without its YAML would be full of missing values: no default hides in the code."""
-    from runner.schema import Config
+    from runner.config.schema import Config
 
     missing = OmegaConf.missing_keys(OmegaConf.structured(Config))
     assert {"steps", "model.num_layers", "precision.group_size", "trainer.optimizer.lr", "watch.window_steps"} <= missing

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from runner.__main__ import main
+from runner.config.schema import Convention, ModelConfig, PrecisionConfig, Role
 from runner.convert.engine import Report, convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
@@ -26,7 +27,6 @@ from runner.models.config_file import family_fields, read_json
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, ModelConfig, PrecisionConfig, Role
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 BF16 = TensorFormat.bf16()

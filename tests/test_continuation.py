@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import checkpoint, compose, continuation
+from runner.config import compose
+from runner.config.schema import Config
 from runner.models.tokenizer import byte_tokenizer
-from runner.rollout.collect import Collector
-from runner.schema import Config
+from runner.run import checkpoint, continuation
+from runner.run.collect import Collector
 from runner.tasks.gsm8k import Gsm8kTask
 from runner.tasks.jsonl import JsonlTaskConfig
 from runner.trainer.optimizer import learning_rate, planned_steps

@@ -20,16 +20,16 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from convert_sources import model, read_all, write_shards, write_source
 from safetensors.torch import load_file
 
+from runner.config.schema import Convention, ModelConfig, PrecisionConfig, Role
 from runner.convert import engine
 from runner.convert.engine import Report, convert
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import save_config
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
-from runner.schema import Convention, ModelConfig, PrecisionConfig, Role
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 FORMATS = {

@@ -11,8 +11,8 @@ import pytest
 import torch
 from convert_sources import model, read_all, write_shards, write_source
 
-from runner import compose
 from runner.__main__ import main
+from runner.config import compose
 from runner.convert.grid import default_group_size
 
 

@@ -12,6 +12,7 @@ from convert_sources import model, read_all, write_source
 from transformers import AutoModelForCausalLM
 
 from runner.__main__ import main
+from runner.config.schema import Convention, PrecisionConfig
 from runner.convert import calibration, gptq
 from runner.errors import UserError
 from runner.models import family_of
@@ -21,7 +22,6 @@ from runner.precision import codec
 from runner.precision.audit import audit_checkpoint, read_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, PrecisionConfig
 
 PYTHON = gptq.ROOT / ".venv-gptq" / "bin" / "python"
 needs_llmcompressor = pytest.mark.skipif(not PYTHON.is_file(), reason="no environment with llmcompressor: make setup-gptq")

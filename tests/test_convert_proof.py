@@ -12,13 +12,13 @@ from convert_sources import model, read_all, write_shards, write_source
 from test_convert import assert_same, default_roles, run
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from runner.config.schema import Convention, ModelConfig
 from runner.models import family_of
 from runner.models.build import disk_tensors, save_config
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, ModelConfig
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import DENSE, MLA, MOE, batch, config
 
 GRIDS = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from runner.config.schema import CpuMatmul
 from runner.precision import cpu_matmul
-from runner.schema import CpuMatmul
 
 WAYS = [CpuMatmul.native, CpuMatmul.widened]
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runner.decisions import EVENT, Decisions
 from runner.rollout.local.speculation import NgramSpeculation
+from runner.run.decisions import EVENT, Decisions
 from runner.tracking.tracker import JsonlTracker
 
 STEPS, DECIDE_AFTER, INTERVAL = 12, 6, 4

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from runner.config.schema import Config, CpuMatmul
 from runner.doctor import machine
 from runner.doctor.findings import Finding, Status, show
-from runner.schema import Config, CpuMatmul
 from tests.configs import composed
 
 Usage = namedtuple("Usage", "total used free")

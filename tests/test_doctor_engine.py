@@ -9,7 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from runner.compose import load
+from runner.config.compose import load
+from runner.config.schema import Convention, Role
+from runner.data import ExportedTensor
 from runner.doctor import engine
 from runner.doctor.engine import check_weight, probed_formats, probed_weights, recovered_findings, run_findings
 from runner.doctor.findings import Status
@@ -18,8 +20,6 @@ from runner.errors import UserError
 from runner.precision.codec import decode
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
-from runner.schema import Convention, Role
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 FORMATS = probed_formats()

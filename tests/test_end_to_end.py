@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.decisions import EVENT
+from runner.run.decisions import EVENT
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from runner import compose
 from runner.__main__ import main
+from runner.config import compose
+from runner.config.schema import ModelConfig
+from runner.data import Request, SamplingParams
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
@@ -19,8 +21,6 @@ from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.model_folder import write_model_folder
-from runner.samples import Request, SamplingParams
-from runner.schema import ModelConfig
 from runner.weights.files import write_tensors
 
 HALF = list(range(FIRST_BYTE_ID, FIRST_BYTE_ID + 128))  # about half of what a random model says

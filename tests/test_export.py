@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from runner.__main__ import main
+from runner.config.schema import Config, ModelConfig
 from runner.convert import export
 from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.models.build import build_model
 from runner.precision.audit import compare_checkpoints
 from runner.precision.plan import quantized_roles
-from runner.schema import Config, ModelConfig
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import MLA, MOE, batch, config
 
 

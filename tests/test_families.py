@@ -14,12 +14,14 @@ from convert_sources import model, read_all, write_source
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from runner import compose, rules
+from runner.config import compose, rules
+from runner.config.schema import Convention, ModelConfig, Role
+from runner.config.searchpath import groups
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
-from runner.images import image_processor
 from runner.models import FAMILIES, Family, agreement, family_of, qwen3_vl
 from runner.models.build import build_model, save_config
+from runner.models.images import image_processor
 from runner.models.published import checkpoint_config
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.visual import hidden_states
@@ -29,8 +31,6 @@ from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.routing.replay import RouterReplay
-from runner.schema import Convention, ModelConfig, Role
-from runner.searchpath import groups
 from runner.trainer import mtp
 from tests.configs import composed
 

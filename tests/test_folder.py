@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from runner import checkpoint, compose, folder, lock, schema
+from runner import lock
+from runner.config import compose, schema
+from runner.config.rules.names import run_name
 from runner.errors import Failure, UserError
-from runner.rules.names import run_name
+from runner.run import checkpoint, folder
 from runner.tracking import folder as files
 from runner.tracking.tracker import CompositeTracker, JsonlTracker, LateTracker, StatusTracker
 from runner.trainer.megatron.ranks import LocalRanks
@@ -449,7 +451,7 @@ mount -t tmpfs none "$1" && "$2" -c "$3" "$1"
 WRITES = """
 import os, subprocess, sys
 from pathlib import Path
-from runner import checkpoint
+from runner.run import checkpoint
 from runner.errors import Failure
 from runner.storage import atomic_write
 from runner.tracking.tracker import JsonlTracker, StatusTracker
@@ -534,7 +536,7 @@ def test_json_of_a_lock_that_is_being_written_is_no_holder_without_a_name(tmp_pa
 
 @pytest.mark.parametrize("damage", [b"", b"\xff", b"[]", b"{}"])
 def test_a_damaged_warm_start_is_refused_with_what_to_remove(tmp_path: Path, damage: bytes) -> None:
-    from runner.warm_start import cache_key, warm_start
+    from runner.run.warm_start import cache_key, warm_start
 
     class Trainer:
         def load(self, folder: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from convert_sources import model, write_source
 
-from runner import compose, rules
+from runner.config import compose, rules
+from runner.config.schema import Convention, PrecisionConfig, Role
 from runner.convert.engine import convert
 from runner.convert.grid import target_format
 from runner.errors import UserErrors
@@ -22,7 +23,6 @@ from runner.precision.audit import audit_checkpoint
 from runner.precision.formats import FormatSpec, Part, Scales, Scheme
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, PrecisionConfig, Role
 
 GROUP = 32
 

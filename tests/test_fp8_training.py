@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runner import preflight
+from runner.config import preflight
+from runner.config.schema import Role
 from runner.errors import UserError, UserErrors
 from runner.precision import fp8, fp8_matmul
-from runner.schema import Role
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import MOE, batch, config
 
 # every dimension a multiple of 128
@@ -218,7 +218,7 @@ def test_a_device_without_fp8_matmuls_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rules_and_preflight_name_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import compose
+    from runner.config import compose
 
     monkeypatch.setattr(preflight, "visible_gpus", lambda: 0)
     wide = ["model.hidden_size=128", "model.head_dim=128", "model.expert_ffn_size=128", "model.ffn_size=128"]

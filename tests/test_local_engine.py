@@ -9,15 +9,15 @@ import pytest
 import torch
 from reference import reference_routes
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Config
+from runner.data import ExportedTensor, Request, Sample, SamplingParams, Status
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision.codec import decode, encode
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
-from runner.samples import ExportedTensor, Request, Sample, SamplingParams, Status
-from runner.schema import Config
 
 FP32 = ("precision=bf16", "precision.base_dtype=float32", "speculative=none", "rollout.device=cpu")
 MODELS = ("tiny_moe", "tiny_dense", "tiny_mla")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_local_engine import config, exported, make_pool, requests
 
+from runner.config.schema import Convention
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, named_weights
@@ -13,11 +15,9 @@ from runner.precision.audit import audit_pool
 from runner.precision.codec import decode
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local import LocalPool
-from runner.samples import ExportedTensor
-from runner.schema import Convention
 from runner.trainer import attention, experts
 from runner.trainer.fp8 import install_fp8_matmuls
-from runner.trainer.torch_qat import WeightLayout, WeightQuantizer
+from runner.trainer.torch.qat import WeightLayout, WeightQuantizer
 from runner.weights.stream import SealedTensor, seal
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from runner.algorithms.aggregation import loss_weights
-from runner.samples import Batch
-from runner.schema import Estimator, LossAggregation
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.config.schema import Estimator, LossAggregation
+from runner.data import Batch
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import batch, config
 
 ALL = list(LossAggregation)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.algorithms import aggregation, correction, losses
-from runner.schema import Correction, Estimator, LossAggregation
+from runner.config.schema import Correction, Estimator, LossAggregation
 from runner.trainer.policy_step import Sums, TokenRows, micro_batch_loss
 from tests.trainer_configs import config
 

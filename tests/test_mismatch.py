@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from runner import mismatch
-from runner.samples import WeightSpan
+from runner.data import WeightSpan
+from runner.run import mismatch
 from runner.trainer.protocol import StepResult
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import DENSE, batch, config
 
 

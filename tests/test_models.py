@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tiny_models import BASE, MLA, MOE
 from transformers import AutoTokenizer
 
+from runner.config.schema import Convention, ModelConfig, Role
 from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.models import FAMILIES, family_of, num_parameters
@@ -23,7 +24,6 @@ from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID, PAD_ID, SPECIAL_TOKE
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, ModelConfig, Role
 
 SMALL = BASE | {"hidden_size": 32, "ffn_size": 96, "vocab_size": VOCAB_SIZE, "initializer_range": 0.02}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runner.schema import Config, QatPlacement
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.config.schema import Config, QatPlacement
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import batch, config, model
 
 ONLINE: dict[str, object] = {"speculative.online_training": True, "speculative.mtp_loss_coef": 0.2}

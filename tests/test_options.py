@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import compose, options, preflight, rules, searchpath
+from runner.config import compose, preflight, rules, searchpath
+from runner.config import option as options
 from runner.doctor.machine import optional_parts
 from runner.errors import UserErrors
 from runner.planner.memory import CPU_PROCESS, plan_memory
@@ -21,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from runner.errors import UserError
-from runner.limits import number
-from runner.options import Option
-from runner.schema import Config, TaskConfig
+from runner.config.limits import number
+from runner.config.option import Option
+from runner.config.schema import Config, TaskConfig
 
 
 @dataclass
@@ -56,9 +57,9 @@ riddles: 4
 ENGINE = """
 from dataclasses import dataclass
 
-from runner.limits import number
-from runner.options import EngineLayout, Need, Option
-from runner.schema import RolloutConfig
+from runner.config.limits import number
+from runner.config.option import EngineLayout, Need, Option
+from runner.config.schema import RolloutConfig
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from runner.schema import QatPlacement
+from runner.config.schema import QatPlacement
 from runner.trainer.parking import Parking
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import MOE, batch, config
 
 

@@ -17,8 +17,8 @@ import torch
 
 from runner.algorithms.advantages import compute_advantages
 from runner.algorithms.aggregation import loss_weights
-from runner.samples import Sample, Status
-from runner.schema import AlgorithmConfig, Correction, Estimator, LossAggregation
+from runner.config.schema import AlgorithmConfig, Correction, Estimator, LossAggregation
+from runner.data import Sample, Status
 from runner.trainer.policy_step import Sums, TokenRows, micro_batch_loss
 from tests.trainer_configs import config
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from runner.compose import load_config
+from runner.config.compose import load_config
+from runner.config.schema import Config, Convention, QatPlacement, Role
 from runner.errors import UserError
 from runner.planner.fit import largest_max_tokens, try_changes, what_would_fit
 from runner.planner.memory import (
@@ -28,7 +29,6 @@ from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config, Convention, QatPlacement, Role
 from tests.configs import composed
 
 # Every activation is kept, and the optimizer's states lie on the GPU.

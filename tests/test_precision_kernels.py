@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runner.config.schema import Convention
 from runner.precision import int4, kernels
 from runner.precision.checks import WeightError
-from runner.schema import Convention
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runner.config.schema import Convention, Role
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models import Parameter
 from runner.precision import fp4, fp8, int4
@@ -27,8 +29,6 @@ from runner.precision.codec import (
     quantize_dequantize_,
 )
 from runner.precision.plan import PrecisionPlan
-from runner.samples import ExportedTensor
-from runner.schema import Convention, Role
 
 ALL_FORMATS = [
     *(TensorFormat.int4(group, convention) for group in (32, -1) for convention in Convention),

@@ -18,7 +18,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
 from tiny_models import BASE, MLA, MOE
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
+from runner.config.searchpath import groups
+from runner.data import ExportedTensor
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.precision.audit import (
@@ -33,9 +36,6 @@ from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
-from runner.samples import ExportedTensor
-from runner.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
-from runner.searchpath import groups
 
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")
 TIED = ModelConfig(**(BASE | dict(tied_embeddings=True)), name="tied", family="qwen3")

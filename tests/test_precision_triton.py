@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.config.schema import Convention
 from runner.precision import int4
 from runner.precision.checks import WeightError
-from runner.schema import Convention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

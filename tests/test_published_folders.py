@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from published_folders import BASE, NAMED, VOCAB, nothing_ran, overrides, published, ranks, with_planted_code, write_tokenizer
 from tiny_models import BASE as BASE_MODEL
 
+from runner.config.schema import Convention, ModelConfig, PrecisionConfig
 from runner.convert.engine import convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
@@ -29,7 +30,6 @@ from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.draft import _model_config
 from runner.rollout.sglang.model_folder import write_model_folder
-from runner.schema import Convention, ModelConfig, PrecisionConfig
 from runner.trainer.mtp import build_layers
 
 KINDS = ("moonlight", "kimi")

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 
-from runner import compose, limits
+from runner.config import compose, limits
 
 RUNS = 24
 SMALL = [

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import compose, limits, options, preflight, rules, schema
+from runner.config import compose, limits, preflight, rules, schema
+from runner.config import option as options
+from runner.config.rules import numbers
 from runner.errors import UserErrors
-from runner.rules import numbers
 from tests.configs import problems
 
 BASES = (

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from runner.planner.cli import main as plan
 
-from runner import compose
-from runner.cli.problems import groups
+from runner.config import compose
+from runner.config.diagnosis import groups
 
 RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import compose, redaction
+from runner import redaction
+from runner.config import compose
 from runner.errors import UserError
-from runner.folder import open_folder
+from runner.run.folder import open_folder
 from runner.tracking.folder import plain_config, write_resolved
 
 URL = "cluster.address='http://me:hunter2!x@host/q?token=tok123'"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runner.data import Batch
 from runner.errors import UserError
 from runner.routing import routes
 from runner.routing.replay import replayed_weights
 from runner.routing.routes import RouteError
-from runner.samples import Batch
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import MLA, MOE, batch, config
 
 REPLAY = {"router_replay.trainer": True, "format": "bf16"}

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from runner.cli.overrides import parse, readable, shell
-from runner.compose import load
+from runner.config.compose import load
+from runner.config.overrides import parse, readable, shell
 from runner.errors import UserError, UserErrors
 from tests.configs import problems
 
@@ -266,6 +266,6 @@ def test_a_typo_in_a_yaml_file_names_file_and_line(tmp_path, monkeypatch: pytest
 
 
 def test_good_configs_have_no_problems() -> None:
-    from runner import rules
+    from runner.config import rules
 
     assert rules.check(load(["model=kimi_k2_thinking"], check_rules=False).config) == []

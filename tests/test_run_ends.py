@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from runner import checkpoint
 from runner.__main__ import main
 from runner.errors import Failure
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.run import checkpoint
+from runner.trainer.torch.trainer import TorchTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ READ_ONLY = """
 import subprocess, sys
 outputs, number = sys.argv[1], int(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "none", outputs], check=True)
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 step, done = TorchTrainer.step, []
 def turns_read_only(self, batch):
     if len(done) == number:

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from runner import compose, preflight
+from runner.config import compose, preflight
+from runner.config.schema import Config
+from runner.config.searchpath import groups
 from runner.errors import UserErrors
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang import rules as sglang
 from runner.rollout.sglang.config import SglangRolloutConfig, layout
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.schema import Config
-from runner.searchpath import groups
 from runner.weights import transfer_engine
 from tests import goldens
 from tests.configs import problems

@@ -9,10 +9,10 @@ import psutil
 import pytest
 import torch
 
-from runner import compose, preflight
+from runner.config import compose, preflight
+from runner.config.schema import ClusterConfig, Config
 from runner.errors import UserError, UserErrors
 from runner.rollout.sglang.interface import LOOPBACK, interfaces, listen_address, name_of, wildcard
-from runner.schema import ClusterConfig, Config
 from runner.weights.buckets import describe
 from runner.weights.transports import broadcast
 

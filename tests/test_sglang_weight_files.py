@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from runner.data import ExportedTensor
 from runner.errors import UserError
-from runner.samples import ExportedTensor
 from runner.weights import weight_set
 from runner.weights.stream import digest
 from runner.weights.transports import delta

@@ -16,13 +16,13 @@ import torch
 from convert_sources import model, read_all, write_shards, write_source
 
 from runner.__main__ import main
+from runner.config.schema import Convention, ModelConfig, PrecisionConfig, Role
 from runner.convert.engine import Report, convert
 from runner.errors import UserError
 from runner.models.build import build_model
 from runner.precision import fp4
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention, ModelConfig, PrecisionConfig, Role
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 BF16 = TensorFormat.bf16()

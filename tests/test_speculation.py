@@ -15,16 +15,16 @@ import torch
 from scipy import stats
 from test_local_engine import config, disk_tensors, exported, family_of, make_pool, named_weights, requests
 
+from runner.config.schema import Config
+from runner.data import ExportedTensor, Request, SamplingParams
 from runner.errors import UserError
 from runner.models.build import build_model, save_config
-from runner.rollout import verify as rules
 from runner.rollout.local import LocalPool, engine
+from runner.rollout.local import verify as rules
 from runner.rollout.local.attention import ATTENTION
 from runner.rollout.local.draft import draft_from_module
 from runner.rollout.local.sampling import draw, uniforms
 from runner.rollout.local.speculation import DraftSpeculation, NgramSpeculation, lookup
-from runner.samples import ExportedTensor, Request, SamplingParams
-from runner.schema import Config
 
 VOCAB, LENGTH = 12, 3
 PROMPTS = ((5, 11, 5, 11, 5), (11, 5, 11, 5, 11))  # both invite proposals from their own text, and some are right

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from runner import lock, schema
+from runner import lock
 from runner.cli.sweep import jobs as sweep_jobs
 from runner.cli.sweep import summary, supervise
+from runner.config import schema
 from runner.errors import UserError, UserErrors
 from runner.tracking import folder
 from runner.tracking.tracker import JsonlTracker

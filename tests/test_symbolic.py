@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.samples import Sample
+from runner.data import Sample
 from runner.tasks import grading
 from runner.tasks.protocol import Prompt
 from runner.tasks.rewards import score

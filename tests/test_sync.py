@@ -10,7 +10,7 @@ import torch
 
 from runner.errors import UserError
 from runner.rollout.protocol import SyncReport
-from runner.sync import ATTEMPTS, WeightSync
+from runner.run.sync import ATTEMPTS, WeightSync
 
 
 class Trainer:

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.convert.calibration import read_tokens
+from runner.data import Sample
 from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.vocabulary import FIRST_BYTE_ID
-from runner.samples import Sample
 from runner.tasks import grading, rewards
 from runner.tasks.arithmetic import ArithmeticTask, ArithmeticTaskConfig
 from runner.tasks.dapo_math import DapoMathTask

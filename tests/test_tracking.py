@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runner import schema, storage
+from runner import storage
+from runner.config import schema
 from runner.errors import UserError
 from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.tracking import console, folder

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runner.config.schema import QatPlacement
 from runner.errors import UserError
 from runner.precision.codec import decode
-from runner.schema import QatPlacement
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import DENSE, MLA, MOE, batch, config
 
 MODELS = {"moe": MOE, "dense": DENSE, "mla": MLA}
@@ -82,7 +82,7 @@ def test_recompute_changes_nothing(recompute: str, placement: QatPlacement) -> N
 @pytest.mark.parametrize("estimator", ["grpo", "gspo", "cispo"])
 def test_micro_batching_does_not_change_the_gradient(estimator: str) -> None:
     """fp32, so that what is left is the order of additions."""
-    from runner.schema import Estimator
+    from runner.config.schema import Estimator
 
     gradients = []
     for tokens in (20, 10_000):

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from runner import compose, preflight
+from runner.config import compose, preflight
+from runner.config.schema import Config
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.planner.parameters import take_inventory
 from runner.planner.traffic import sync_flows
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang import arguments
-from runner.schema import Config
 from runner.weights.transports import TRANSPORTS, Driver, Rank, Site, Transport
 from runner.weights.transports.base import WritesSets, in_shared_memory
 
@@ -106,9 +106,9 @@ class Server:
 def test_a_pool_brings_weights_by_it(pigeon: Pigeon, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's half in a real pool, the engine's half behind a client that only pretends."""
     pytest.importorskip("aiohttp", reason="make setup-sglang")
+    from runner.data import ExportedTensor
     from runner.models.build import build_model, disk_tensors, named_weights
     from runner.rollout.sglang import fleet, pool
-    from runner.samples import ExportedTensor
     from runner.weights.stream import digest
 
     cfg = load("rollout.weight_transport=tensor")

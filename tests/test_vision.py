@@ -20,23 +20,23 @@ from test_local_engine import FP32, exported
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Config, Role
+from runner.data import Batch, Request, Sample, SamplingParams
 from runner.errors import UserError
-from runner.images import ImageProcessor, PromptImage, image_processor, rotary_positions
-from runner.loop import _row
 from runner.models.build import build_model, load_tokenizer
+from runner.models.images import ImageProcessor, PromptImage, image_processor, rotary_positions
 from runner.models.visual import ImageFeatures, hidden_states
 from runner.precision.plan import PrecisionPlan
-from runner.rollout.collect import Collector
 from runner.rollout.local import LocalPool
-from runner.samples import Batch, Request, Sample, SamplingParams
-from runner.schema import Config, Role
-from runner.sync import _probe_batch
+from runner.run.collect import Collector
+from runner.run.loop import _row
+from runner.run.sync import _probe_batch
 from runner.tasks.geo3k import Geo3kTask
 from runner.tasks.pictures import open_rgb, resized
 from runner.tasks.protocol import Prompt
 from runner.tasks.visual_count import VisualCountTask, draw
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.configs import problems
 
 IMAGE = 4  # id of the placeholder

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from runner import schema
+from runner.config import schema
 from runner.errors import UserError
+from runner.run.watch import Watcher, diagnose
 from runner.tracking.tracker import JsonlTracker
-from runner.watch import Watcher, diagnose
 from tests.configs import composed
 
 MISMATCH = "train/train_rollout_logprob_abs_diff"

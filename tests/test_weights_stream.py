@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.samples import ExportedTensor
+from runner.data import ExportedTensor
 from runner.weights.stream import SealedTensor, check, digest, seal, wire_bytes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.searchpath import HOME, groups
+from runner.config.searchpath import HOME, groups
 
 pytest.importorskip("hatchling", reason="`make setup` installs it")
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import torch
 
-from runner.samples import Batch, Sample, Status, WeightSpan
-from runner.schema import Config
+from runner.config.schema import Config
+from runner.data import Batch, Sample, Status, WeightSpan
 from tests.configs import composed
 
 SMALL: dict[str, object] = {

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import torch
 
+from runner.config.schema import AlgorithmConfig, Estimator
+from runner.data import Sample
 from runner.errors import UserError
-from runner.samples import Sample
-from runner.schema import AlgorithmConfig, Estimator
 
 GROUP_EPSILON = 1e-6
 TOKEN_EPSILON = 1e-8

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.schema import LossAggregation
+from runner.config.schema import LossAggregation
 
 
 @dataclass(frozen=True)

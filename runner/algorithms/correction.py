@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.algorithms.losses import MAX_LOG_RATIO, inside
-from runner.schema import AlgorithmConfig, Correction
+from runner.config.schema import AlgorithmConfig, Correction
 
 
 @dataclass(frozen=True)

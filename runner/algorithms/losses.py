@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.schema import AlgorithmConfig, Estimator
+from runner.config.schema import AlgorithmConfig, Estimator
 
 MAX_LOG_RATIO = 20.0  # nats
 MAX_LOG_SEQUENCE_RATIO = 10.0  # of GSPO, whose ratios are means over tokens

@@ -15,7 +15,7 @@ def start(command: Command) -> int:
         typed = " ".join([*command.words, *command.overrides]) or "nothing"
         fix = f"{PROGRAM} audit {VERB.usage}"
         raise UserError(f"audit takes two folders, or a folder and a config; got {typed}", fix=fix)
-    from runner import compose
+    from runner.config import compose
     from runner.convert import audit
 
     if command.overrides:

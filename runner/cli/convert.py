@@ -11,9 +11,9 @@ from runner.cli.verb import Command, Verb
 
 def own_keys() -> dict[str, str]:
     """The keys of the schema's `convert` group; their defaults and comments are those of conf/config.yaml."""
-    from runner.compose import CONFIG_NAME
-    from runner.schema import ConvertConfig
-    from runner.searchpath import CONFIG_DIR
+    from runner.config.compose import CONFIG_NAME
+    from runner.config.schema import ConvertConfig
+    from runner.config.searchpath import CONFIG_DIR
 
     block = (CONFIG_DIR / f"{CONFIG_NAME}.yaml").read_text().partition("\nconvert:")[2].partition("\n\n")[0]
     said = {key: (value, comment) for key, value, comment in re.findall(r"^  (\w+): (\S+)(?: +# (.*))?$", block, re.MULTILINE)}
@@ -25,7 +25,7 @@ def own_keys() -> dict[str, str]:
 
 
 def start(command: Command) -> int:
-    from runner import compose
+    from runner.config import compose
 
     config = compose.load(command.overrides, check_rules=False).config
     from runner.convert.command import run

@@ -7,7 +7,7 @@ from runner.cli.verb import Command, Verb
 
 
 def start(command: Command) -> int:
-    from runner import compose
+    from runner.config import compose
 
     config = compose.load(command.overrides).config
     from runner.doctor.findings import make_console, show

@@ -36,9 +36,9 @@ def start(command: Command) -> int:
         problems.append(UserError(f"{target} is already there", key="target", fix="target=<a folder to be made>"))
     if problems:
         raise UserErrors(problems)
-    from runner import compose
-    from runner.cli.overrides import expand_home, given, override
-    from runner.folder import find_run
+    from runner.config import compose
+    from runner.config.overrides import expand_home, given, override
+    from runner.run.folder import find_run
 
     outputs_dir = given(command.overrides, "outputs_dir") or compose.default_outputs_dir()
     run = find_run(expand_home(own["run"]), expand_home(outputs_dir))

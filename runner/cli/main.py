@@ -56,7 +56,7 @@ def help_text() -> str:
 
 def groups_text() -> str:
     """Every group of the config with its options, read off conf/."""
-    from runner.searchpath import groups
+    from runner.config.searchpath import groups
 
     rows = columns((group, ", ".join(options)) for group, options in groups().items())
     return "\n".join(["groups: GROUP=OPTION, then any key below it: GROUP.key=value", *rows])

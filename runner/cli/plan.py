@@ -7,7 +7,7 @@ from runner.cli.verb import Command, Verb
 
 
 def start(command: Command) -> int:
-    from runner import compose
+    from runner.config import compose
 
     loaded = compose.load(command.overrides)
     from runner.planner.tables import show

@@ -11,11 +11,12 @@ def start(command: Command) -> int:
     swept = sweep.sweep_overrides(command.overrides, multirun=command.flags.multirun)
     if swept is not None:
         return sweep.run(swept)
-    from runner import compose, preflight, redaction
+    from runner import redaction
+    from runner.config import compose, preflight
 
     loaded = compose.load(command.overrides)
     preflight.check(loaded.config)  # before torch is imported: a machine that cannot run it hears so at once
-    from runner.run import main
+    from runner.run.supervise import main
 
     return main(loaded.config, redaction.recorded(loaded.overrides))
 

@@ -38,7 +38,7 @@ def shown(command: Command) -> bool:
     elif flags.get("cfg") in ("hydra", "all"):
         _hydra_app(["--cfg", flags["cfg"], *resolve, *command.overrides])
     elif flags.get("cfg"):
-        from runner import compose
+        from runner.config import compose
 
         loaded = compose.load(command.overrides, check_rules=False)
         sys.stdout.write(compose.to_yaml(loaded.raw, resolve=bool(resolve), package=flags["package"]))
@@ -69,7 +69,7 @@ def _hydra_app(argv: list[str]) -> None:
     """Hand --info, --cfg hydra and shell completion to Hydra itself; it never gets as far as running a job."""
     import hydra
 
-    from runner import compose, searchpath
+    from runner.config import compose, searchpath
 
     compose.register()
 

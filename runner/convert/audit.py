@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from runner.config.schema import ModelConfig, PrecisionConfig
 from runner.convert.grid import with_groups_of
 from runner.convert.source import model_of, open_source, without_unused
 from runner.convert.stored import problems
@@ -17,7 +18,6 @@ from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints,
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ModelConfig, PrecisionConfig
 
 SHOWN = 40  # differences of single tensors that are printed; all are counted
 

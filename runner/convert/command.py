@@ -11,14 +11,14 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from runner.config.rules.numbers import choices, ranges
+from runner.config.schema import Config, ModelConfig, PrecisionConfig, Role
 from runner.convert.engine import Report, convert
 from runner.convert.grid import target_format, with_groups_of
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError, UserErrors
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.rules.numbers import choices, ranges
-from runner.schema import Config, ModelConfig, PrecisionConfig, Role
 
 
 def run(cfg: Config, overrides: list[str]) -> int:

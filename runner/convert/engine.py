@@ -21,17 +21,17 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import ModelConfig, Role
 from runner.convert.jobs import Action, Job, Jobs, dequantizing_jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
 from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source, without_unused
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.precision import codec, int4, kernels
 from runner.precision.plan import PrecisionPlan
 from runner.precision.quantization_config import without_quantization_config
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
-from runner.schema import ModelConfig, Role
 
 LAYOUT_VERSION = 2  # of the written bytes: raise it when a change here would give other bytes for the same identity
 BLOCK_BYTES = 4 << 20  # of a weight that one worker converts at a time

@@ -18,15 +18,16 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from runner import checkpoint, storage
+from runner import storage
+from runner.config.schema import Config
 from runner.convert.jobs import reader_notes
 from runner.convert.source import CONFIG, INDEX, SINGLE
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
-from runner.schema import Config
+from runner.run import checkpoint
 
 SHARD_BYTES = 4 << 30
 

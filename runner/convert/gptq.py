@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
 
+from runner.config.schema import ConvertConfig, ModelConfig, Role
 from runner.convert.calibration import KEY, hub_dataset, is_file, read_tokens
 from runner.convert.engine import SPACE_MARGIN, Report, check_apart, identity, write_target
 from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
@@ -39,7 +40,6 @@ from runner.precision.checks import WeightError
 from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ConvertConfig, ModelConfig, Role
 
 DRIVER = Path(__file__).with_name("gptq_driver.py")
 ROOT = Path(__file__).parents[2]

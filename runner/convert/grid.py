@@ -7,13 +7,13 @@ from typing import Any
 
 import yaml
 
+from runner.config.schema import Config, ModelConfig, PrecisionConfig
+from runner.config.searchpath import CONFIG_DIR, files_of, shown
 from runner.errors import UserError
 from runner.models import family_of
 from runner.precision.formats import all_formats
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config, ModelConfig, PrecisionConfig
-from runner.searchpath import CONFIG_DIR, files_of, shown
 
 NAMED_BY = ("precision.group_size", "precision.rollout.group_size", "model", "model.int4_group_size", "recipe")
 WIDTHS = (128, 64, 32)

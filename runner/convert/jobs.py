@@ -11,6 +11,7 @@ from enum import Enum
 
 import torch
 
+from runner.config.schema import ModelConfig, Role
 from runner.convert.shard import Part
 from runner.convert.source import INDEX, Source, StoredTensor
 from runner.convert.stored import check, inputs_of, is_activation_part, is_plain
@@ -20,7 +21,6 @@ from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ModelConfig, Role
 
 
 class Action(Enum):

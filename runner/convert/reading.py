@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
+from runner.config.schema import ModelConfig, Role
 from runner.convert.source import Source, open_shard, open_source, without_unused
 from runner.convert.stored import check, inputs_of, is_plain
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models.config_file import check_model
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan
 from runner.precision.quantization_config import nested_quantization_config
-from runner.samples import ExportedTensor
-from runner.schema import ModelConfig, Role
 
 KEY = "model.hf_checkpoint"
 

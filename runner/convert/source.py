@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import FAMILIES, Parameter
 from runner.models.common import short
 from runner.models.config_file import CONFIG, family_fields, read_json
-from runner.schema import ModelConfig
 from runner.weights.files import DTYPES
 
 INDEX = "model.safetensors.index.json"

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import torch
 
+from runner.config.schema import Role
 from runner.convert.source import Source, StoredTensor
 from runner.errors import UserError, UserErrors
 from runner.precision.codec import module_of
 from runner.precision.formats import FLOATS, part_names
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Role
 
 UNQUANTIZED_DTYPES = tuple(getattr(torch, name) for name in FLOATS)
 # static scales of activations and of a KV cache: they describe a quantized engine and mean nothing beside bf16 weights

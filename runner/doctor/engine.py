@@ -24,7 +24,9 @@ import torch
 from hydra.utils import get_class
 from rich.console import Console
 
-from runner import options
+from runner.config import option as options
+from runner.config.schema import Config, Convention, ModelConfig, Role
+from runner.data import ExportedTensor, WeightStream
 from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
 from runner.models import family_of
@@ -34,8 +36,6 @@ from runner.precision.formats import all_formats
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription, SyncReport
-from runner.samples import ExportedTensor, WeightStream
-from runner.schema import Config, Convention, ModelConfig, Role
 
 GROUP_SIZES = (32, 64, 128, 256)
 ALL_COLUMNS = 1024  # up to this many input columns are all probed; of more, this many spread evenly

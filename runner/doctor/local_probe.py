@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runner.config.schema import Config
+from runner.data import ExportedTensor
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.local.pool import LocalPool
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, resident_weight
-from runner.samples import ExportedTensor
-from runner.schema import Config
 
 
 class LocalKernel:

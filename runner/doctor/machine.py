@@ -17,11 +17,11 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from runner import options
+from runner.config import option as options
+from runner.config.option import engine_layout
+from runner.config.schema import Config, CpuMatmul
 from runner.cores import available_cores
 from runner.doctor.findings import Finding, Status
-from runner.options import engine_layout
-from runner.schema import Config, CpuMatmul
 
 GIB = 1024**3
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

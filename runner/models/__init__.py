@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models.deepseek import DeepSeek
 from runner.models.family import Family, Parameter, StackedParameter
@@ -11,7 +12,6 @@ from runner.models.mimo import MiMo
 from runner.models.qwen3 import Qwen3
 from runner.models.qwen3_moe import Qwen3Moe
 from runner.models.qwen3_vl import Qwen3VL
-from runner.schema import ModelConfig
 
 __all__ = ["FAMILIES", "Family", "Parameter", "StackedParameter", "family_of", "num_parameters", "register_architectures"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models.family import Family
-from runner.schema import ModelConfig
 
 KEY = "model.hf_checkpoint"
 # of this run, not of the checkpoint; the context may be shorter than the checkpoint's

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from runner.config.schema import ModelConfig
 from runner.convert.reading import open_checkpoint, read_weight
 from runner.convert.source import Source
 from runner.errors import UserError
@@ -30,7 +31,6 @@ from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import PrecisionPlan
 from runner.precision.quantization_config import QUANTIZATION_KEYS, nested_quantization_config
-from runner.schema import ModelConfig
 
 __all__ = [
     "build_model",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config.schema import ModelConfig, Role
 from runner.models.family import Cut, MtpLayers, Parameter, StackedParameter
 from runner.models.vocabulary import EOS_ID, PAD_ID
-from runner.schema import ModelConfig, Role
 
 # ModelConfig fields of a dense model without MLA, MTP or vision
 PLAIN: dict[str, Any] = {

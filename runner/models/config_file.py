@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import FAMILIES, agreement, family_of
 from runner.models.common import short
 from runner.models.family import Family
-from runner.schema import ModelConfig
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20  # published ones have 1 KB to 200 KB; those that list every unquantized module, a few MB

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config.schema import ModelConfig, Role
 from runner.models import common
 from runner.models.family import Cut, Parameter
-from runner.schema import ModelConfig, Role
 
 # what transformers takes where config.json has nothing
 DEFAULTS: dict[str, Any] = {

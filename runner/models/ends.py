@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models.published import file_of
-from runner.schema import ModelConfig
 
 GENERATION_CONFIG = "generation_config.json"
 CONFIG = "config.json"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-from runner.schema import ModelConfig, Role
+from runner.config.schema import ModelConfig, Role
 
 
 class Cut(Enum):

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from runner.config.schema import ModelConfig, Role
 from runner.models import common
 from runner.models.family import Cut, Parameter
-from runner.schema import ModelConfig, Role
 
 
 class MiMoMtp:

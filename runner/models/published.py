@@ -13,9 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import cached_file
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import family_of
-from runner.schema import ModelConfig
 
 KEY = "model.hf_checkpoint"
 # what transformers makes of a file with values that it does not expect

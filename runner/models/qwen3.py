@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config.schema import ModelConfig, Role
 from runner.models import common
 from runner.models.family import Parameter
-from runner.schema import ModelConfig, Role
 
 
 class Qwen3(common.DenseFamily):

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from runner.config.schema import ModelConfig, Role
 from runner.errors import UserError
 from runner.models import common
 from runner.models.agreement import local_config
 from runner.models.family import Parameter
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
-from runner.schema import ModelConfig, Role
 
 # what transformers takes for the decoder where config.json has nothing
 DEFAULTS: dict[str, Any] = {
@@ -104,7 +104,7 @@ MEAN = STD = 0.5  # of every channel, after rescaling to [0, 1]: Qwen3-VL's own
 
 
 def processor_config(model: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: how transformers makes the patches of runner/images.py."""
+    """preprocessor_config.json: how transformers makes the patches of runner/models/images.py."""
     shape = tower(model)
     side = shape.patch_size * shape.merge
     return {

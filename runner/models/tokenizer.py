@@ -6,6 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import tiktoken_file
 from runner.models.published import (
@@ -19,7 +20,6 @@ from runner.models.published import (
     tokenizer_settings,
 )
 from runner.models.vocabulary import FIRST_BYTE_ID, SPECIAL_TOKENS, VOCAB_SIZE, byte_characters
-from runner.schema import ModelConfig
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

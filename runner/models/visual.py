@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runner.images import NO_IMAGE, PromptImage, rotary_positions
+from runner.models.images import NO_IMAGE, PromptImage, rotary_positions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
-from runner.options import engine_layout, one_process, trainer_layout
+from runner.config.option import engine_layout, one_process, trainer_layout
+from runner.config.schema import Config, ModelConfig, QatPlacement, Role
 from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
 from runner.planner.workload import (
     GIB,
@@ -24,7 +25,6 @@ from runner.planner.workload import (
     micro_batch_tokens,
     route_bytes_per_step,
 )
-from runner.schema import Config, ModelConfig, QatPlacement, Role
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)

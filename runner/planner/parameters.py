@@ -9,11 +9,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from runner.config.schema import Config, ModelConfig, Role
 from runner.errors import UserError
 from runner.models.family import Cut
 from runner.precision.plan import PrecisionPlan, Side
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config, ModelConfig, Role
 
 SIDES: tuple[Side, Side] = ("train", "rollout")
 MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp

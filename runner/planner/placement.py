@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runner.options import engine_layout
-from runner.schema import Config
+from runner.config.option import engine_layout
+from runner.config.schema import Config
 
 
 @dataclass(frozen=True)

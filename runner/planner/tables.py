@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from runner.options import one_process
+from runner.config.option import one_process
+from runner.config.schema import Config
 from runner.planner.fit import largest_max_tokens, what_would_fit
 from runner.planner.memory import MemoryPlan, Phase, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
@@ -16,7 +17,6 @@ from runner.planner.placement import Place, place, placement_problems, placement
 from runner.planner.traffic import bf16_stream_bytes, step_flows, stream_bytes, sync_flows
 from runner.planner.workload import GIB, longest_sequence_tokens
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config
 
 TIGHT = 0.05  # a memory with less than this share free is called tight
 SHOWN_PLACES = 16

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runner.options import engine_layout, trainer_layout
+from runner.config.option import engine_layout, trainer_layout
+from runner.config.schema import Config
 from runner.planner.memory import state_shares
 from runner.planner.parameters import Inventory
 from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
-from runner.schema import Config
+from runner.config.schema import Config
 
 GIB = 1024**3
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from runner.config.schema import Convention
+from runner.data import ExportedTensor, WeightStream
 from runner.errors import UserError
 from runner.models.config_file import CONFIG, read_json
 from runner.precision import formats
@@ -19,8 +21,6 @@ from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.protocol import EngineDescription
-from runner.samples import ExportedTensor, WeightStream
-from runner.schema import Convention
 
 FOREIGN_PARTS = ("weight_g_idx",)  # of GPTQ's activation order
 

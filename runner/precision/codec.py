@@ -10,13 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.precision import fp4
 from runner.precision.checks import named
 from runner.precision.formats import Scales
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
 
 __all__ = [
     "Scales",
@@ -56,7 +56,7 @@ def fused_scales(weights: Mapping[str, torch.Tensor], tensor_format: TensorForma
 
 
 def encode(name: str, weight: torch.Tensor, tensor_format: TensorFormat, scales: Scales | None = None) -> ExportedTensor:
-    """One weight [out, in] in its on-disk form (see `runner.samples.ExportedTensor`).
+    """One weight [out, in] in its on-disk form (see `runner.data.ExportedTensor`).
 
     `scales`: kept scales of a weight that already holds dequantized values, as QAT leaves it; the integers are then
     those that QAT chose. The format's file lists its parts. Raises UserError naming the tensor on NaN, infinities and shapes

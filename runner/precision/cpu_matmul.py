@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from runner.schema import CpuMatmul
+from runner.config.schema import CpuMatmul
 
 VARIABLE = "RUNNER_CPU_MATMUL"  # how a process tells its children which way it took
 SLOWER = 2.0  # native is left where it takes this many times as long; what lies between may differ from start to start

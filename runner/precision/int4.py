@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import torch
 
+from runner.config.schema import Convention
 from runner.precision.checks import WeightError, as_bf16, check_amax, check_scale
-from runner.schema import Convention
 
 ZERO_GROUP_SCALE = 2.0**-7
 BF16_MAX = float(torch.finfo(torch.bfloat16).max)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from runner.config.schema import GridConfig, ModelConfig, PrecisionConfig, Role
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.models.family import Parameter
 from runner.precision.quantization_config import reader
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import GridConfig, ModelConfig, PrecisionConfig, Role
 
 Side = Literal["train", "rollout"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from runner.config.schema import Convention, GridConfig
 from runner.precision import formats
-from runner.schema import Convention, GridConfig
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from runner.images import PromptImage
-from runner.samples import Request, Sample, WeightStream
+from runner.data import Request, Sample, WeightStream
+from runner.models.images import PromptImage
 
 
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from runner.samples import Sample
+from runner.data import Sample
 
 
 class RouteError(ValueError):

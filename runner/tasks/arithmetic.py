@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from runner.config.limits import number
+from runner.config.option import Option
+from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.limits import number
-from runner.options import Option
-from runner.schema import Config, TaskConfig
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from runner.samples import Sample
+    from runner.data import Sample
 
 MAX_OPERANDS = 10  # 10 * 9 and a carry of 9 still fit into the two digits of a column sum
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runner.options import Option
+from runner.config.option import Option
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runner.config.limits import number
+from runner.config.option import Option
+from runner.config.schema import Config
 from runner.errors import UserError
-from runner.limits import number
 from runner.models import qwen3_vl
-from runner.options import Option
-from runner.schema import Config
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
@@ -28,7 +28,7 @@ from runner.tasks.protocol import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from runner.images import ImageProcessor
+    from runner.models.images import ImageProcessor
 
 PLACEHOLDER = "<image>"
 CACHED_IMAGES = 256  # decoded at one time, besides those in use

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runner.options import Option
+from runner.config.option import Option
 from runner.tasks.grading import after_hashes, final_number
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
 from runner.tasks.numbers import quantity

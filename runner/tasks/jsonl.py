@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from runner import preflight
-from runner.cli.overrides import shell, typed
+from runner.config import preflight
+from runner.config.limits import lines, number
+from runner.config.overrides import shell, typed
+from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.limits import lines, number
-from runner.schema import Config, TaskConfig
 from runner.tasks.encoding import TextEncoder, check_characters, check_length
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
@@ -24,7 +24,7 @@ from runner.tasks.seeding import stream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from runner.samples import Sample
+    from runner.data import Sample
 
 MAX_LINE_BYTES = 64 << 20  # an image of the largest size that is taken, as base64, and its text
 OTHER_KINDS = {  # by their first bytes

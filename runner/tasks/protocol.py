@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from runner.images import PromptImage
-    from runner.samples import Sample
+    from runner.data import Sample
+    from runner.models.images import PromptImage
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from runner.samples import Sample
+from runner.data import Sample
 from runner.tasks.protocol import Prompt, Task
 
 MAX_TIMEOUTS = 4  # hanging calls of one batch after which the rest of it counts as failed without being called

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runner.config.limits import number
+from runner.config.option import Option
+from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.limits import number
 from runner.models import qwen3_vl
-from runner.options import Option
-from runner.schema import Config, TaskConfig
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from runner.images import ImageProcessor
-    from runner.samples import Sample
+    from runner.data import Sample
+    from runner.models.images import ImageProcessor
 
 COLORS = {"red": (220, 50, 40), "green": (40, 180, 70), "blue": (50, 90, 220), "yellow": (230, 200, 40)}
 SHAPES = ("square", "triangle", "circle")  # the easier to tell apart first

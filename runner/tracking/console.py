@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from runner.schema import Config
+from runner.config.schema import Config
 from runner.tracking.base import BaseTracker
 from runner.tracking.base import Progress as ProgressProtocol
 

@@ -25,11 +25,11 @@ import psutil
 import yaml
 
 from runner import lock
+from runner.config.schema import Config
 from runner.cores import available_cores
 from runner.errors import UserError
 from runner.redaction import REDACTED as REDACTED
 from runner.redaction import redacted as redact
-from runner.schema import Config
 from runner.storage import atomic_write
 
 PACKAGES = (

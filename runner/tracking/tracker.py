@@ -13,9 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from runner.decisions import EVENT
+from runner.config.schema import Config
 from runner.errors import Failure, UserError
-from runner.schema import Config
+from runner.run.decisions import EVENT
 from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker, Progress
 from runner.tracking.console import build_console

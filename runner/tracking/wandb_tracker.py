@@ -16,8 +16,8 @@ from typing import Any
 
 import wandb
 
+from runner.config.schema import Config
 from runner.errors import UserError
-from runner.schema import Config
 from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker
 

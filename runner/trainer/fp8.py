@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runner.config.schema import PrecisionConfig
 from runner.errors import UserError
 from runner.precision import fp8, fp8_matmul
-from runner.schema import PrecisionConfig
 from runner.trainer import experts
-from runner.trainer.torch_qat import WeightLayout, WeightQuantizer
+from runner.trainer.torch.qat import WeightLayout, WeightQuantizer
 
 
 class QuantizeActivation(torch.autograd.Function):

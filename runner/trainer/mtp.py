@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from runner.config.schema import Config, ModelConfig, Role
+from runner.data import Batch
 from runner.models import family_of
 from runner.models.family import Family, MtpLayers
-from runner.samples import Batch
-from runner.schema import Config, ModelConfig, Role
 from runner.trainer.optimizer import MasterOptimizer
 
 Sequences = Sequence[tuple[torch.Tensor, int]]  # (tokens [T], prompt length) of each sample

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from runner.config.schema import Config, OptimizerConfig
 from runner.errors import UserError
-from runner.schema import Config, OptimizerConfig
 from runner.trainer.parking import tensors_of_optimizer
 
 CLIP_EPSILON = 1e-6

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import Config
+from runner.data import Batch, Sample
 from runner.errors import UserError
-from runner.images import PromptImage
 from runner.models.family import Family
+from runner.models.images import PromptImage
 from runner.routing import routes as route_checks
-from runner.samples import Batch, Sample
-from runner.schema import Config
 from runner.trainer import policy_step
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.mtp import NoMtp, Sequences, all_tokens, sequences_of

@@ -11,9 +11,9 @@ import torch
 
 from runner.algorithms import aggregation, correction, losses
 from runner.algorithms.aggregation import LossWeights
+from runner.config.schema import AlgorithmConfig, Config, LossAggregation
+from runner.data import Batch
 from runner.errors import Failure
-from runner.samples import Batch
-from runner.schema import AlgorithmConfig, Config, LossAggregation
 from runner.trainer.microbatch import MicroBatch
 
 

@@ -11,8 +11,8 @@ from runner.errors import Failure
 if TYPE_CHECKING:  # checkpoints, folders and the composition of a resumed run need these names without torch
     import torch
 
-    from runner.images import PromptImage
-    from runner.samples import Batch, WeightStream
+    from runner.data import Batch, WeightStream
+    from runner.models.images import PromptImage
 
 Weights = Literal["quantized", "master"]
 Routes = Literal["replayed", "own"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
-from runner.samples import ExportedTensor
+from runner.data import ExportedTensor
 
 
 @dataclass(frozen=True)

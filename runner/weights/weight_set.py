@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 
 from runner import scratch, storage
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.precision.formats import spec_of
-from runner.samples import ExportedTensor
 from runner.weights.bits import Changes
 from runner.weights.files import write_tensors
 from runner.weights.stream import SealedTensor, sealed, wire_bytes

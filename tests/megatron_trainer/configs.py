@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.schema import Config
+from runner.config.schema import Config
 from tests.trainer_configs import DENSE, MLA, MOE, config, model
 
 LAYOUTS: dict[str, dict[str, object]] = {

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from runner.config.schema import Config, Role
+from runner.data import Batch
 from runner.errors import UserError
 from runner.precision.codec import quantize_dequantize
 from runner.routing.routes import RouteError
-from runner.samples import Batch
-from runner.schema import Config, Role
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch
 

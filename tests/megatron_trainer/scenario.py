@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import Config
+from runner.data import Batch
 from runner.models.vocabulary import PAD_ID
-from runner.samples import Batch
-from runner.schema import Config
 from runner.trainer.megatron import MegatronTrainer
 from tests.trainer_configs import batch as random_batch
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Config
 from runner.errors import UserError
-from runner.schema import Config
 from runner.trainer.megatron import arguments
 from tests import goldens
 from tests.megatron_trainer.configs import megatron_config

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from runner import checkpoint
-from runner.schema import Config
+from runner.config.schema import Config
+from runner.run import checkpoint
 from runner.trainer.megatron.ranks import RankFailure
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.config.schema import Config
 from runner.errors import UserError
 from runner.precision import int4
 from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
-from runner.schema import Config
 from runner.trainer.megatron import MegatronTrainer
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron

@@ -13,8 +13,8 @@ import pytest
 import torch
 from convert_sources import write_source
 
-from runner.schema import Config, ModelConfig, QatPlacement
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.config.schema import Config, ModelConfig, QatPlacement
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import batch
 from tests.trainer_configs import config

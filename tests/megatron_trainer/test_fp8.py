@@ -11,9 +11,9 @@ from functools import cache
 import pytest
 import torch
 
+from runner.config.schema import QatPlacement, Role
 from runner.errors import UserError
-from runner.schema import QatPlacement, Role
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import Result, exported, megatron, run
 from tests.trainer_configs import config

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from runner.config.schema import Config, Correction, Estimator, LossAggregation, QatPlacement
 from runner.models.vocabulary import PAD_ID
-from runner.schema import Config, Correction, Estimator, LossAggregation, QatPlacement
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import LAYOUTS, MODELS, megatron_config
 from tests.megatron_trainer.scenario import Result, assert_close, batch, megatron, run
 from tests.trainer_configs import batch as random_batch

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.config.schema import QatPlacement
 from runner.errors import UserError
-from runner.schema import QatPlacement
 from runner.trainer.megatron import MegatronTrainer
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron
 from tests.trainer_configs import config

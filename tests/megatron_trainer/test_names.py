@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runner.config.schema import ModelConfig
 from runner.models import family_of
-from runner.schema import ModelConfig
 from runner.trainer.megatron import names
 from tests.megatron_trainer.configs import MODELS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.schema import Config
+from runner.config.schema import Config
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron
 

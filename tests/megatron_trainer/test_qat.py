@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.schema import QatPlacement, Role
+from runner.config.schema import QatPlacement, Role
 from runner.trainer.megatron import arguments
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.one_rank import CASES

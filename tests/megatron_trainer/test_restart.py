@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.run import RESTART, _restart_point
+from runner.run.supervise import RESTART, _restart_point
 from runner.tracking.tracker import JsonlTracker
 from runner.trainer.megatron.ranks import RankFailure
 from runner.trainer.protocol import TrainerLost

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner.config.schema import Config
 from runner.convert import export
 from runner.errors import UserError
-from runner.schema import Config
-from runner.trainer.torch_trainer import TorchTrainer
+from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import exported, megatron
 from tests.trainer_configs import config

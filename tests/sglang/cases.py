@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from runner import compose
+from runner.config import compose
+from runner.config.schema import Config
+from runner.data import ExportedTensor, Request, Sample, SamplingParams
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision.codec import decode, encode
 from runner.precision.plan import PrecisionPlan
-from runner.samples import ExportedTensor, Request, Sample, SamplingParams
-from runner.schema import Config
 from runner.weights.transfer_engine import obstacles
 from runner.weights.transports import TRANSPORTS, Site, Transport
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from runner.schema import ModelConfig
+from runner.config.schema import ModelConfig
 
 Propose = Callable[[list[int], int], list[int]]  # (tokens so far, how many) -> the tokens that are proposed to follow
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # tokens [T], hidden states before them [T, H] -> the draft's [T, H]

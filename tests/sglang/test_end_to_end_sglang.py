@@ -19,9 +19,9 @@ SMALL = [
 ]  # fmt: skip
 SHARING = """
 import sys
-import runner.run
+import runner.run.supervise
 from runner.__main__ import main
-runner.run.shares_gpus = lambda cfg: True  # on a GPU: trainer and engines share it
+runner.run.supervise.shares_gpus = lambda cfg: True  # on a GPU: trainer and engines share it
 sys.exit(main())
 """
 

@@ -17,12 +17,12 @@ pytest.importorskip("aiohttp", reason="make setup-sglang")
 import aiohttp
 from aiohttp import web
 
+from runner.data import Status
 from runner.errors import UserError
 from runner.rollout.sglang import fleet as fleets
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation
 from runner.rollout.sglang.fleet import Fleet, Settings
-from runner.samples import Status
 from runner.weights.transports import Driver, Site, broadcast
 from runner.weights.transports.files import FilesDriver
 from runner.weights.weight_set import WeightSet

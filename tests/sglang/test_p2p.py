@@ -18,7 +18,7 @@ from cases import P2P
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.samples import ExportedTensor
+from runner.data import ExportedTensor
 from runner.weights import transfer_engine
 from runner.weights.transfer_engine import Endpoint, TransferError
 from runner.weights.transports.p2p import Lent, lent, ranges_of, receive

@@ -10,8 +10,8 @@ import torch
 from cases import by_key, exported, flipped, reference_logprobs, requests
 from reference import reference_routes
 
+from runner.data import Status
 from runner.errors import UserError
-from runner.samples import Status
 
 
 def test_greedy_tokens_equal_transformers_generate(running: Any) -> None:

@@ -18,11 +18,11 @@ from cases import P2P, Running, asked, by_key, config, exported, flipped, reques
 from drafting import EagleHead, Propose, expected, greedy, mtp_step, recurrent, standalone
 from safetensors.torch import save_file
 
-from runner import compose
+from runner.config import compose
+from runner.data import ExportedTensor
 from runner.models.build import build_model
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.model_folder import write_model_folder
-from runner.samples import ExportedTensor
 
 pytestmark = [pytest.mark.sglang, pytest.mark.night]
 MTP = "model.mtp_layers.0."

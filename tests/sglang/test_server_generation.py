@@ -16,7 +16,7 @@ import torch
 from cases import by_key, reference_logprobs, requests
 from test_server_faults import _failing
 
-from runner.samples import Status
+from runner.data import Status
 
 pytestmark = pytest.mark.sglang
 

@@ -7,7 +7,7 @@ import torch
 from cases import by_key, config, exported, reference_logprobs, requests
 from reference import reference_routes
 
-from runner.schema import Config
+from runner.config.schema import Config
 
 pytestmark = pytest.mark.sglang
 LOW_RANK_QUERIES = "model.q_lora_rank=24"  # as Kimi-K2; Moonlight's queries have none

@@ -11,7 +11,7 @@ import torch
 from cases import P2P, Running, asked, config, reference_logprobs, requests, started
 from reference import reference_routes
 
-from runner.samples import ExportedTensor
+from runner.data import ExportedTensor
 
 pytestmark = pytest.mark.sglang
 INT4 = ("precision=int4_qat", "precision.roles=[routed_expert,attention]", "precision.qat_placement=forward")

@@ -7,7 +7,7 @@ import torch
 from cases import assert_follows_over, config, exported, reference_logprobs, requests, started
 from reference import reference_routes
 
-from runner import compose
+from runner.config import compose
 from runner.weights import transfer_engine
 
 pytestmark = pytest.mark.sglang

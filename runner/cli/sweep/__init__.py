@@ -28,8 +28,8 @@ def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
-    from runner.cli.overrides import override_key, parse, readable
-    from runner.compose import hydra_settings
+    from runner.config.compose import hydra_settings
+    from runner.config.overrides import override_key, parse, readable
 
     overrides = readable(overrides)
     parsed = [parse(item) for item in overrides]
@@ -52,7 +52,7 @@ def run(overrides: list[str]) -> int:
     """Expand, check every job, run. Raises UserError before anything starts when a job's config is wrong."""
     from runner.cli.sweep import jobs
     from runner.cli.sweep.supervise import Sweep
-    from runner.compose import load_config
+    from runner.config.compose import load_config
 
     folder, planned = jobs.plan(overrides, load_config)
     for note in jobs.merged(overrides):

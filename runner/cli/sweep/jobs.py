@@ -16,9 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 
-from runner.cli.overrides import override, override_key, readable
+from runner.config.overrides import override, override_key, readable
+from runner.config.schema import Config
 from runner.errors import UserError, UserErrors
-from runner.schema import Config
 from runner.tracking.folder import plain_config, run_state
 
 MAX_NAME = 120  # characters of a job's folder name; a longer one is cut and hashed
@@ -144,7 +144,7 @@ def plan(overrides: list[str], load: Callable[[list[str]], Config]) -> tuple[Pat
 
 def run_command(job: Job) -> list[str]:
     """The process of a job: a new run in its folder, or the continuation of one that has a complete checkpoint."""
-    from runner.checkpoint import complete
+    from runner.run.checkpoint import complete
 
     start = [sys.executable, "-m", "runner", "run"]
     if complete(job.folder):

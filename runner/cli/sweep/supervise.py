@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner import lock
-from runner.cli.overrides import shell, typed
 from runner.cli.sweep.jobs import Job, run_command
 from runner.cli.sweep.summary import job_results, write_summary
+from runner.config.overrides import shell, typed
 from runner.errors import UserError
 from runner.redaction import shown
 from runner.storage import atomic_write
@@ -151,8 +151,8 @@ class Sweep:
 
 def _claim(job: Job) -> None:
     """The job's folder, made by this program; UserError where something else lies there."""
-    from runner.checkpoint import complete
-    from runner.folder import claim
+    from runner.run.checkpoint import complete
+    from runner.run.folder import claim
 
     if not complete(job.folder):
         claim(job.folder)

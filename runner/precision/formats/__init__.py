@@ -17,8 +17,8 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from runner.config.schema import Convention
 from runner.errors import UserError
-from runner.schema import Convention
 
 if TYPE_CHECKING:
     import torch

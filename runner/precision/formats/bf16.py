@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from runner.config.schema import Convention
 from runner.precision.formats import FormatSpec, Part, Shape
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from runner.config.schema import Convention
 from runner.errors import UserError
 from runner.precision.formats import FLOATS, FormatSpec, Part, Readable, Scales, Scheme, Shape
 from runner.precision.quantization_config import module_names
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from runner.config.schema import Convention
 from runner.errors import UserError
 from runner.precision.formats.int4 import Integer
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention
 
 if TYPE_CHECKING:
     pass

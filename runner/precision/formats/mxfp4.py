@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from runner.config.schema import Convention
 from runner.errors import UserError
 from runner.precision.formats import FormatSpec, Part, Readable, Scales, Scheme, Shape
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import Convention
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import Convention
 from runner.precision import int4
 from runner.precision.checks import as_bf16, check_scale
 from runner.precision.kernels.threads import over_rows
-from runner.schema import Convention
 
 # Importing numba and loading its cached kernels costs 0.4 to 1.5 s once per process, compiling them 4 to 8 s once per
 # machine; eager torch handles a billion weights in that time. So the kernels are loaded after that many weights, or when

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from runner.config.schema import Convention
 from runner.precision import int4
 from runner.precision.checks import as_bf16, check_scale
-from runner.schema import Convention
 
 TILE = 4096  # weights per program
 _CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}

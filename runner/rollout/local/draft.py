@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from runner.config.schema import Config, ModelConfig
 from runner.errors import UserError
 from runner.models.build import build_model
 from runner.models.config_file import CONFIG, family_fields, read_json
@@ -14,7 +15,6 @@ from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION
 from runner.rollout.local.model import EngineModel
-from runner.schema import Config, ModelConfig
 
 
 def load_draft(cfg: Config, dtype: torch.dtype, device: torch.device) -> EngineModel:

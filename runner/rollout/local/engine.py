@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
+from runner.data import Request, Sample, WeightSpan
 from runner.errors import UserError
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.slots import Slots
 from runner.rollout.local.speculation import Speculation
-from runner.rollout.verify import Proposal, verify_drawn, verify_sampled
-from runner.samples import Request, Sample, WeightSpan
+from runner.rollout.local.verify import Proposal, verify_drawn, verify_sampled
 
 
 class Engine:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.images import PromptImage, rotary_positions
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
+from runner.models.images import PromptImage, rotary_positions
 from runner.models.visual import ImageFeatures, Placed
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
@@ -21,7 +22,6 @@ from runner.rollout.local.experts import EngineExperts, EngineLinear
 from runner.rollout.local.fused import FusedDecoder, share_storage, stackable, unsupported
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
-from runner.schema import ModelConfig
 
 
 class EngineModel:

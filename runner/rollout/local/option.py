@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import psutil
 
-from runner import preflight
+from runner.config import preflight
+from runner.config.limits import number, one_of
+from runner.config.option import EngineLayout, Option
+from runner.config.rules.parallelism import positive
+from runner.config.rules.precision import bad_roles, known_model, sharded_weights
+from runner.config.schema import Config, Role, RolloutConfig
 from runner.errors import UserError
-from runner.limits import number, one_of
 from runner.models.family import Parameter
-from runner.options import EngineLayout, Option
-from runner.rules.parallelism import positive
-from runner.rules.precision import bad_roles, known_model, sharded_weights
-from runner.schema import Config, Role, RolloutConfig
 
 SPECULATION = ("none", "ngram", "draft")
 INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul

@@ -11,8 +11,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from runner.config.schema import Config, SpeculativeConfig
+from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
-from runner.images import PromptImage
+from runner.models.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
@@ -22,8 +24,6 @@ from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.local.speculation import DraftSpeculation, NgramSpeculation, Speculation
 from runner.rollout.local.store import WeightStore
 from runner.rollout.protocol import EngineDescription, SyncReport
-from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, SpeculativeConfig
 from runner.weights.stream import SealedTensor, sealed
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from runner.images import NO_IMAGE, PromptImage
+from runner.data import Request, Sample, Status, WeightSpan
+from runner.models.images import NO_IMAGE, PromptImage
 from runner.rollout.local.attention import LENGTH_BUCKET
-from runner.samples import Request, Sample, Status, WeightSpan
 
 
 class Slots:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner.data import Request
 from runner.rollout.local.attention import KVCache
 from runner.rollout.local.model import EngineModel
 from runner.rollout.local.sampling import DRAFT, distribution, draw, uniforms
 from runner.rollout.local.slots import Slots
-from runner.rollout.verify import Proposal
-from runner.samples import Request
+from runner.rollout.local.verify import Proposal
 
 
 class Speculation:

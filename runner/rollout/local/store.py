@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.model import EngineModel
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, int4_kernel_limits
-from runner.samples import ExportedTensor
 from runner.weights.bits import Changes, same_bits
 from runner.weights.stream import SealedTensor, check, wire_bytes
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from runner.data import ExportedTensor
 from runner.precision.codec import decode, integers, scales_of
 from runner.precision.fp8 import quantize_dequantize_activations
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
 from runner.weights.bits import same_bits
 
 INT4_KERNEL_GROUPS = (32, 64, 128, 256)

@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config.schema import Config
 from runner.errors import UserError
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.option_table import options, problem_of
-from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
 Arguments = dict[str, Any]

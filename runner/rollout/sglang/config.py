@@ -7,9 +7,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from runner.limits import LONGEST_SECONDS, number, one_of
-from runner.options import EngineLayout
-from runner.schema import Config, RolloutConfig
+from runner.config.limits import LONGEST_SECONDS, number, one_of
+from runner.config.option import EngineLayout
+from runner.config.schema import Config, RolloutConfig
 
 MIB = 1024**2
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner.config.schema import ModelConfig
+from runner.data import Request, Sample, Status, WeightSpan
 from runner.models import family_of
 from runner.rollout.sglang.client import EngineFailure
 from runner.routing.routes import RouteError, compact, select_layers
-from runner.samples import Request, Sample, Status, WeightSpan
-from runner.schema import ModelConfig
 
 Reply = dict[str, Any]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from runner.data import Sample, Status
 from runner.errors import Failure, UserError
 from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
@@ -19,7 +20,6 @@ from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, versio
 from runner.rollout.sglang.process import PORT_TAKEN, start_problem
 from runner.rollout.sglang.router import Router
 from runner.rollout.sglang.server import Server
-from runner.samples import Sample, Status
 from runner.weights.transports import Driver
 from runner.weights.weight_set import WeightSet
 

@@ -10,8 +10,8 @@ import socket
 
 import psutil
 
+from runner.config.schema import ClusterConfig
 from runner.errors import UserError
-from runner.schema import ClusterConfig
 
 LOOPBACK = "127.0.0.1"
 KEY = "cluster.interface"

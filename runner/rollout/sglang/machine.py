@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.config.schema import Config, Role
 from runner.errors import UserError
 from runner.models.config_file import CONFIG, architectures_of, read_json
 from runner.rollout.sglang.config import settings
 from runner.rollout.sglang.interface import listen_address
-from runner.schema import Config, Role
 from runner.weights.transports import TRANSPORTS
 
 REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCausalLM")  # of the families that runner knows

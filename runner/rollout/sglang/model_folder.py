@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from runner.config.schema import ModelConfig
 from runner.models.build import save_config
 from runner.precision.plan import PrecisionPlan
-from runner.schema import ModelConfig
 
 
 def write_model_folder(model: ModelConfig, plan: PrecisionPlan, folder: Path) -> None:

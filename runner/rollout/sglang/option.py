@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.options import Need, Option
+from runner.config.option import Need, Option
 from runner.rollout.sglang import machine, rules
 from runner.rollout.sglang.config import SglangRolloutConfig, layout, settings
 

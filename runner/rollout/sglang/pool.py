@@ -17,8 +17,10 @@ from typing import Any, cast
 import torch
 
 from runner import scratch
+from runner.config.schema import Config, Role
+from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
-from runner.images import PromptImage
+from runner.models.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.protocol import EngineDescription, SyncReport
@@ -34,8 +36,6 @@ from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.routing.routes import RouteError
-from runner.samples import ExportedTensor, Request, Sample
-from runner.schema import Config, Role
 from runner.weights.stream import SealedTensor
 from runner.weights.transports import TRANSPORTS, Site, Transport
 from runner.weights.weight_set import WeightSet

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.schema import Config
 from runner.errors import UserError
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
-from runner.schema import Config
 from runner.weights.transports import TRANSPORTS
 
 CPU_FORMATS = ("bf16", "int4", "fp8")

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+from runner.config.schema import Config, ModelConfig
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
 from runner.models.agreement import Rope
 from runner.models.family import Family
-from runner.schema import Config, ModelConfig
 from runner.trainer.megatron.config import MegatronTrainerConfig
 
 Arguments = dict[str, Any]

@@ -24,9 +24,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
+from runner.config.schema import ModelConfig
 from runner.errors import Failure, UserError
 from runner.models.build import save_config
-from runner.schema import ModelConfig
 from runner.trainer.megatron import untrusted
 from runner.trainer.megatron.process import die_with_parent
 from runner.trainer.megatron.sharded import Sharded

@@ -7,8 +7,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from runner.limits import LONGEST_SECONDS, number, one_of, path
-from runner.schema import TrainerConfig
+from runner.config.limits import LONGEST_SECONDS, number, one_of, path
+from runner.config.schema import TrainerConfig
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
+from runner.config.schema import Config
+from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError, UserErrors
-from runner.images import PromptImage
-from runner.samples import Batch, Sample, WeightStream
-from runner.schema import Config
+from runner.models.images import PromptImage
 from runner.trainer.megatron import arguments, untrusted
 from runner.trainer.megatron.ranks import LocalRanks
 from runner.trainer.policy import PolicyTrainer, Rows, Updated

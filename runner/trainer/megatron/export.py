@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from runner.config.schema import Config
+from runner.data import ExportedTensor
 from runner.models.family import Family
 from runner.precision.codec import encode
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.samples import ExportedTensor
-from runner.schema import Config
 from runner.trainer.megatron import names
 from runner.trainer.megatron.model import Place
 

@@ -17,10 +17,10 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from runner.config.schema import Config
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.family import Family
-from runner.schema import Config
 from runner.trainer.megatron import arguments, names, rope
 from runner.trainer.megatron.sources import Read
 from runner.trainer.megatron.specs import decoder_spec

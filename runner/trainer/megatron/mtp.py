@@ -15,8 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch.nn import functional as F
 
+from runner.config.schema import Config
 from runner.models import family_of
-from runner.schema import Config
 from runner.trainer import attention
 from runner.trainer.megatron.model import DTYPES
 from runner.trainer.megatron.packing import Packed

@@ -16,8 +16,8 @@ from enum import Enum
 
 import torch
 
+from runner.config.schema import ModelConfig
 from runner.models.family import Family
-from runner.schema import ModelConfig
 
 
 class Kind(Enum):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runner.options import Need, Option, TrainerLayout
-from runner.schema import Config
+from runner.config.option import Need, Option, TrainerLayout
+from runner.config.schema import Config
 from runner.trainer.megatron.arguments import trainer_config
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from runner.trainer.megatron.rules import RULES

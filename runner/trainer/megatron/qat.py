@@ -18,15 +18,15 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.precision.codec import quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
-from runner.schema import ModelConfig
 from runner.trainer.megatron import names
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.model import Place
-from runner.trainer.torch_qat import straight_through
+from runner.trainer.torch.qat import straight_through
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from runner import scratch
+from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.precision import cpu_matmul
-from runner.schema import Config
 from runner.trainer.megatron import arguments, forkserver, wire
 from runner.trainer.protocol import TrainerLost
 

@@ -19,9 +19,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
+from runner.config.schema import ModelConfig
+from runner.data import Sample
 from runner.routing.routes import RouteError, packed_layout
-from runner.samples import Sample
-from runner.schema import ModelConfig
 from runner.trainer.megatron.packing import Packed
 
 

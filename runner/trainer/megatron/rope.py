@@ -17,9 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from runner.config.schema import ModelConfig
 from runner.models.agreement import Rope
 from runner.models.published import checkpoint_config
-from runner.schema import ModelConfig
 from runner.trainer.megatron.arguments import Arguments, rope_scaling
 
 

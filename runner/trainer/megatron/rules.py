@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.option import Rule
+from runner.config.schema import Config, QatPlacement
 from runner.errors import UserError
-from runner.options import Rule
-from runner.schema import Config, QatPlacement
 from runner.trainer.megatron.arguments import trainer_config
 
 

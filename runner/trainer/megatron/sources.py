@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from runner.config.schema import Config
 from runner.convert.reading import open_checkpoint, read_weight
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.models.family import Family
-from runner.schema import Config
 
 Read = Callable[[str], torch.Tensor]  # HF name -> weight [out, in], dequantized, on the CPU
 

@@ -21,12 +21,12 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from runner.config.schema import Config, QatPlacement
+from runner.data import Batch, ExportedTensor, Sample
 from runner.errors import UserError
-from runner.images import PromptImage
+from runner.models.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
-from runner.samples import Batch, ExportedTensor, Sample
-from runner.schema import Config, QatPlacement
 from runner.trainer import policy_step
 from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat, sharded
 from runner.trainer.megatron.fp8 import simulate_fp8

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runner.trainer.torch_trainer import TorchTrainer
+    from runner.trainer.torch.trainer import TorchTrainer
 
 __all__ = ["TorchTrainer"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "TorchTrainer":
-        from runner.trainer.torch_trainer import TorchTrainer
+        from runner.trainer.torch.trainer import TorchTrainer
 
         return TorchTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

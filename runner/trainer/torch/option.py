@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from runner import preflight
+from runner.config import preflight
+from runner.config.limits import one_of
+from runner.config.option import Option, TrainerLayout
+from runner.config.rules.parallelism import positive
+from runner.config.schema import Config, TrainerConfig
 from runner.errors import UserError
-from runner.limits import one_of
-from runner.options import Option, TrainerLayout
-from runner.rules.parallelism import positive
-from runner.schema import Config, TrainerConfig
 
 
 @dataclass

@@ -16,8 +16,8 @@ from runner.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from runner.samples import ExportedTensor
-    from runner.schema import Config
+    from runner.config.schema import Config
+    from runner.data import ExportedTensor
     from runner.weights.stream import SealedTensor
     from runner.weights.weight_set import WeightSet, WeightWriter
 

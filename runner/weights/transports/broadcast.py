@@ -33,7 +33,7 @@ from runner.weights.transports.base import (
 if TYPE_CHECKING:
     import torch
 
-    from runner.schema import Config
+    from runner.config.schema import Config
     from runner.weights.weight_set import WeightSet
 
 TIMEOUT_SECONDS = 120.0  # for engines to come to the meeting, and for each bucket

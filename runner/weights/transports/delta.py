@@ -19,7 +19,7 @@ from runner.weights.transports.files import Files, FilesDriver
 if TYPE_CHECKING:
     import torch
 
-    from runner.samples import ExportedTensor
+    from runner.data import ExportedTensor
     from runner.weights.stream import SealedTensor
     from runner.weights.weight_set import WeightSet
 
@@ -69,7 +69,7 @@ class DeltaWriter:
         """Also notes, in `carried`, names and digests of every tensor (not its values)."""
         import torch
 
-        from runner.samples import ExportedTensor
+        from runner.data import ExportedTensor
         from runner.weights.stream import SealedTensor
 
         for sealed in stream:
@@ -112,7 +112,7 @@ def patch(base: WeightSet, delta: WeightSet, carried: list[SealedTensor]) -> Ite
     """The full stream of the new version from the old full copy and the delta as it lies on the disk."""
     from safetensors import SafetensorError, safe_open
 
-    from runner.samples import ExportedTensor
+    from runner.data import ExportedTensor
     from runner.weights.stream import SealedTensor, digest
     from runner.weights.weight_set import MANIFEST, read_parts
 

@@ -11,7 +11,7 @@ from runner.weights.transports.base import KEY, Ask, Offer, Rank, Site, Transpor
 if TYPE_CHECKING:
     import torch
 
-    from runner.schema import Config
+    from runner.config.schema import Config
     from runner.weights.weight_set import WeightSet, WeightWriter
 
 

@@ -34,8 +34,8 @@ from runner.weights.transports.base import (
 if TYPE_CHECKING:
     import torch
 
+    from runner.config.schema import Config
     from runner.rollout.sglang.config import SglangRolloutConfig
-    from runner.schema import Config
     from runner.weights.weight_set import WeightSet
 
 

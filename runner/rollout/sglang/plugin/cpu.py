@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from runner.config.schema import CpuMatmul
 from runner.precision import cpu_matmul
-from runner.schema import CpuMatmul
 
 
 def register() -> None:

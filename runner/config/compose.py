@@ -1,0 +1,225 @@
+"""From overrides to a checked config: Hydra composes, every problem is reported at once. Imports neither torch nor ray.
+
+loaded = load(["model=qwen3_30b", "precision.group_size=64"])
+loaded.config    the typed runner.config.schema.Config
+loaded.raw       the same as a DictConfig, interpolations kept
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from runner.config import limits, schema, searchpath
+from runner.config import option as options
+from runner.config.diagnosis import Diagnosis, diagnose
+from runner.config.overrides import (
+    expand_home,
+    given,
+    is_unicode,
+    joined_surrogates,
+    override,
+    override_key,
+    readable,
+    with_newlines,
+)
+from runner.errors import UserError, UserErrors
+from runner.redaction import remember_environment, restored
+
+CONFIG_NAME = "config"
+VERSION_BASE = "1.3"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A composed config. `overrides` are all that made it, those of a resumed run included."""
+
+    config: schema.Config
+    raw: DictConfig
+    overrides: list[str]
+
+
+def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
+    """Compose, type-check and (unless `check_rules` is false) check the cross-group rules.
+
+    Raises UserErrors with every problem: misspelt keys and options, wrong types, missing values, broken rules.
+    """
+    not_text = [item for item in overrides if not is_unicode(item)]
+    if not_text:
+        raise UserErrors([UserError("the value is not UTF-8", key=override_key(ascii(item))) for item in not_text])
+    overrides = composed = readable(with_resumed(overrides))
+    diagnosis: Diagnosis | None = None
+    try:
+        raw, composed = _with_twin(overrides)
+        if OmegaConf.missing_keys(raw):
+            raise OmegaConfBaseException("missing values")
+        if any(item.startswith(("+", "~")) for item in overrides):  # Hydra lets these past the schema
+            diagnosis = diagnosed(composed)
+            raw = diagnosis.raw if diagnosis.problems else raw
+        config = to_config(raw)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        diagnosis = diagnosed(composed)
+        if not diagnosis.problems:
+            diagnosis.problems.append(UserError(str(error).strip()))
+        raw = diagnosis.raw
+        try:
+            config = to_config(raw)
+        except (OmegaConfBaseException, ValueError):  # mandatory values are missing: the rules cannot be asked
+            raise UserErrors(diagnosis.problems) from None
+    problems = list(diagnosis.problems) if diagnosis else []
+    if check_rules:
+        from runner.config import rules
+
+        broken = rules.check(config)
+        if broken:
+            diagnosis = diagnosis or diagnosed(composed)
+            for problem in broken:
+                problem.where = problem.where or diagnosis.source_of(problem.key)
+            problems += broken
+    if problems:
+        raise UserErrors(problems)
+    return Loaded(config, raw, overrides)
+
+
+def load_config(overrides: list[str]) -> schema.Config:
+    """`load(overrides).config`."""
+    return load(overrides).config
+
+
+def compose_raw(overrides: list[str]) -> DictConfig:
+    """What Hydra makes of the overrides, with scale=laptop of the model's toy twin; raises Hydra's and OmegaConf's own errors."""
+    return _with_twin(overrides)[0]
+
+
+def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
+    place, in the run that the model itself chose."""
+    raw = _composed(overrides)
+    if raw.scale == "laptop" and raw.model.toy_twin != raw.model.name:
+        kept = [item for item in overrides if override_key(item) not in ("model", "run")]
+        overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
+        raw = _composed(overrides)
+    elif raw.scale != "laptop":
+        _take_architecture(raw.model, overrides)
+    with open_dict(raw):
+        del raw["hydra"]
+    return raw, overrides
+
+
+def _take_architecture(model: DictConfig, overrides: list[str]) -> None:
+    """Put the numbers of a local checkpoint's config.json into the model group. A key that the command line names stays as it is,
+    and the rules say where it differs; they also say what in the file nobody here computes. A hub id is read when the run starts:
+    its numbers must be those of the model group."""
+    if model.hf_checkpoint is None:
+        return
+    from runner.models import FAMILIES, agreement
+
+    typed_model = cast(schema.ModelConfig, model)
+    family, config = FAMILIES.get(model.family), agreement.local_config(typed_model)
+    if family is None or config is None:
+        return
+    try:
+        numbers = agreement.numbers(typed_model, family, config)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    typed = {override_key(item) for item in overrides}
+    for name, value in numbers.items():
+        if f"model.{name}" not in typed:
+            model[name] = value
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    register()
+    with initialize_config_dir(str(searchpath.CONFIG_DIR), version_base=VERSION_BASE):
+        return compose(CONFIG_NAME, overrides=overrides, return_hydra_config=True)
+
+
+def to_config(raw: DictConfig) -> schema.Config:
+    """The typed config, as the program uses it. Raises OmegaConf's errors for missing and unresolvable values."""
+    config = cast(schema.Config, OmegaConf.to_object(raw))
+    remember_environment(raw)
+    for _, holder, field in limits.walk(config):
+        value = getattr(holder, field.name)
+        if isinstance(value, str) and field.metadata.get(limits.PATH):
+            setattr(holder, field.name, expand_home(value))
+        if isinstance(value, str) and field.metadata.get(limits.LINES):
+            setattr(holder, field.name, with_newlines(value))
+    return config
+
+
+def hydra_settings(overrides: list[str]) -> DictConfig:
+    """The `hydra` node of the composition: sweep mode and parameters, which a recipe may set."""
+    return cast(DictConfig, _composed(overrides).hydra)
+
+
+def diagnosed(overrides: list[str]) -> Diagnosis:
+    """Every problem of the overrides and of the YAML files they select, found by replaying the composition key by key."""
+    register()
+    with initialize_config_dir(str(searchpath.CONFIG_DIR), version_base=VERSION_BASE):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return diagnose(hydra.config_loader, CONFIG_NAME, overrides)
+
+
+def with_resumed(overrides: list[str]) -> list[str]:
+    """With `resume=<run>` among them: that run's own overrides first; a new override replaces an old one of the same key."""
+    target = given(overrides, "resume")
+    if not target:
+        return overrides
+    from runner.run.folder import find_run, read_overrides
+
+    outputs_dir = given(overrides, "outputs_dir") or default_outputs_dir()
+    run = find_run(expand_home(target), expand_home(outputs_dir))
+    replaced = {override_key(item) for item in overrides}
+    kept = restored([joined_surrogates(item) for item in read_overrides(run) if override_key(item) not in replaced])
+    return [*kept, *(item for item in overrides if override_key(item) != "resume"), override("resume", str(run))]
+
+
+def default_outputs_dir() -> str:
+    """`outputs_dir` of conf/config.yaml, read without composing anything."""
+    return str(cast(DictConfig, OmegaConf.load(searchpath.CONFIG_DIR / f"{CONFIG_NAME}.yaml")).outputs_dir)
+
+
+def register() -> None:
+    """Put the schemas into Hydra's store and the resolvers that conf/ uses into OmegaConf. Safe to call again.
+
+    An option with keys of its own puts its schema first in its defaults list, as `<name>_schema`.
+    """
+    searchpath.register()
+    store = ConfigStore.instance()
+    for choice in options.choices():
+        if f"{choice.name}_schema.yaml" not in store.repo.get(choice.group, {}):
+            store.store(group=choice.group, name=f"{choice.name}_schema", node=choice.option.schema)
+    if "schema.yaml" in store.repo:
+        return
+    store.store(name="schema", node=schema.Config)
+    OmegaConf.register_new_resolver("gpus_needed", _gpus_needed, replace=True)
+    OmegaConf.register_new_resolver("nodes_needed", _nodes_needed, replace=True)
+    OmegaConf.register_new_resolver("at_least_one", lambda number: max(1, int(number)), replace=True)
+    OmegaConf.register_new_resolver("above_one", lambda number: int(number) > 1, replace=True)
+
+
+def _gpus_needed(parallelism: DictConfig) -> int:
+    """GPUs that trainer and engines share, or the sum where each has its own."""
+    trainer, rollout = int(parallelism.gpus), int(parallelism.rollout_gpus)
+    return max(trainer, rollout) if parallelism.colocate else trainer + rollout
+
+
+def _nodes_needed(parallelism: DictConfig, gpus_per_node: int) -> int:
+    return max(1, -(-_gpus_needed(parallelism) // max(1, int(gpus_per_node))))
+
+
+def to_yaml(raw: DictConfig, *, resolve: bool, package: str | None = None) -> str:
+    """YAML of the config, or of one part of it. Raises UserError for a part that is not there."""
+    node = OmegaConf.select(raw, package) if package else raw
+    if node is None:
+        raise UserError(f"the config has no part {package!r}", fix=f"one of: {', '.join(str(name) for name in raw)}")
+    return OmegaConf.to_yaml(node, resolve=resolve) if OmegaConf.is_config(node) else f"{node}\n"

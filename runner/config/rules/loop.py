@@ -1,0 +1,260 @@
+"""Rules of the loop: batches, sampling, router replay, speculation, optimizer, watch rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runner.config.rules.parallelism import positive
+from runner.config.schema import Config, Correction, Estimator
+from runner.errors import UserError
+
+
+def sampling(cfg: Config) -> Iterator[UserError]:
+    """A truncated distribution is not the policy's: its logprobs would be wrong in the importance ratio."""
+    train = cfg.rollout.sampling
+    if train.top_p != 1.0:
+        yield UserError(
+            f"training rollouts sample the whole distribution, not top_p {train.top_p}",
+            key="rollout.sampling.top_p",
+            fix="rollout.sampling.top_p=1.0 (evaluation.sampling.top_p is free)",
+        )
+    if train.top_k != -1:
+        yield UserError(
+            f"training rollouts sample the whole distribution, not top_k {train.top_k}",
+            key="rollout.sampling.top_k",
+            fix="rollout.sampling.top_k=-1 (evaluation.sampling.top_k is free)",
+        )
+    if cfg.evaluation.sampling.top_k == 0 or cfg.evaluation.sampling.top_k < -1:
+        yield UserError(
+            f"top_k {cfg.evaluation.sampling.top_k}", key="evaluation.sampling.top_k", fix="evaluation.sampling.top_k=-1"
+        )
+
+
+def batch_divides(cfg: Config) -> Iterator[UserError]:
+    algorithm, par = cfg.algorithm, cfg.parallelism
+    if not positive(cfg) or min(algorithm.updates_per_rollout, algorithm.samples_per_prompt, algorithm.prompts_per_step) < 1:
+        return
+    samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
+    text = f"{algorithm.prompts_per_step} prompts x {algorithm.samples_per_prompt} samples = {samples}"
+    if samples % algorithm.updates_per_rollout:
+        yield UserError(
+            f"{text}, which does not divide into {algorithm.updates_per_rollout} updates",
+            key="algorithm.updates_per_rollout",
+            fix="a number of updates that divides the samples",
+        )
+        return
+    update, ranks = samples // algorithm.updates_per_rollout, par.ranks // (par.tp * par.pp * par.cp)
+    if ranks and update % ranks:
+        yield UserError(
+            f"{text} in {algorithm.updates_per_rollout} updates of {update}, which {ranks} data-parallel ranks do not divide",
+            key="algorithm.prompts_per_step",
+            fix=f"algorithm.prompts_per_step={-(-algorithm.prompts_per_step // ranks) * ranks}",
+        )
+
+
+def estimator(cfg: Config) -> Iterator[UserError]:
+    algorithm = cfg.algorithm
+    if algorithm.estimator is not Estimator.reinforce_pp and algorithm.samples_per_prompt == 1:
+        yield UserError(
+            f"{algorithm.estimator.name} compares the samples of a prompt with each other, and there is one",
+            key="algorithm.samples_per_prompt",
+            fix="algorithm.samples_per_prompt=8, or algorithm=reinforce_pp",
+        )
+    if algorithm.dynamic_sampling and algorithm.samples_per_prompt == 1:
+        yield UserError(
+            "a group of one sample always has equal rewards, so dynamic sampling would drop everything",
+            key="algorithm.dynamic_sampling",
+            fix="algorithm.dynamic_sampling=false, or algorithm.samples_per_prompt=8",
+        )
+    if algorithm.oversample_prompts and algorithm.oversample_prompts < algorithm.prompts_per_step:
+        yield UserError(
+            f"{algorithm.oversample_prompts} is less than the {algorithm.prompts_per_step} prompts of a step",
+            key="algorithm.oversample_prompts",
+            fix=f"algorithm.oversample_prompts={2 * algorithm.prompts_per_step}, or 0",
+        )
+    if algorithm.oversample_prompts and not algorithm.dynamic_sampling:
+        yield UserError(
+            "without dynamic sampling nothing is dropped, so nothing more is asked for",
+            key="algorithm.oversample_prompts",
+            fix="algorithm.dynamic_sampling=true, or algorithm.oversample_prompts=0",
+        )
+    if algorithm.correction is not Correction.none and not algorithm.correction_low <= 1 <= algorithm.correction_high:
+        yield UserError(
+            f"the ratio 1 (no mismatch) lies outside [{algorithm.correction_low}, {algorithm.correction_high}]",
+            key="algorithm.correction_high" if algorithm.correction_high < 1 else "algorithm.correction_low",
+            fix="algorithm.correction_low=0.5 algorithm.correction_high=2.0",
+        )
+
+
+def dual_clip(cfg: Config) -> Iterator[UserError]:
+    algorithm = cfg.algorithm
+    if algorithm.dual_clip <= 0:
+        return
+    if algorithm.estimator not in (Estimator.grpo, Estimator.reinforce_pp):
+        yield UserError(
+            f"{algorithm.estimator.name} has no second clip: it belongs to the token-level clip of grpo and reinforce_pp",
+            key="algorithm.dual_clip",
+            fix="algorithm.dual_clip=0",
+        )
+    elif algorithm.dual_clip <= 1:
+        yield UserError(
+            f"at {algorithm.dual_clip} the tokens of a negative advantage have no gradient: their ratio starts at 1",
+            key="algorithm.dual_clip",
+            fix="algorithm.dual_clip=3.0, or 0",
+        )
+
+
+def context_holds(cfg: Config) -> Iterator[UserError]:
+    limit, prompt = cfg.model.max_context_tokens, cfg.task.max_prompt_tokens
+    for name, tokens in (
+        ("rollout", cfg.rollout.sampling.max_response_tokens),
+        ("evaluation", cfg.evaluation.sampling.max_response_tokens),
+    ):
+        if prompt + tokens > limit:
+            yield UserError(
+                f"prompts of {prompt} and responses of {tokens} tokens are longer than the context of {cfg.model.name}, {limit}",
+                key=f"{name}.sampling.max_response_tokens",
+                fix=f"{name}.sampling.max_response_tokens={limit - prompt}"
+                if limit > prompt
+                else f"task.max_prompt_tokens={limit // 2}",
+            )
+
+
+def model_numbers(cfg: Config) -> Iterator[UserError]:
+    model = cfg.model
+    if model.num_experts and not 1 <= model.experts_top_k <= model.num_experts:
+        yield UserError(
+            f"{model.experts_top_k} of {model.num_experts} experts per token",
+            key="model.experts_top_k",
+            fix=f"model.experts_top_k={min(8, model.num_experts)}",
+        )
+    groups, chosen = model.expert_groups, model.expert_groups_top_k
+    if not 1 <= chosen <= groups:
+        yield UserError(
+            f"{chosen} of {groups} groups of experts",
+            key="model.expert_groups_top_k",
+            fix=f"model.expert_groups_top_k={max(1, groups)}",
+        )
+    elif groups > 1 and model.family != "deepseek":
+        yield UserError(f"family {model.family} has no groups of experts", key="model.expert_groups", fix="model.expert_groups=1")
+    elif groups > 1 and (model.num_experts % groups or model.num_experts < 2 * groups):
+        yield UserError(
+            f"{model.num_experts} experts do not make {groups} groups of 2 or more",
+            key="model.expert_groups",
+            fix="a divisor of half of model.num_experts",
+        )
+    elif model.experts_top_k > chosen * (model.num_experts // groups) and model.num_experts:
+        yield UserError(
+            f"{chosen} groups of {model.num_experts // groups} experts hold fewer than the {model.experts_top_k} of a token",
+            key="model.expert_groups_top_k",
+            fix=f"model.expert_groups_top_k={groups}",
+        )
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield UserError(
+            f"{model.num_heads} heads do not share {model.num_kv_heads} key/value heads evenly",
+            key="model.num_kv_heads",
+            fix="a divisor of model.num_heads",
+        )
+    if model.num_dense_layers > model.num_layers:
+        yield UserError(
+            f"{model.num_dense_layers} dense layers of {model.num_layers}",
+            key="model.num_dense_layers",
+            fix="model.num_dense_layers=0",
+        )
+    if model.hf_checkpoint is None and not cfg.warm_start.enabled and cfg.model.num_layers > 8:
+        yield UserError(
+            "random weights of this size learn nothing from rewards",
+            key="model.hf_checkpoint",
+            fix="model.hf_checkpoint=<a folder or hub id>",
+        )
+
+
+def router_replay(cfg: Config) -> Iterator[UserError]:
+    replay = cfg.router_replay
+    if replay.trainer != replay.rollout:
+        on, off = ("trainer", "rollout") if replay.trainer else ("rollout", "trainer")
+        yield UserError(
+            f"router replay is on in the {on} and off in the {off}: both or neither",
+            key=f"router_replay.{off}",
+            fix="router_replay=r3 or router_replay=none",
+        )
+    if not (replay.trainer or replay.rollout):
+        return
+    if cfg.model.num_experts == 0:
+        yield UserError(f"{cfg.model.name} is dense: it has no routes to replay", key="router_replay", fix="router_replay=none")
+
+
+def speculation(cfg: Config) -> Iterator[UserError]:
+    spec = cfg.speculative
+    if spec.method != "none" and spec.num_draft_tokens == 0:
+        yield UserError(
+            f"{spec.method} proposes 0 tokens", key="speculative.num_draft_tokens", fix="speculative.num_draft_tokens=4"
+        )
+    if spec.method == "ngram" and spec.ngram_min > spec.ngram_max:
+        yield UserError(
+            f"the shortest suffix, {spec.ngram_min}, is longer than the longest, {spec.ngram_max}",
+            key="speculative.ngram_min",
+            fix=f"speculative.ngram_min={spec.ngram_max}",
+        )
+    if spec.method in ("draft", "eagle") and not spec.draft_model:
+        yield UserError(
+            f"{spec.method} needs a draft model", key="speculative.draft_model", fix="speculative.draft_model=<folder>"
+        )
+    if spec.method == "mtp" and cfg.model.num_mtp_layers == 0:
+        yield UserError(
+            f"{cfg.model.name} has no multi-token-prediction layers",
+            key="speculative.method",
+            fix="speculative=ngram, or model=mimo_7b",
+        )
+    if spec.online_training and (spec.method != "mtp" or cfg.model.num_mtp_layers == 0):
+        yield UserError(
+            f"only MTP heads are trained online, not {spec.method}",
+            key="speculative.online_training",
+            fix="speculative.online_training=false",
+        )
+
+
+def optimizer(cfg: Config) -> Iterator[UserError]:
+    trainer = cfg.trainer
+    for key in ("beta1", "beta2"):
+        if getattr(trainer.optimizer, key) == 1.0:
+            yield UserError("1.0 never forgets", key=f"trainer.optimizer.{key}", fix=f"trainer.optimizer.{key}=0.9")
+    if trainer.optimizer.lr_warmup_steps >= cfg.steps * max(1, cfg.algorithm.updates_per_rollout) > 0:
+        yield UserError(
+            f"{trainer.optimizer.lr_warmup_steps} warm-up steps do not end within {cfg.steps} steps",
+            key="trainer.optimizer.lr_warmup_steps",
+            fix="trainer.optimizer.lr_warmup_steps=0",
+        )
+
+
+def watch(cfg: Config) -> Iterator[UserError]:
+    for name, rule in cfg.watch.rules.items():
+        bounds = (rule.above, rule.below, rule.jump_ratio, rule.drop_against_baseline)
+        if rule.enabled and all(bound is None for bound in bounds):
+            yield UserError(
+                "an enabled rule without a bound never fires",
+                key=f"watch.rules.{name}",
+                fix=f"watch.rules.{name}.above=<number>, below, jump_ratio or drop_against_baseline",
+            )
+        if rule.patience_steps < 1:
+            yield UserError(
+                f"{rule.patience_steps} steps",
+                key=f"watch.rules.{name}.patience_steps",
+                fix=f"watch.rules.{name}.patience_steps=1",
+            )
+    if cfg.mismatch.decompose_interval_steps and not cfg.mismatch.decompose_samples:
+        yield UserError("0 samples to decompose", key="mismatch.decompose_samples", fix="mismatch.decompose_interval_steps=0")
+
+
+RULES = (
+    sampling,
+    batch_divides,
+    estimator,
+    dual_clip,
+    context_holds,
+    model_numbers,
+    router_replay,
+    speculation,
+    optimizer,
+    watch,
+)

@@ -1,0 +1,152 @@
+"""Images of prompts: pixels, patches, placeholder tokens and rotary positions, as Qwen3-VL's processor makes them.
+
+An image is resized to whole tokens once, when its prompt is made. Its uint8 pixels travel by reference: all samples of a
+prompt, their training batch included, share one `PromptImage`. Patches are made where a visual tower asks for them.
+
+Shape legend: H, W pixels; h, w tokens of an image (after merging); p patch size, m merge, t temporal patch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from runner.config.schema import ModelConfig
+from runner.errors import UserError
+from runner.models.qwen3_vl import MEAN, STD, VisualTower, tower
+from runner.models.vocabulary import IMAGE_ID, VISION_END_ID, VISION_START_ID
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_ASPECT = 200  # longer side over shorter side, as in Qwen's processor
+
+
+@dataclass(frozen=True, eq=False)
+class PromptImage:
+    """The image of one prompt.
+
+    pixels  uint8 [H, W, 3], H and W multiples of p * m; nobody writes into it
+    start   place of its first token in the prompt
+    """
+
+    pixels: np.ndarray
+    start: int
+    tower: VisualTower
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens (h, w); they lie at start .. start + h * w - 1, row by row."""
+        side = self.tower.patch_size * self.tower.merge
+        return self.pixels.shape[0] // side, self.pixels.shape[1] // side
+
+    @property
+    def tokens(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """(start, h, w): what `rotary_positions` needs. A prompt without an image has NO_IMAGE."""
+        return self.start, *self.grid
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """Patches in time, height and width, as transformers counts them."""
+        rows, columns = self.grid
+        return 1, rows * self.tower.merge, columns * self.tower.merge
+
+    def patches(self) -> torch.Tensor:
+        """fp32 [h * w * m * m, 3 * t * p * p]: token by token, the m x m patches of a token together, a still image t times."""
+        p, m, t = self.tower.patch_size, self.tower.merge, self.tower.temporal_patch_size
+        scaled = (self.pixels * (1 / 255)).astype(np.float32)
+        normal = (scaled - np.float32(MEAN)) / np.float32(STD)
+        rows, columns = self.grid
+        cut = normal.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m 3 p p
+        still = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], t, p, p))
+        return torch.from_numpy(still.reshape(rows * columns * m * m, 3 * t * p * p))
+
+
+NO_IMAGE = (0, 0, 0)
+
+
+def rotary_positions(place: np.ndarray, start: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Positions in time, height and width [3, ...] of tokens at `place` of sequences with an image (`PromptImage.extent`).
+
+    Text counts on in all three; an image's tokens share a time, and count its rows and columns; text after it goes on at the
+    largest of these plus one. Arguments broadcast. Without an image (0, 0, 0) a position is the place.
+    """
+    tokens = rows * columns
+    offset = place - start
+    inside = (offset >= 0) & (offset < tokens)
+    text = np.where(offset < tokens, place, place - tokens + np.maximum(rows, columns))
+    width = np.maximum(columns, 1)
+    down, right = start + offset // width, start + offset % width
+    return np.stack([np.where(inside, start, text), np.where(inside, down, text), np.where(inside, right, text)])
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Puts an image into a prompt's tokens.
+
+    mark      what stands for an image in a prompt's text: start of vision, one placeholder, end of vision
+    token_id  the placeholder's
+    """
+
+    tower: VisualTower
+    mark: str
+    token_id: int
+
+    @property
+    def side(self) -> int:
+        """Pixels of a token, in height and width."""
+        return self.tower.patch_size * self.tower.merge
+
+    def place(self, tokens: list[int], pixels: np.ndarray) -> tuple[tuple[int, ...], PromptImage]:
+        """The tokens of a prompt whose one placeholder becomes as many as the image has tokens, and the image in its place.
+
+        ValueError when there is not exactly one placeholder.
+        """
+        found = tokens.count(self.token_id)
+        if found != 1:
+            raise ValueError(f"the prompt has {found} image placeholders, not 1")
+        image = self.at(tokens, pixels)
+        return (*tokens[: image.start], *[self.token_id] * image.tokens, *tokens[image.start + 1 :]), image
+
+    def at(self, tokens: Sequence[int], pixels: np.ndarray) -> PromptImage:
+        """The image at the first placeholder."""
+        return PromptImage(pixels, tokens.index(self.token_id), self.tower)
+
+    def fitted_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        """Height and width in whole tokens, near the given ones, with min_pixels to max_pixels pixels, as Qwen's processor
+        rounds them. ValueError for an image that is empty or far too long."""
+        if not height or not width or max(height, width) > MAX_ASPECT * min(height, width):
+            raise ValueError(f"{width} x {height} pixels: one side may be at most {MAX_ASPECT} times the other")
+        side = self.side
+        high, wide = round(height / side) * side, round(width / side) * side
+        if high * wide > max_pixels:
+            shrink = math.sqrt(height * width / max_pixels)
+            return tuple(max(side, math.floor(length / shrink / side) * side) for length in (height, width))  # type: ignore[return-value]
+        if high * wide < min_pixels:
+            grow = math.sqrt(min_pixels / (height * width))
+            return tuple(math.ceil(length * grow / side) * side for length in (height, width))  # type: ignore[return-value]
+        return high, wide
+
+
+def image_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ImageProcessor:
+    """The processor of a vision model; UserError for a model without a visual tower."""
+    if not model.vision:
+        raise UserError(f"{model.name} has no visual tower", key="model", fix="model=tiny_vlm")
+    ids = (VISION_START_ID, IMAGE_ID, VISION_END_ID)
+    if model.hf_checkpoint is not None:
+        from runner.models.published import checkpoint_config
+
+        config: Any = checkpoint_config(model)
+        ids = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
+    mark = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
+    return ImageProcessor(tower(model), mark, ids[1])

@@ -1,0 +1,184 @@
+"""Prompts in, rewarded groups out: the generate and reward half of a step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.config.schema import Config
+from runner.data import Request, Sample, SamplingParams, Status, request_seed
+from runner.errors import UserError
+from runner.rollout.protocol import RolloutPool
+from runner.tasks.protocol import Prompt, Task, WalksThroughData
+from runner.tasks.rewards import score
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop; raised only where nothing of the step has been kept yet."""
+
+
+@dataclass
+class Group:
+    """All samples of one prompt, in sample order."""
+
+    prompt: Prompt
+    samples: list[Sample]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward or 0.0 for sample in self.samples]
+
+    @property
+    def is_flat(self) -> bool:
+        """Equal rewards carry no advantage."""
+        return max(self.rewards) == min(self.rewards)
+
+
+@dataclass
+class Rollout:
+    """The groups that a step trains on, and counts over everything that was generated for it."""
+
+    groups: list[Group]
+    generated: list[Group]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.groups for sample in group.samples]
+
+
+class Collector:
+    """Draws prompts, drives the pool and grades what comes back."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        task: Task,
+        pool: RolloutPool,
+        decode: Callable[[list[int]], str],
+        stop_token_ids: tuple[int, ...],
+        should_stop: Callable[[], bool],
+        warn: Callable[[str], None],
+    ) -> None:
+        """`decode` turns response ids into text without special tokens; `warn` gets one line about samples or
+        rewards that failed."""
+        self.cfg, self.task, self.pool = cfg, task, pool
+        self.decode, self.stop_token_ids, self.should_stop, self.warn = decode, stop_token_ids, should_stop, warn
+
+    def collect(self, step: int) -> Rollout:
+        """One step's groups. With dynamic sampling (DAPO, arXiv 2503.14476) flat groups are replaced by other prompts,
+        for at most `max_resample_rounds` further rounds; flat groups fill what is still missing then."""
+        algorithm = self.cfg.algorithm
+        sampling = SamplingParams(
+            temperature=self.cfg.rollout.sampling.temperature,
+            max_response_tokens=self.cfg.rollout.sampling.max_response_tokens,
+            stop_token_ids=self.stop_token_ids,
+        )
+        wanted = algorithm.prompts_per_step
+        per_round = self.prompts_per_round
+        rounds = 1 + (algorithm.max_resample_rounds if algorithm.dynamic_sampling else 0)
+        generated: list[Group] = []
+        kept: list[Group] = []
+        for number in range(rounds):
+            prompts = self.task.train_prompts(step, per_round, number)
+            samples = self.generate(
+                prompts, algorithm.samples_per_prompt, sampling, step, capture_routes=self.cfg.router_replay.rollout
+            )
+            new = _groups(prompts, samples)
+            generated += new
+            kept += [group for group in new if not (algorithm.dynamic_sampling and group.is_flat)]
+            if len(kept) >= wanted:
+                break
+        if len(kept) < wanted:
+            kept += [group for group in generated if algorithm.dynamic_sampling and group.is_flat][: wanted - len(kept)]
+        kept = kept[:wanted]
+        if not kept:
+            raise UserError(
+                f"step {step}: no sample of the rollout came back with a reward",
+                key="rollout",
+                fix="the messages above say why: the engine failed, or the task's reward function did",
+            )
+        return Rollout(kept, generated, _metrics(generated, rounds_used=number + 1))
+
+    @property
+    def prompts_per_round(self) -> int:
+        return self.cfg.algorithm.oversample_prompts or self.cfg.algorithm.prompts_per_step
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """Where training data stand after `step` steps; {} for a task that makes its problems up."""
+        return self.task.data_state(step, self.prompts_per_round) if isinstance(self.task, WalksThroughData) else {}
+
+    def continue_at(self, step: int, state: dict[str, Any] | None) -> str | None:
+        """Go on from `data_state`; returns what the user should know. None: a start, or a checkpoint that holds none."""
+        return self.task.continue_at(step, state) if isinstance(self.task, WalksThroughData) else None
+
+    def generate(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool
+    ) -> list[Sample]:
+        """Rewarded samples in request order; failed ones keep reward None. Raises Interrupted between samples."""
+        by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        requests = [
+            Request(
+                prompt_id=prompt.prompt_id,
+                sample_index=index,
+                tokens=tuple(prompt.tokens),
+                sampling=sampling,
+                seed=request_seed(self.cfg.seed, step, prompt.prompt_id, index),
+                capture_routes=capture_routes,
+                image=prompt.image,
+            )
+            for prompt in prompts
+            for index in range(samples_per_prompt)
+        ]
+        finished: dict[tuple[str, int], Sample] = {}
+        for sample in self.pool.generate(requests):
+            if self.should_stop():
+                raise Interrupted
+            finished[sample.prompt_id, sample.sample_index] = sample
+        if len(finished) != len(requests):
+            raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
+        samples = [finished[request.prompt_id, request.sample_index] for request in requests]
+        failed = [sample for sample in samples if sample.status is Status.failed]
+        if failed:
+            first = f"prompt {failed[0].prompt_id}, sample {failed[0].sample_index}: {failed[0].finish_reason}"
+            self.warn(f"{len(failed)} of {len(samples)} samples failed in the engine and are left out ({first})")
+        self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
+        return samples
+
+    def _grade(self, pairs: list[tuple[Prompt, Sample]]) -> None:
+        items = []
+        for prompt, sample in pairs:
+            text = self.decode(sample.response_tokens.tolist())
+            sample.info |= {"prompt": prompt.text, "text": text}
+            items.append((prompt, text, sample))
+        report = score(self.task, items, self.cfg.task.reward_timeout_seconds)
+        for (_, sample), reward in zip(pairs, report.rewards, strict=True):
+            sample.reward = reward
+        if message := report.message():
+            self.warn(message)
+
+
+def _groups(prompts: Sequence[Prompt], samples: list[Sample]) -> list[Group]:
+    by_prompt: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        if sample.reward is not None:
+            by_prompt[sample.prompt_id].append(sample)
+    return [Group(prompt, by_prompt[prompt.prompt_id]) for prompt in prompts if by_prompt[prompt.prompt_id]]
+
+
+def _metrics(groups: list[Group], rounds_used: int) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group.samples]
+    if not samples:
+        return {"rollout/rounds": float(rounds_used)}
+    lengths = [sample.response_length for sample in samples]
+    return {
+        "rollout/raw_reward": sum(sample.reward or 0.0 for sample in samples) / len(samples),
+        "rollout/response_len/mean": sum(lengths) / len(lengths),
+        "rollout/response_len/max": float(max(lengths)),
+        "rollout/truncated_ratio": sum(sample.status is Status.truncated for sample in samples) / len(samples),
+        "rollout/zero_std": sum(group.is_flat for group in groups) / len(groups),
+        "rollout/samples": float(len(samples)),
+        "rollout/rounds": float(rounds_used),
+    }

@@ -1,0 +1,144 @@
+"""The RL loop: generate, reward, advantage, update, sync. Everything else a step does is one call away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from runner.algorithms.advantages import compute_advantages
+from runner.config.schema import Config
+from runner.data import Batch, Sample
+from runner.rollout.protocol import RolloutPool
+from runner.run import continuation, mismatch
+from runner.run.checkpoint import Checkpoints
+from runner.run.collect import Collector, Interrupted, Rollout
+from runner.run.decisions import EVENT, Decisions
+from runner.run.evaluation import evaluate
+from runner.run.sync import WeightSync
+from runner.run.watch import Watcher
+from runner.tracking.base import Tracker
+from runner.trainer.protocol import Trainer
+
+SAMPLES_KEPT = 8  # sample texts per step in rollouts/, of as many prompts as there are
+
+
+@dataclass
+class Components:
+    """What a run is made of; `run.py` builds it from the config."""
+
+    cfg: Config
+    trainer: Trainer
+    pool: RolloutPool
+    collector: Collector
+    sync: WeightSync
+    tracker: Tracker
+    watcher: Watcher
+    decisions: Decisions
+    checkpoints: Checkpoints
+    should_stop: Callable[[], bool]
+
+
+def train(c: Components, first_step: int) -> str:
+    """Run steps [first_step, cfg.steps); returns completed, interrupted or stopped. The last checkpoint is saved always."""
+    step, saved = first_step, first_step or -1  # a run that goes on begins at a checkpoint
+    outcome = "completed"
+    while step < c.cfg.steps:
+        started, before = time.perf_counter(), c.pool.state()
+        try:
+            metrics = _step(c, step)
+        except Interrupted:
+            c.pool.load_state(before)  # the step is done again from its beginning
+            outcome = "interrupted"
+            break
+        metrics["perf/step_time"] = time.perf_counter() - started
+        alerts = c.watcher.check(step, metrics)
+        c.tracker.log(step, metrics)
+        if skipped := metrics["train/nan_steps"]:
+            message = f"step {step + 1}: {skipped:g} update(s) skipped, loss or gradient was not finite"
+            c.tracker.event("warning", message, {"step": step})
+        for alert in alerts:
+            c.tracker.event(f"watch_{alert.action}", alert.message, {"step": step, "rule": alert.rule})
+        step += 1
+        if c.cfg.checkpoint.interval_steps and step % c.cfg.checkpoint.interval_steps == 0:
+            _save(c, step)
+            saved = step
+        c.checkpoints.poll()
+        if any(alert.action == "stop" for alert in alerts):
+            outcome = "stopped"
+            break
+        if c.should_stop():
+            outcome = "interrupted"
+            break
+    if outcome == "completed" and (unseen := c.watcher.unseen()):
+        c.tracker.event("warning", f"watch rules that never saw their metric: {', '.join(unseen)}", {})
+    if saved != step:
+        _save(c, step)
+    c.checkpoints.join()
+    return outcome
+
+
+def _save(c: Components, step: int) -> None:
+    """Checkpoint after this many finished steps."""
+    kept = continuation.remembered(c.cfg, c.collector, step)
+    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state(), **kept})
+
+
+def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -> None:
+    """What happened to the engines since the last call, as events."""
+    for notice in pool.notices():
+        tracker.event("engine", notice, {} if step is None else {"step": step})
+
+
+def _step(c: Components, step: int) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
+    with _clock(metrics, "perf/rollout_time"):
+        rollout = c.collector.collect(step)
+    metrics |= rollout.metrics | c.pool.metrics()
+    batch = _make_batch(c.cfg, rollout)
+    if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
+        with _clock(metrics, "perf/decompose_time"):
+            metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples)
+    with _clock(metrics, "perf/train_time"):
+        update = c.trainer.step(batch)
+    metrics |= update.metrics | mismatch.metrics(batch.samples, update)
+    metrics |= c.sync()
+    c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
+    if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
+        with _clock(metrics, "perf/eval_time"):
+            metrics |= evaluate(c.cfg, c.collector, step)
+    if decision := c.decisions.at_end_of(step, c.pool):
+        message = f"after step {step + 1}: {decision['summary']}"
+        c.tracker.event(EVENT, message, {"step": step, "decision": decision})
+    tell_notices(c.pool, c.tracker, step)
+    metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
+    return metrics
+
+
+def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
+    advantages = compute_advantages(cfg.algorithm, [group.samples for group in rollout.groups])
+    return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
+
+
+def _spread(samples: list[Sample]) -> list[Sample]:
+    return samples[:: max(1, len(samples) // SAMPLES_KEPT)][:SAMPLES_KEPT]
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {
+        "prompt_id": sample.prompt_id,
+        "prompt": sample.info["prompt"],
+        "response": sample.info["text"],
+        "reward": sample.reward,
+        "status": sample.status.value,
+    }
+
+
+@contextmanager
+def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    metrics[name] = time.perf_counter() - started
