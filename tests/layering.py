@@ -16,8 +16,8 @@ GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data") 
 FLOORS = (
     "config", "models", "precision.kernels", "precision.formats", "precision", "routing", "algorithms", "tasks", "weights",
     "weights.transports", "config.rules", "tracking", "rollout", "trainer", "trainer.torch", "trainer.megatron",
-    "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin", "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep",
-    "cli", "__main__",
+    "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin", "rollout.sglang",
+    "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",
