@@ -44,7 +44,7 @@ def test_cfg_job_prints_yaml_and_imports_neither_torch_nor_ray() -> None:
 
 
 def test_rules_import_no_torch_either() -> None:
-    code = "import sys; from runner import compose, preflight; compose.load([]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from runner.config import compose, preflight; compose.load([]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -350,9 +350,9 @@ def test_a_config_that_never_ends(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["ignore", "targets"])
 def test_a_pattern_that_never_ends(source: Path, tmp_path: Path, pattern: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read or refused, but not waited for."""
-    from runner.precision import plan
+    from runner.precision import quantization_config
 
-    monkeypatch.setattr(plan, "MATCH_SECONDS", 0.5)
+    monkeypatch.setattr(quantization_config, "MATCH_SECONDS", 0.5)
     run(source, tmp_path / "int4")
 
     def edit(config: dict[str, Any]) -> None:

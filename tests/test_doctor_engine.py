@@ -160,6 +160,6 @@ def test_command_and_its_errors() -> None:
     cfg = load([]).config
     assert engine.check_engine(cfg, Console(file=out, width=200, color_system=None)) == 0
     assert "recovered through its kernels (tiny_moe)" in out.getvalue() and "checks passed" in out.getvalue()
-    cfg.rollout.name = "elsewhere"
-    with pytest.raises(UserError, match="rollout=elsewhere has no probe yet"):
+    cfg = load(["rollout=sglang", "speculative=none"]).config
+    with pytest.raises(UserError, match="rollout=sglang has no probe yet"):
         engine.check_engine(cfg, Console())

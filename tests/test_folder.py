@@ -573,7 +573,7 @@ def test_a_resume_composes_where_there_is_no_torch(tmp_path: Path) -> None:
         "        if name.partition('.')[0] in ('torch', 'ray', 'transformers'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Without())\n"
-        "from runner import compose\n"
+        "from runner.config import compose\n"
         "loaded = compose.load(['resume=run', 'outputs_dir=' + sys.argv[1]])\n"
         "assert loaded.config.seed == 1, loaded.overrides\n"
     )

@@ -47,7 +47,7 @@ def test_the_start_of_a_run_reads_back_what_the_engine_computes_with(precision: 
     held = pool.model.weights[name].format
     planted = TensorFormat.int4(32, Convention.exact) if precision != "int4_qat" else TensorFormat.bf16()
     pool.model.weights[name].format = planted
-    with pytest.raises(UserError, match=f"other formats.*run {held.format.name}, engine {planted.format.name}"):
+    with pytest.raises(UserError, match=f"other formats.*run {held.format}, engine {planted.format}"):
         audit_pool(pool.plan, pool.describe())
 
 

@@ -369,7 +369,7 @@ def test_a_method_nobody_knows(tmp_path: Path) -> None:
     assert any("quant_method is 'mystery'" in problem for problem in problems)
     assert any("routed_expert: run int4, stored bf16" in problem for problem in problems)
     engine = EngineDescription(plan.formats | {next(iter(plan.quantized)): "mystery"}, 32, "exact", "fp32")
-    assert "unknown format 'mystery'" in audit_engine(plan, engine)[0]
+    assert "'mystery' is no precision format" in audit_engine(plan, engine)[0]
 
 
 def test_an_engine_that_runs_bf16_unnoticed() -> None:

@@ -6,12 +6,12 @@ import io
 
 import pytest
 from rich.console import Console
-from runner.planner.cli import main as plan
+from runner.planner.tables import show as plan
 
 from runner.config import compose
-from runner.config.diagnosis import groups
+from runner.config.searchpath import groups
 
-RECIPES = [name for name in groups(compose.CONFIG_DIR)["recipe"] if name != "none"]
+RECIPES = [name for name in groups()["recipe"] if name != "none"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

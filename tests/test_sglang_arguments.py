@@ -234,7 +234,7 @@ def test_the_table_of_options_knows_defaults_and_refuses_other_kinds() -> None:
 
 def test_arguments_are_built_without_torch_and_without_sglang() -> None:
     code = (
-        "import sys; from runner import compose; from runner.rollout.sglang import arguments;"
+        "import sys; from runner.config import compose; from runner.rollout.sglang import arguments;"
         "arguments.server_arguments(compose.load_config(['model=tiny_moe', 'rollout=sglang', 'speculative=none']));"
         "assert 'torch' not in sys.modules and 'sglang' not in sys.modules"
     )

@@ -135,7 +135,7 @@ def test_a_pool_brings_weights_by_it(pigeon: Pigeon, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(pool, "Server", Server)
     monkeypatch.setattr(fleet, "Client", Client)
-    made = pool.SglangPool(cfg, pigeon)
+    made = pool.SglangPool(cfg, transport=pigeon)
     built = build_model(cfg.model, dtype=torch.float32, seed=1)
     tensors = disk_tensors(family_of(cfg.model), cfg.model, named_weights(cfg.model, built))
     items = [ExportedTensor(name, "bf16", {name: tensor.detach().clone()}) for name, tensor in tensors]

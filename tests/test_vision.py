@@ -507,7 +507,7 @@ def test_what_is_transparent_is_white_and_pictures_are_upright() -> None:
         ("model=tiny_vlm model.hidden_size=72", "model.hidden_size", "into multiples of 4", "model.hidden_size=80"),
         ("model=tiny_vlm task.grid=16", "task.grid", "258 tokens", "max_prompt_tokens=290"),
         ("model=tiny_vlm task.max_prompt_tokens=220", "rollout.sampling.max_response_tokens", "longer than the context", "=36"),
-        ("model=tiny_vlm task.cell_pixels=5", "task.cell_pixels", "no shape fits", "task.cell_pixels=8"),
+        ("model=tiny_vlm task.cell_pixels=5", "task.cell_pixels", "at least 7", "task.cell_pixels=7"),
         ("model=tiny_vlm task.colors=5", "task.colors", "at most 4", "task.colors=4"),
         ("model=tiny_vlm task.max_count=17", "task.max_count", "17 shapes in 3 x 3", "task.max_count=3"),
         ("model=tiny_vlm task.clutter=1.5", "task.clutter", "at most 1", "task.clutter=1"),

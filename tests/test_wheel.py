@@ -43,7 +43,7 @@ def test_it_holds_every_config_and_no_link(site: Path) -> None:
 
 def test_it_composes_every_recipe_and_plans(site: Path) -> None:
     program = (
-        "from runner import compose, searchpath\n"
+        "from runner.config import compose, searchpath\n"
         "for name in searchpath.groups()['recipe']:\n"
         "    assert compose.load([f'recipe={name}']).config.recipe == name\n"
         "    print(name)\n"

@@ -22,6 +22,7 @@ OWN = ("name", "family", "max_context_tokens", "initializer_range", "vision")
 OF_EXPERTS = ("num_dense_layers", "router_score", "router_bias", "routed_scaling_factor", "expert_groups", "expert_groups_top_k")
 OF_PLAIN_ATTENTION = ("head_dim", "num_kv_heads")
 FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # whose angles depend on the position alone
+MAX_EXPERT_MATRICES = 500_000  # layers times experts; Kimi-K2 has 23,424. The table of parameters has one line for each
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ def local_config(model: ModelConfig) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def fields_of(family: Family, config: dict[str, Any], name: str) -> dict[str, Any]:
+    """ModelConfig fields in a config.json of this family; ValueError for what it does not compute and beyond all limits."""
+    fields = family.from_hf_config(config, name)
+    if fields["num_layers"] * fields["num_experts"] > MAX_EXPERT_MATRICES:
+        asked = f"{fields['num_layers']} layers of {fields['num_experts']} experts"
+        raise ValueError(f"config.json of '{name}' asks for {asked}, more than any model has")
+    return fields
+
+
 def numbers(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[str, Any]:
     """The fields of the model group that a config.json decides; {} for one of another family (whoever loads it says which).
 
@@ -70,7 +80,7 @@ def numbers(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not set(map(str, architectures)) & set(family.architectures):
         return {}
-    fields = family.from_hf_config(config, str(model.hf_checkpoint))
+    fields = fields_of(family, config, str(model.hf_checkpoint))
     meaningless = (() if fields["num_experts"] else OF_EXPERTS) + (OF_PLAIN_ATTENTION if fields["kv_lora_rank"] else ())
     return {name: value for name, value in fields.items() if name not in OWN and name not in meaningless}
 

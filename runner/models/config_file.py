@@ -14,7 +14,6 @@ from runner.models.family import Family
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 16 << 20  # published ones have 1 KB to 200 KB; those that list every unquantized module, a few MB
-MAX_EXPERT_MATRICES = 500_000  # layers times experts; Kimi-K2 has 23,424. The table of parameters has one line for each
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -58,15 +57,9 @@ def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[st
         found = ", ".join(architectures) or "none"
         raise UserError(f"unknown architecture in {where}: {short(found)}", fix=f"known: {known}")
     try:
-        fields = family.from_hf_config(config, folder.name)
+        return family, agreement.fields_of(family, config, folder.name)
     except ValueError as error:
         raise UserError(str(error), fix=f"correct {where}, or download it again") from None
-    if fields["num_layers"] * fields["num_experts"] > MAX_EXPERT_MATRICES:
-        raise UserError(
-            f"{where} asks for {fields['num_layers']} layers of {fields['num_experts']} experts, more than any model has",
-            fix="download it again",
-        )
-    return family, fields
 
 
 def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> None:

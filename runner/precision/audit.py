@@ -66,7 +66,7 @@ def audit_engine(plan: PrecisionPlan, description: EngineDescription, label: str
             name: TensorFormat.named(kind, description.group_size, convention) for name, kind in description.formats.items()
         }
     except (KeyError, UserError) as error:
-        return [f"{label} computes with an unknown format: {error}"]
+        return [f"{label} computes with an unknown format: {error.problem if isinstance(error, UserError) else error}"]
     return audit(("run", plan), (label, PrecisionPlan(tensors, plan.parameters)))
 
 
@@ -93,6 +93,8 @@ def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
     for spec in sorted(formats.all_formats(), key=lambda spec: not spec.quantized):
         if spec.holds(own):
             return spec.name
+    if list(parts) == [name]:  # a bias, or another vector under a name of its own
+        return "bf16"
     raise UserError(f"{name}: parts {', '.join(sorted(parts))} are no known format")
 
 

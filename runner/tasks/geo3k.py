@@ -12,8 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config
@@ -26,6 +24,7 @@ from runner.tasks.pictures import image_bytes, open_rgb, resized
 from runner.tasks.protocol import Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from runner.models.images import ImageProcessor

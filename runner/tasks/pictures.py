@@ -7,10 +7,12 @@ import binascii
 import io
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow's own decoders; no format that starts another program
 MAX_FILE_BYTES = 32 << 20
@@ -76,6 +78,8 @@ def open_rgb(data: bytes) -> Image.Image:
 
 def resized(image: Image.Image, height: int, width: int) -> np.ndarray:
     """uint8 [height, width, 3], bicubic as in Qwen's processor."""
+    import numpy as np  # here, because choosing a task imports no more than it must
+
     if image.size == (width, height):
         return np.asarray(image)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config, TaskConfig
@@ -26,6 +24,7 @@ from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from runner.data import Sample
@@ -142,6 +141,8 @@ class VisualCountTask:
 
 def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
     """uint8 [grid * cell, grid * cell, 3]: shapes of random size and place within their cells, on a ground of one gray."""
+    import numpy as np  # here, because choosing a task imports no more than it must
+
     generator = np.random.Generator(np.random.PCG64(scene.pixel_seed))
     side, cell = cfg.grid * cfg.cell_pixels, cfg.cell_pixels
     pixels = np.full((side, side, 3), generator.integers(*GROUND), dtype=np.int64)
@@ -158,6 +159,8 @@ def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
 
 def _mask(shape: str, size: int) -> np.ndarray:
     """bool [size, size]: the pixels of a shape as large as its box."""
+    import numpy as np
+
     rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
     if shape == "square":
         return np.ones((size, size), dtype=bool)

@@ -41,7 +41,7 @@ def test_golden_arguments_of_every_recipe(recipe: str) -> None:
 
 def test_arguments_import_neither_torch_nor_megatron() -> None:
     program = (
-        "import sys\nfrom runner import compose\nfrom runner.trainer.megatron import arguments\n"
+        "import sys\nfrom runner.config import compose\nfrom runner.trainer.megatron import arguments\n"
         "arguments.everything(compose.load(['recipe=kimi_k2_int4'], check_rules=False).config)\n"
         "print([name for name in ('torch', 'megatron', 'ray') if name in sys.modules])\n"
     )
