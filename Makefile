@@ -48,7 +48,7 @@ test: setup ## The fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron and not night"
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not night"
 
 test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (elsewhere they are skipped)
 	$(BIN)/python -m pytest tests/test_convert_gptq.py

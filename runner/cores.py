@@ -34,6 +34,12 @@ def available_cores() -> int:
     return cores if limit is None else max(1, min(cores, int(limit)))
 
 
+def default_threads() -> int:
+    """Threads of a computation for which no number was asked: OMP_NUM_THREADS, else one for each available core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, min(int(asked), available_cores())) if asked.isdigit() else available_cores()
+
+
 def respect_quota() -> None:
     """Tell OpenMP, and so torch and every child process, about a quota; a number that the user set stays."""
     if "OMP_NUM_THREADS" not in os.environ and available_cores() < schedulable_cores():

@@ -61,3 +61,12 @@ print(torch.get_num_threads())
         command = [sys.executable, "-c", code]
         result = subprocess.run(command, env=environment | asked, capture_output=True, text=True, timeout=120)
         assert result.stdout.strip() == expected, result.stderr
+
+
+def test_a_number_of_threads_that_the_user_set_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "available_cores", lambda: 8)
+    for asked, threads in (("", 8), ("3", 3), ("16", 8), ("0", 1), ("2,4", 2), ("many", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert cores.default_threads() == threads
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert cores.default_threads() == 8

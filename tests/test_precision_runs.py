@@ -28,9 +28,10 @@ SHORT = [
 ]
 # integers (or FP8 values) arrive with a sync, and their changes are counted
 QUANTIZED = [name for name in PRECISIONS if name not in ("bf16", "int4_train")]
-# Mean |logprob difference|: four times what benchmarks/results/mismatch.md measured (bf16 5.0e-5, fp8 2.6e-5, int4_qat 9.8e-5,
-# fp8_rollout 6.3e-3, the most of all). The two control experiments that quantize one side in INT4 differ by much more.
-MISMATCH = {"bf16": 2e-4, "fp8": 1e-4, "int4_qat": 4e-4, "int4_train": 0.5, "int4_rollout": 0.5}
+# Mean |logprob difference|, some four times the most that was seen: of both sides alike 7.5e-4 (bf16 without AVX-512; with it
+# 5.0e-5), of fp8_rollout 6.3e-3, of the two control experiments that quantize one side in INT4 3.7e-2.
+MISMATCH = {"fp8_rollout": 2.5e-2, "int4_train": 0.15, "int4_rollout": 0.15}
+ALIKE = 3e-3
 
 
 def run(outputs: Path, precision: str, *overrides: str) -> list[dict[str, float]]:
@@ -49,7 +50,7 @@ def test_it_runs_and_trainer_and_engine_compute_alike(tmp_path: Path, precision:
     print(precision, [f"{row['train/train_rollout_logprob_abs_diff']:.2g}" for row in rows])
     for row in rows:
         assert all(math.isfinite(row[key]) for key in ("train/loss", "train/grad_norm", "rollout/raw_reward"))
-        assert 0 < row["train/train_rollout_logprob_abs_diff"] < MISMATCH.get(precision, 2.5e-2)
+        assert 0 < row["train/train_rollout_logprob_abs_diff"] < MISMATCH.get(precision, ALIKE)
     if precision in QUANTIZED:
         assert "sync/changed_integers" in rows[-1]
 
@@ -57,4 +58,4 @@ def test_it_runs_and_trainer_and_engine_compute_alike(tmp_path: Path, precision:
 def test_fp8_backward_runs(tmp_path: Path) -> None:
     rows = run(tmp_path, "fp8", "precision.fp8_backward=true")
     assert len(rows) == 3 and all(math.isfinite(row["train/grad_norm"]) for row in rows)
-    assert all(0 < row["train/train_rollout_logprob_abs_diff"] < MISMATCH["fp8"] for row in rows)
+    assert all(0 < row["train/train_rollout_logprob_abs_diff"] < ALIKE for row in rows)

@@ -6,10 +6,10 @@ import io
 
 import pytest
 from rich.console import Console
-from runner.planner.tables import show as plan
 
 from runner.config import compose
 from runner.config.searchpath import groups
+from runner.planner.tables import show as plan
 
 RECIPES = [name for name in groups()["recipe"] if name != "none"]
 

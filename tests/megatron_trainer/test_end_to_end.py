@@ -65,6 +65,7 @@ def test_the_first_steps_are_those_of_the_torch_trainer(tmp_path: Path) -> None:
     common = [
         f"outputs_dir={tmp_path}", "tracking=none", "trainer.threads=1", "speculative=none", "evaluation.interval_steps=0",
         "mismatch.decompose_interval_steps=0", "model=tiny_moe", "precision=int4_qat", "router_replay=r3",
+        "trainer.optimizer.lr_warmup_steps=0",
     ]  # fmt: skip
     _runner("run_name=start", *common, *small, "warm_start.stop_at_reward=0.15")
     _runner("export", f"run={tmp_path / 'start'}", f"target={tmp_path / 'hf'}", "format=bf16")

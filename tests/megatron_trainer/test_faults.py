@@ -53,7 +53,7 @@ def _assert_ends(trainer: MegatronTrainer, harm: Callable[[int], None], seconds:
 
 def test_a_killed_rank_ends_the_trainer() -> None:
     trainer = MegatronTrainer(megatron_config("moe", "dp2", format="int4"))
-    _assert_ends(trainer, lambda pid: os.kill(pid, signal.SIGKILL), 60.0, r"rank 1 was killed by signal 9 during step")
+    _assert_ends(trainer, lambda pid: os.kill(pid, signal.SIGKILL), 60.0, r"rank 1 was killed by signal 9 during updates")
 
 
 def test_a_rank_that_falls_silent_ends_the_trainer() -> None:

@@ -69,7 +69,7 @@ def test_a_run_survives_a_killed_rank_and_repeats_the_uninterrupted_one(tmp_path
     first, second = _restarts(tmp_path / "killed")
     assert first["data"] == {"restarts": 1, "from": None} and first["step"] == 0
     assert second["data"] == {"restarts": 2, "from": f"step_{INTERVAL:06d}"} and second["step"] == 3
-    assert "rank 1 was killed by signal 9 during step" in str(second["message"])
+    assert "rank 1 was killed by signal 9 during updates" in str(second["message"])
     status = json.loads((tmp_path / "killed" / "status.json").read_text())
     assert status["state"] == "completed" and status["updated"] - float(str(second["time"])) < BOUND_SECONDS
     whole, killed = _metrics(tmp_path / "whole"), _metrics(tmp_path / "killed")
@@ -83,7 +83,7 @@ def test_a_run_survives_a_killed_rank_and_repeats_the_uninterrupted_one(tmp_path
 def test_without_restarts_the_run_ends_with_a_message(tmp_path: Path) -> None:
     done = _run(tmp_path, "ended", "0", "trainer.max_restarts=0", "warm_start.enabled=false")
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "trainer rank 1 was killed by signal 9 during step" in done.stdout
+    assert "trainer rank 1 was killed by signal 9 during updates" in done.stdout
     assert json.loads((tmp_path / "ended" / "status.json").read_text())["state"] == "failed"
     assert not _restarts(tmp_path / "ended")
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from runner.config.schema import Config, QatPlacement, Role
-from runner.cores import available_cores
+from runner.cores import default_threads
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError
 from runner.models import family_of, visual
@@ -60,7 +60,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         self.config = cast(TorchTrainerConfig, cfg.trainer)
         self.device = _device(self.config.device)
         if self.device.type == "cpu":
-            torch.set_num_threads(self.config.threads or available_cores())
+            torch.set_num_threads(self.config.threads or default_threads())
             cpu_matmul.install(cfg.precision.cpu_matmul)
         self.family = family_of(cfg.model)
         self.dtype = _dtype(cfg.precision.base_dtype)
