@@ -60,7 +60,7 @@ def test_a_rank_that_falls_silent_ends_the_trainer() -> None:
     """Both ranks are then silent: one is stopped, the other waits for it in a collective."""
     trainer = MegatronTrainer(megatron_config("moe", "dp2", format="int4"))
     trainer.ranks.timeout = 10.0
-    _assert_ends(trainer, lambda pid: os.kill(pid, signal.SIGSTOP), 60.0, r"no answer to step within 10 s")
+    _assert_ends(trainer, lambda pid: os.kill(pid, signal.SIGSTOP), 60.0, r"no answer to updates within 10 s")
 
 
 def test_a_rank_that_raises_ends_the_trainer_with_its_traceback() -> None:
@@ -68,7 +68,7 @@ def test_a_rank_that_raises_ends_the_trainer_with_its_traceback() -> None:
     broken = batch(trainer.cfg)
     broken.advantages[0] = broken.advantages[0][:-1]
     pids = trainer.ranks.pids
-    with pytest.raises(RankFailure, match=r"(?s)rank 0 failed in step.*policy_step"):
+    with pytest.raises(RankFailure, match=r"(?s)rank 0 failed in updates.*policy_step"):
         trainer.step(broken)
     assert all(_gone(pid) for pid in pids)
 
