@@ -29,7 +29,8 @@ MLA = model(
 )  # fmt: skip
 FEW: dict[str, object] = {
     "steps": 10, "seed": 3, "algorithm.samples_per_prompt": 4, "algorithm.prompts_per_step": 2, "precision.group_size": 32,
-    "trainer.optimizer.lr": 1e-2, "trainer.optimizer.lr_warmup_steps": 0, "trainer.optimizer.beta2": 0.98, "trainer.max_tokens_per_gpu": 96, "trainer.threads": 1,
+    "trainer.optimizer.lr": 1e-2, "trainer.optimizer.beta2": 0.98, "trainer.optimizer.lr_warmup_steps": 0,
+    "trainer.max_tokens_per_gpu": 96, "trainer.threads": 1,
     "trainer.logprob_chunk_tokens": 4096,
 }  # fmt: skip
 
