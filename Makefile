@@ -57,11 +57,11 @@ test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's
 	$(BIN)/python -m pytest -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
-test-night: setup-sglang ## What CI leaves out: random runs; drafts, the router and p2p with real SGLang servers (about twenty minutes)
+test-night: setup-sglang ## What CI leaves out: random runs; further layouts; drafts, the router and p2p with real SGLang servers (about twenty minutes)
 	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
-	$(BIN)/python -m pytest -m megatron
+	$(BIN)/python -m pytest -m "megatron and not night"
 
 BASE ?= HEAD
 same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit
