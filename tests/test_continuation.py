@@ -111,7 +111,11 @@ def config(*overrides: str) -> Config:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_a_run_made_longer_keeps_its_learning_rate_plan(schedule: str, tmp_path: Path) -> None:
-    given = [f"trainer.optimizer.lr_schedule={schedule}", "trainer.optimizer.lr_min_ratio=0.1"]
+    given = [
+        f"trainer.optimizer.lr_schedule={schedule}",
+        "trainer.optimizer.lr_min_ratio=0.1",
+        "trainer.optimizer.lr_warmup_steps=0",
+    ]
     begun = config(*given, "steps=4")
     state = continuation.remembered(begun, collector(begun, Plain()), 4)
     saved = checkpoint.save(tmp_path, 4, state, lambda folder: None, keep=1)
