@@ -136,7 +136,7 @@ def started(cfg: Config) -> Any:
     """A pool of servers whose transport tests may switch (`pool.driver.over`)."""
     from runner.rollout.sglang import SglangPool
 
-    return SglangPool(cfg, Switch(cfg.rollout.weight_transport))
+    return SglangPool(cfg, transport=Switch(cfg.rollout.weight_transport))
 
 
 def asked(pool: Any, action: str, weights: Any, names: list[str], **request: Any) -> Any:
