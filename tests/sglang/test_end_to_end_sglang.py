@@ -50,8 +50,8 @@ def test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing(tmp_path: Pat
     assert wire["int4_qat"] < wire["bf16"] / 2
     sharing = run(tmp_path, "sharing", "precision=int4_qat", program=("-c", SHARING))
     for alone, shared in zip(plain["int4_qat"], sharing, strict=True):
-        # Which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often. A server puts
-        # together the requests that are there: on a loaded machine its batches, and with them the last bits of logprobs, differ.
+        # Which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often. A server
+        # puts together the requests that are there: on a loaded machine its batches, and with them the last bits of logprobs, differ.
         keys = [key for key in alone if not key.startswith(("perf/", "_")) and key != "sync/resident_checked"]
         rounded = [key for key in keys if key.startswith("train/train_rollout_")]
         exact = [key for key in keys if key not in rounded]
