@@ -51,7 +51,7 @@ def test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing(tmp_path: Pat
     sharing = run(tmp_path, "sharing", "precision=int4_qat", program=("-c", SHARING))
     for alone, shared in zip(plain["int4_qat"], sharing, strict=True):
         # Which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often. A server
-        # puts together the requests that are there: on a loaded machine its batches, and with them the last bits of logprobs, differ.
+        # puts together the requests that are there: on a loaded machine its batches differ, and the last bits of logprobs.
         keys = [key for key in alone if not key.startswith(("perf/", "_")) and key != "sync/resident_checked"]
         rounded = [key for key in keys if key.startswith("train/train_rollout_")]
         exact = [key for key in keys if key not in rounded]
