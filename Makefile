@@ -7,9 +7,9 @@ STAMP_SGLANG := $(VENV)/.installed-sglang
 SGLANG := runner/rollout/sglang
 # The wheel of torch is chosen first: a wider range would let other packages pull a CUDA build of gigabytes.
 TORCH ?= torch==2.13.0
-# llmcompressor 0.14.0.1 wants an older transformers and a newer compressed-tensors than pyproject.toml pins.
-# Processes of `make test`, one per core; a test that needs several processes starts them itself.
+# Processes of `make test` and `make test-slow`, one per core; a test that needs several processes starts them itself.
 WORKERS ?= logical
+# llmcompressor 0.14.0.1 wants an older transformers and a newer compressed-tensors than pyproject.toml pins.
 GPTQ_VENV ?= .venv-gptq
 GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed

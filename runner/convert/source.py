@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.models import FAMILIES, Parameter
+from runner.models import FAMILIES
 from runner.models.common import short
 from runner.models.config_file import CONFIG, family_fields, read_json
 from runner.weights.files import DTYPES
@@ -227,8 +227,3 @@ def without_unused(source: Source, model: ModelConfig) -> tuple[Source, list[str
         f"{len(left_out)} tensors of multi-token-prediction layers, which runner does not use, were left out, first {left_out[0]}"
     )
     return replace(source, tensors=tensors, config=config), [note]
-
-
-def parameters_of(model: ModelConfig) -> dict[str, Parameter]:
-    """The family's table, by on-disk name."""
-    return {parameter.name: parameter for parameter in FAMILIES[model.family].parameters(model)}

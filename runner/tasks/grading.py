@@ -48,7 +48,6 @@ _UNSURE = re.compile(
     r"approximately|roughly|nearly|almost|maybe|perhaps|un(?:known|clear|sure)|cannot|hundred|thousand|million|billion|dozen)\b|n't\b",
     re.IGNORECASE,
 )
-_BEFORE_DIGITS = re.compile(r"\\(?:boxed|fbox|text\w*|math\w+|d?t?frac|left|displaystyle)|US\$|USD|EUR|Rs\.?|[^\w]|^[a-z]\s*=")
 _NAME = re.compile(r"^\s*(?:\\?[a-zA-Z]+(?:_\{?\w+\}?|\([a-z]\)|')?|\\text\s*\{[^{}]*\})\s*=\s*(?=[^=]+$)")
 _SIDE_BY_SIDE = re.compile(r"\d\s+[\d.]|\d\s*,\s+\d{3}(?!\d)")  # two numbers that a reader of LaTeX would join or multiply
 

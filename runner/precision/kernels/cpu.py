@@ -28,7 +28,6 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-BF16_INF = 0x7F80
 SIGN = 0x8000
 MAGNITUDE = 0x7FFF
 ZERO_GROUP_SCALE = 0x3C00  # 2^-7

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
-import pickle
 import select
 import signal
 import socket
@@ -91,7 +91,7 @@ class _Server:
     def fork(self, environment: dict[str, str], connection: int, output: int) -> Forked:
         status, theirs = os.pipe()
         try:
-            socket.send_fds(self._channel, [pickle.dumps(environment)], [connection, output, theirs])
+            socket.send_fds(self._channel, [json.dumps(environment).encode()], [connection, output, theirs])
             answer = self._channel.recv(8)
         except OSError:
             answer = b""
@@ -133,7 +133,7 @@ def main(descriptor: int) -> int:
             if not pid:
                 for other in (channel.fileno(), ended, wake, status, *statuses.values()):
                     os.close(other)
-                _run(pickle.loads(message), connection, output)
+                _run(json.loads(message), connection, output)
             os.close(connection)
             os.close(output)
             statuses[pid] = status
