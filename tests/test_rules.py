@@ -213,6 +213,11 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
     assert match, "\n".join(map(str, about))
 
 
+def test_a_misspelt_choice_is_told_alone() -> None:
+    """The other rules are asked about the one that was meant."""
+    assert [error.key for error in problems("algorithm.estimator=grop", "algorithm.dual_clip=3")] == ["algorithm.estimator"]
+
+
 OVERRIDE = re.compile(r"^\+?[a-z_]+(\.\w+)*=\S*")
 
 

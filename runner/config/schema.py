@@ -26,6 +26,12 @@ def weight_formats() -> tuple[str, ...]:
     return formats.names()
 
 
+def estimators() -> tuple[str, ...]:
+    from runner.algorithms import estimators
+
+    return estimators.names()
+
+
 def model_families() -> tuple[str, ...]:
     from runner.models import FAMILIES
 
@@ -68,13 +74,6 @@ class CpuMatmul(Enum):
     auto = "auto"  # native where the CPU has bf16 instructions, else what a short measurement says
     native = "native"  # torch's own
     widened = "widened"  # operands to fp32, the result to bf16
-
-
-class Estimator(Enum):
-    grpo = "grpo"
-    gspo = "gspo"
-    cispo = "cispo"
-    reinforce_pp = "reinforce_pp"
 
 
 class LossAggregation(Enum):
@@ -278,7 +277,7 @@ class CorrectionBounds:
 @dataclass
 class AlgorithmConfig:
     name: str = MISSING
-    estimator: Estimator = MISSING
+    estimator: str = one_of(among=estimators)  # a file of runner/algorithms/estimators
     samples_per_prompt: int = number(ge=1, le=2**16)
     prompts_per_step: int = number(ge=1, le=2**20)
     updates_per_rollout: int = number(ge=1, le=2**20)  # optimizer steps made from one rollout's samples
