@@ -102,7 +102,7 @@ class WatchAction(Enum):
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    family: str = one_of(among=model_families)  # a file of runner/models
+    family: str = one_of(among=model_families)  # a file of runner/models/families
     hf_checkpoint: Optional[str] = path()  # a folder or hub id; null: random start (tiny models)
     num_layers: int = number(ge=1, le=1024)
     hidden_size: int = number(ge=1, le=2**17)
