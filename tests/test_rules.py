@@ -214,8 +214,8 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
 
 
 def test_a_misspelt_choice_is_told_alone() -> None:
-    """The other rules are asked about the one that was meant."""
-    assert [error.key for error in problems("algorithm.estimator=grop", "algorithm.dual_clip=3")] == ["algorithm.estimator"]
+    for also in ("algorithm.dual_clip=3", "algorithm.samples_per_prompt=1"):
+        assert [error.key for error in problems("algorithm.estimator=grop", also)] == ["algorithm.estimator"]
 
 
 OVERRIDE = re.compile(r"^\+?[a-z_]+(\.\w+)*=\S*")
