@@ -14,17 +14,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
 FLOORS = (
-    "config", "models", "precision.kernels", "precision.formats", "precision", "routing", "algorithms", "tasks", "weights",
-    "weights.transports", "config.rules", "tracking", "rollout", "trainer", "trainer.torch", "trainer.megatron",
-    "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin", "rollout.sglang",
-    "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
+    "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
+    "algorithms.estimators", "algorithms", "tasks", "weights", "weights.transports", "config.rules", "tracking", "rollout",
+    "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin",
+    "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",
     ("config", "config.rules"): "a composition ends with its rules",
     ("config", "models"): "the families that model.family may name, and the config.json that a local checkpoint has",
     ("config", "precision.formats"): "the formats that a grid may name",
+    ("config", "algorithms.estimators"): "the estimators that algorithm.estimator may name",
     ("config", "run"): "resume=<run> composes the overrides that the run's folder keeps",
+    ("models", "models.families"): "the table of families, and the visual tower of one of them",
     ("models", "precision"): "a built model loads the weights of a quantized folder",
     ("models", "convert"): "... through the converter's reader of published folders",
     ("precision.formats", "precision"): "a format's file names the arithmetic of its family, which is older than the files",

@@ -7,14 +7,32 @@ import math
 import pytest
 import torch
 
-from runner.algorithms import correction, losses
-from runner.algorithms.advantages import compute_advantages, group_normalized, token_whitened
+from runner.algorithms import correction, estimators, losses
+from runner.algorithms.advantages import compute_advantages
+from runner.algorithms.estimators import TokenLoss, group_normalized
+from runner.algorithms.estimators.reinforce_pp import token_whitened
 from runner.config.compose import load_config
-from runner.config.schema import Correction, Estimator
+from runner.config.schema import Correction
 from runner.errors import UserError
 from tests.trainer_configs import batch, config
 
 tensor = torch.tensor
+
+
+def loss_of(
+    estimator: str,
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
+    samples: int = 1,
+    **changes: object,
+) -> TokenLoss:
+    """The loss at the clip 0.2 and 0.28 of tokens whose old logprobs are 0; all of one sample and counted, unless said."""
+    cfg = config(**{"algorithm.estimator": estimator, "algorithm.clip_low": 0.2, "algorithm.clip_high": 0.28, **changes})
+    mask = torch.ones(len(logprobs), dtype=torch.bool) if mask is None else mask
+    ids = torch.zeros(len(logprobs), dtype=torch.int64) if ids is None else ids
+    return losses.policy_loss(cfg.algorithm, logprobs, torch.zeros_like(logprobs), advantages, mask, ids, samples)
 
 
 def test_grpo_advantages_by_hand() -> None:
@@ -46,7 +64,7 @@ def test_reinforce_pp_without_contrast_has_no_advantage(rewards: list[float], co
 
 
 def test_reinforce_pp_counts_the_tokens_inside_the_loss_masks() -> None:
-    cfg = config(**{"algorithm.estimator": Estimator.reinforce_pp})
+    cfg = config(**{"algorithm.estimator": "reinforce_pp"})
     samples = batch(cfg).samples
     rows = compute_advantages(cfg.algorithm, [samples[:4], samples[4:]])
     counted = torch.cat([row[sample.loss_mask] for row, sample in zip(rows, samples, strict=True)])
@@ -66,10 +84,9 @@ def test_advantages_follow_samples_and_need_rewards() -> None:
 
 
 def test_ppo_clip_by_hand() -> None:
-    old = torch.zeros(4)
     ratios = tensor([1.5, 0.5, 1.5, 0.5])
     logprobs = ratios.log().requires_grad_()
-    result = losses.ppo_clip_loss(logprobs, old, tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)
+    result = loss_of("grpo", logprobs, tensor([1.0, 1.0, -1.0, -1.0]))
     # A > 0: gains end at 1.28; A < 0: gains end at 0.8; the other two sides are not clipped
     assert result.loss.tolist() == pytest.approx([-1.28, -0.5, 1.5, 0.8])
     assert result.clipped.tolist() == [True, False, False, True]
@@ -80,15 +97,11 @@ def test_ppo_clip_by_hand() -> None:
 def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
     ratios = tensor([5.0, 5.0, 2.0, 0.5])
     logprobs = ratios.log().requires_grad_()
-    result = losses.ppo_clip_loss(logprobs, torch.zeros(4), tensor([-1.0, 1.0, -1.0, -1.0]), 0.2, 0.28, 3.0)
+    result = loss_of("grpo", logprobs, tensor([-1.0, 1.0, -1.0, -1.0]), **{"algorithm.dual_clip": 3.0})
     assert result.loss.tolist() == pytest.approx([3.0, -1.28, 2.0, 0.8])
     assert result.clipped.tolist() == [True, True, False, True]
     result.loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([0.0, 0.0, 2.0, 0.0])
-    cfg = config(**{"algorithm.dual_clip": 3.0})
-    mask, ids = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
-    configured = losses.policy_loss(cfg.algorithm, ratios.log(), torch.zeros(4), -torch.ones(4), mask, ids, 1)
-    assert configured.loss.tolist() == pytest.approx([3.0, 3.0, 2.0, 0.8])
 
 
 def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence() -> None:
@@ -96,7 +109,7 @@ def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence() -> None:
     mask = tensor([True, True, True, False])
     ids = tensor([0, 0, 1, 1])
     advantages = tensor([1.0, 1.0, -2.0, -2.0])
-    result = losses.gspo_loss(logprobs, torch.zeros(4), advantages, mask, ids, 2, 0.2, 0.28)
+    result = loss_of("gspo", logprobs, advantages, mask, ids, 2)
     first, second = math.exp(0.05), math.exp(0.4)  # the masked token takes no part
     assert result.loss[:3].tolist() == pytest.approx([-first, -first, 2 * second])
     result.loss[:3].sum().backward()
@@ -106,9 +119,7 @@ def test_gspo_uses_the_geometric_mean_ratio_of_the_sequence() -> None:
 
 def test_gspo_clips_whole_sequences() -> None:
     logprobs = tensor([0.5, 0.5]).requires_grad_()
-    result = losses.gspo_loss(
-        logprobs, torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool), tensor([0, 0]), 1, 0.2, 0.28
-    )
+    result = loss_of("gspo", logprobs, torch.ones(2))
     assert result.clipped.all() and result.loss.tolist() == pytest.approx([-1.28, -1.28])
     result.loss.sum().backward()
     assert logprobs.grad.tolist() == [0.0, 0.0]
@@ -116,7 +127,7 @@ def test_gspo_clips_whole_sequences() -> None:
 
 def test_cispo_keeps_every_gradient() -> None:
     logprobs = tensor([1.0, -3.0, 0.1]).requires_grad_()
-    result = losses.cispo_loss(logprobs, torch.zeros(3), tensor([1.0, 1.0, -1.0]), 0.2, 0.28)
+    result = loss_of("cispo", logprobs, tensor([1.0, 1.0, -1.0]))
     result.loss.sum().backward()
     assert logprobs.grad.tolist() == pytest.approx([-1.28, -0.8, math.exp(0.1)])
     assert result.clipped.tolist() == [True, True, False]
@@ -126,7 +137,7 @@ def test_on_policy_losses_agree_in_gradient() -> None:
     """At ratio 1 all three are the plain policy gradient -A."""
     cfg = config()
     advantages = tensor([0.3, -0.7, 2.0])
-    for estimator in Estimator:
+    for estimator in estimators.names():
         cfg.algorithm.estimator = estimator
         logprobs = tensor([-1.0, -0.2, -3.0]).requires_grad_()
         mask, ids = torch.ones(3, dtype=torch.bool), tensor([0, 0, 1])
@@ -222,7 +233,7 @@ def test_corrections_are_constants_and_one_without_mismatch(kind: Correction) ->
 def test_huge_ratios_of_counted_tokens_stay_finite(size: float, sign: float) -> None:
     """Clamped where verl and SkyRL clamp: log-ratios at 20 nats (GSPO's at 10), k3 at 10."""
     mask, ids, old = torch.ones(2, dtype=torch.bool), tensor([0, 1]), tensor([-0.5, -0.5])
-    for estimator in Estimator:
+    for estimator in estimators.names():
         for advantage in (1.0, -1.0):
             logprobs = (old + sign * size).requires_grad_()
             cfg = config(**{"algorithm.estimator": estimator})

@@ -19,8 +19,9 @@ from runner.config.schema import Convention, ModelConfig, Role
 from runner.config.searchpath import groups
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
-from runner.models import FAMILIES, Family, agreement, family_of, qwen3_vl
+from runner.models import FAMILIES, Family, agreement, family_of
 from runner.models.build import build_model, save_config
+from runner.models.families import qwen3_vl
 from runner.models.images import image_processor
 from runner.models.published import checkpoint_config
 from runner.models.tokenizer import byte_tokenizer

@@ -17,43 +17,6 @@ from runner.planner.memory import CPU_PROCESS, plan_memory
 from runner.planner.parameters import take_inventory
 from runner.planner.traffic import sync_flows
 
-TASK = """
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-from runner.errors import UserError
-from runner.config.limits import number
-from runner.config.option import Option
-from runner.config.schema import Config, TaskConfig
-
-
-@dataclass
-class ToyTaskConfig(TaskConfig):
-    riddles: int = number(ge=1, le=100)
-
-
-class ToyTask:
-    name = "toy"
-
-
-def even(cfg: Config) -> Iterator[UserError]:
-    if cfg.task.riddles % 2:
-        yield UserError(f"{cfg.task.riddles} riddles have no halves", key="task.riddles", fix="an even number")
-
-
-OPTION = Option(ToyTaskConfig, rules=(even,))
-"""
-TASK_YAML = """
-defaults: [toy_schema@_here_, _self_]
-_target_: runner.tasks.toy.ToyTask
-name: toy
-train_path: null
-eval_path: null
-max_prompt_tokens: 16
-reward_timeout_seconds: 10
-seed: ${seed}
-riddles: 4
-"""
 ENGINE = """
 from dataclasses import dataclass
 
@@ -112,17 +75,6 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Add]:
     for name in list(sys.modules):
         if name in made or name.startswith(tuple(f"{one}." for one in made)):
             del sys.modules[name]
-
-
-def test_a_task_with_a_key_and_a_rule_of_its_own_is_two_files(add: Add) -> None:
-    add("runner.tasks", "toy.py", TASK, "task/toy.yaml" + TASK_YAML)
-    assert compose.load_config(["task=toy"]).task.riddles == 4  # type: ignore[attr-defined]
-    with pytest.raises(UserErrors, match="5 riddles have no halves"):
-        compose.load(["task=toy", "task.riddles=5"])
-    with pytest.raises(UserErrors, match="must be at most 100"):
-        compose.load(["task=toy", "task.riddles=101"])
-    with pytest.raises(UserErrors, match="did you mean task.riddles"):
-        compose.load(["task=toy", "task.ridles=5"])
 
 
 def test_an_engine_with_a_layout_and_a_need_of_its_own_is_its_folder_and_one_file(add: Add) -> None:

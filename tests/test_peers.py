@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from runner.algorithms import estimators
 from runner.algorithms.advantages import compute_advantages
 from runner.algorithms.aggregation import loss_weights
-from runner.config.schema import AlgorithmConfig, Correction, Estimator, LossAggregation
+from runner.config.schema import AlgorithmConfig, Correction, LossAggregation
 from runner.data import Sample, Status
 from runner.trainer.policy_step import Sums, TokenRows, micro_batch_loss
 from tests.trainer_configs import config
@@ -58,10 +59,10 @@ def _policy(algorithm: AlgorithmConfig, x: Random) -> tuple[Array, Array]:
     """(loss, gradient with respect to logprobs) of every token."""
     low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
     ratio = np.exp(x.logprobs - x.old)
-    if algorithm.estimator is Estimator.cispo:
+    if algorithm.estimator == "cispo":
         weight = np.clip(ratio, low, high)
         return -weight * x.advantages * x.logprobs, -weight * x.advantages
-    if algorithm.estimator is Estimator.gspo:
+    if algorithm.estimator == "gspo":
         mean = ((x.logprobs - x.old) * x.mask).sum(1) / x.mask.sum(1)
         ratio = np.repeat(np.exp(mean)[:, None], LONGEST, axis=1)
     plain, clipped = -x.advantages * ratio, -x.advantages * np.clip(ratio, low, high)
@@ -148,18 +149,18 @@ def _assert_equal(found: tuple[float, Array], expected: tuple[float, Array]) -> 
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-6)
 
 
-CLIPS: dict[Estimator, dict[str, float]] = {
-    Estimator.grpo: {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 0.0},
-    Estimator.reinforce_pp: {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
-    Estimator.gspo: {"clip_low": 0.02, "clip_high": 0.04, "dual_clip": 0.0},
-    Estimator.cispo: {"clip_low": 1.0, "clip_high": 0.5, "dual_clip": 0.0},
+CLIPS: dict[str, dict[str, float]] = {
+    "grpo": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 0.0},
+    "reinforce_pp": {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5},
+    "gspo": {"clip_low": 0.02, "clip_high": 0.04, "dual_clip": 0.0},
+    "cispo": {"clip_low": 1.0, "clip_high": 0.5, "dual_clip": 0.0},
 }
 BOUNDS = {Correction.none: (1.0, 1.0), Correction.tis: (0.0, 1.3), Correction.mis: (0.4, 2.0), Correction.icepop: (0.7, 1.4)}
 
 
-@pytest.mark.parametrize("estimator", list(Estimator))
+@pytest.mark.parametrize("estimator", estimators.names())
 @pytest.mark.parametrize("aggregation", list(LossAggregation))
-def test_losses_are_those_of_the_formulas(estimator: Estimator, aggregation: LossAggregation) -> None:
+def test_losses_are_those_of_the_formulas(estimator: str, aggregation: LossAggregation) -> None:
     for seed in range(INPUTS):
         kind, kl = list(Correction)[seed % 4], ("k1", "k2", "k3")[seed % 3]
         algorithm = _algorithm(
@@ -192,7 +193,7 @@ def test_advantages_are_those_of_the_formulas() -> None:
         grpo = compute_advantages(_algorithm(), [_group(rewards, mask)])
         expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
         np.testing.assert_allclose([float(row[0]) for row in grpo], expected, rtol=1e-4, atol=1e-6)
-        whitened = compute_advantages(_algorithm(estimator=Estimator.reinforce_pp), [_group(rewards, mask)])
+        whitened = compute_advantages(_algorithm(estimator="reinforce_pp"), [_group(rewards, mask)])
         tokens = np.repeat(rewards, mask.sum(1).astype(int))
         expected = (rewards - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
         np.testing.assert_allclose([float(row[0]) for row in whitened], expected, rtol=1e-4, atol=1e-6)
@@ -206,7 +207,7 @@ VERL_AGGREGATION = {
     LossAggregation.sequence_mean_of_token_means: "seq-mean-token-mean",
     LossAggregation.constant_length: "seq-mean-token-sum-norm",
 }
-VERL_LOSS = {Estimator.grpo: "vanilla", Estimator.reinforce_pp: "vanilla", Estimator.gspo: "gspo", Estimator.cispo: "cispo"}
+VERL_LOSS = {"grpo": "vanilla", "reinforce_pp": "vanilla", "gspo": "gspo", "cispo": "cispo"}
 
 
 def _verl(algorithm: AlgorithmConfig, x: Random) -> tuple[float, Array]:
@@ -235,9 +236,9 @@ def _verl(algorithm: AlgorithmConfig, x: Random) -> tuple[float, Array]:
     return loss.item(), logprobs.grad.double().numpy()
 
 
-@pytest.mark.parametrize("estimator", list(Estimator))
+@pytest.mark.parametrize("estimator", estimators.names())
 @pytest.mark.parametrize("aggregation", list(LossAggregation))
-def test_losses_are_those_of_verl(estimator: Estimator, aggregation: LossAggregation) -> None:
+def test_losses_are_those_of_verl(estimator: str, aggregation: LossAggregation) -> None:
     for seed in range(INPUTS):
         kind = list(Correction)[seed % 4]
         algorithm = _algorithm(
@@ -274,7 +275,7 @@ def test_advantages_are_those_of_verl() -> None:
         token_rewards[torch.arange(6), last] = torch.from_numpy(rewards).float()
         grpo, _ = core.compute_grpo_outcome_advantage(token_rewards, response_mask, np.zeros(6, dtype=np.int64))
         plus, _ = core.compute_reinforce_plus_plus_outcome_advantage(token_rewards, response_mask, SimpleNamespace(gamma=1.0))
-        for estimator, theirs in ((Estimator.grpo, grpo), (Estimator.reinforce_pp, plus)):
+        for estimator, theirs in (("grpo", grpo), ("reinforce_pp", plus)):
             ours = torch.stack(compute_advantages(_algorithm(estimator=estimator), [_group(rewards, mask)]))
             torch.testing.assert_close(ours * response_mask, theirs.float(), rtol=1e-4, atol=1e-5)
 
@@ -292,12 +293,12 @@ def _trl(algorithm: AlgorithmConfig, x: Random, with_kl: bool) -> tuple[float, A
     trl = pytest.importorskip("trl.trainer.grpo_trainer")
     logprobs = torch.from_numpy(x.logprobs).float().requires_grad_()
     entropies = torch.zeros_like(logprobs.detach())
-    cispo = algorithm.estimator is Estimator.cispo
+    cispo = algorithm.estimator == "cispo"
     mask = torch.from_numpy(x.mask)
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logprobs, entropies, None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        importance_sampling_level="sequence" if algorithm.estimator is Estimator.gspo else "token",
+        importance_sampling_level="sequence" if algorithm.estimator == "gspo" else "token",
         beta=algorithm.kl_coef if with_kl else 0.0, loss_type="cispo" if cispo else TRL_LOSS[algorithm.loss_aggregation],
         epsilon_low=algorithm.clip_low, epsilon_high=1 + algorithm.clip_high if cispo else algorithm.clip_high,
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
@@ -327,10 +328,10 @@ class _Metrics(dict[str, list[float]]):
 
 @pytest.mark.parametrize(
     ("estimator", "aggregation"),
-    [(Estimator.grpo, aggregation) for aggregation in TRL_LOSS]
-    + [(Estimator.gspo, LossAggregation.sequence_mean_of_token_means), (Estimator.cispo, LossAggregation.token_mean)],
+    [("grpo", aggregation) for aggregation in TRL_LOSS]
+    + [("gspo", LossAggregation.sequence_mean_of_token_means), ("cispo", LossAggregation.token_mean)],
 )
-def test_losses_are_those_of_trl(estimator: Estimator, aggregation: LossAggregation) -> None:
+def test_losses_are_those_of_trl(estimator: str, aggregation: LossAggregation) -> None:
     """TRL's CISPO has no lower bound, ours is at 0 here."""
     for seed in range(INPUTS):
         algorithm = _algorithm(estimator=estimator, loss_aggregation=aggregation, **CLIPS[estimator], kl_coef=0.05)

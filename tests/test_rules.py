@@ -213,6 +213,11 @@ def test_bad_config(overrides: str, key: str, problem: str, fix: str) -> None:
     assert match, "\n".join(map(str, about))
 
 
+def test_a_misspelt_choice_is_told_alone() -> None:
+    for also in ("algorithm.dual_clip=3", "algorithm.samples_per_prompt=1"):
+        assert [error.key for error in problems("algorithm.estimator=grop", also)] == ["algorithm.estimator"]
+
+
 OVERRIDE = re.compile(r"^\+?[a-z_]+(\.\w+)*=\S*")
 
 

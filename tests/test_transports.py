@@ -1,10 +1,10 @@
-"""A transport is one object: rules, planner, preflight and pool see one that only this file has."""
+"""A transport is one object: rules, planner, preflight and pool see that of docs/extending.md."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +13,35 @@ import torch
 
 from runner.config import compose, preflight
 from runner.config.schema import Config
-from runner.errors import UserError, UserErrors
+from runner.errors import UserErrors
 from runner.models import family_of
 from runner.planner.parameters import take_inventory
 from runner.planner.traffic import sync_flows
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang import arguments
-from runner.weights.transports import TRANSPORTS, Driver, Rank, Site, Transport
-from runner.weights.transports.base import WritesSets, in_shared_memory
-
-
-class Pigeon(Transport):
-    """Carries a set's bytes in the offer itself."""
-
-    name = "pigeon"
-
-    def traffic(self, stream: int, engines: int, ranks: int) -> tuple[int, str]:
-        return 7 * stream, "flown seven times"
-
-    def problems(self, cfg: Config) -> Iterator[UserError]:
-        if cfg.seed == 13:
-            yield UserError("pigeons do not fly at seed 13", key="rollout.weight_transport", fix="seed=12")
-
-    def obstacles(self, cfg: Config) -> Iterator[UserError]:
-        yield UserError("this machine has no pigeon loft", key="rollout.weight_transport")
-
-    def warnings(self, cfg: Config) -> Iterator[str]:
-        yield "pigeons are slow"
-
-    def driver(self, site: Site) -> Driver:
-        return Loft(in_shared_memory(site))
-
-    def receive(self, offer: Any, rank: Rank, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, values in offer["letters"].items():
-            if wanted(name):
-                yield name, torch.tensor(values)
-
-
-class Loft(WritesSets):
-    transport = Pigeon.name
-
-    async def carry(self, weights: Any, names: list[str], engines: int, ranks: int, ask: Any) -> str:
-        from runner.weights.weight_set import read_parts
-
-        letters = {name: tensor.tolist() for name, tensor in read_parts(weights, names)}
-        await ask(lambda place: {"letters": letters})
-        return ""
+from runner.weights.transports import TRANSPORTS, Rank, Transport
+from tests.extending import module
 
 
 @pytest.fixture
-def pigeon(monkeypatch: pytest.MonkeyPatch) -> Pigeon:
-    monkeypatch.setitem(TRANSPORTS, Pigeon.name, Pigeon())
-    return Pigeon()
+def pigeon() -> Iterator[Transport]:
+    made = module("runner/weights/transports/pigeon.py").Pigeon()
+    TRANSPORTS[made.name] = made
+    yield made
+    del TRANSPORTS[made.name]
 
 
 def load(*overrides: str) -> Config:
     return compose.load_config(["rollout=sglang", "model=tiny_dense", "router_replay=none", "precision=bf16", *overrides])
 
 
-def test_the_config_names_it_and_rules_planner_and_preflight_ask_it(pigeon: Pigeon) -> None:
-    cfg = load("rollout.weight_transport=pigeon")
+def test_the_config_names_it_and_rules_planner_and_preflight_ask_it(pigeon: Transport) -> None:
+    cfg = load("rollout.weight_transport=pigeon", "cluster.interface=lo")
     flows = {flow.what: flow for flow in sync_flows(cfg, take_inventory(cfg))}
-    assert flows["weight sync, pigeon (configured)"].how == "flown seven times"
+    assert flows["weight sync, pigeon (configured)"].how == "1 letters of seven times the weights"
     assert flows["weight sync, pigeon (configured)"].size == 7 * flows["weight sync, p2p"].size
-    with pytest.raises(UserErrors, match="pigeons do not fly at seed 13"):
-        load("rollout.weight_transport=pigeon", "seed=13")
+    with pytest.raises(UserErrors, match="pigeons carry bf16"):
+        load("rollout.weight_transport=pigeon", "precision=fp8_rollout")
     with pytest.raises(UserErrors, match="no pigeon loft"):
         preflight.check(cfg)
     assert "pigeons are slow" in arguments.warnings(cfg)
@@ -85,7 +49,7 @@ def test_the_config_names_it_and_rules_planner_and_preflight_ask_it(pigeon: Pige
 
 def test_a_transport_that_does_not_exist_is_refused_with_the_ones_that_do() -> None:
     with pytest.raises(UserErrors, match="'pigeon' is none of .*tensor") as caught:
-        load("rollout.weight_transport=pigeon", "seed=13")
+        load("rollout.weight_transport=pigeon")
     assert "p2p" in str(caught.value)
 
 
@@ -103,7 +67,7 @@ class Server:
         return True
 
 
-def test_a_pool_brings_weights_by_it(pigeon: Pigeon, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_brings_weights_by_it(pigeon: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's half in a real pool, the engine's half behind a client that only pretends."""
     pytest.importorskip("aiohttp", reason="make setup-sglang")
     from runner.data import ExportedTensor

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.algorithms.losses import MAX_LOG_RATIO, inside
+from runner.algorithms.estimators import MAX_LOG_RATIO, inside
 from runner.config.schema import AlgorithmConfig, Correction
 
 

@@ -26,6 +26,12 @@ def weight_formats() -> tuple[str, ...]:
     return formats.names()
 
 
+def estimators() -> tuple[str, ...]:
+    from runner.algorithms import estimators
+
+    return estimators.names()
+
+
 def model_families() -> tuple[str, ...]:
     from runner.models import FAMILIES
 
@@ -70,13 +76,6 @@ class CpuMatmul(Enum):
     widened = "widened"  # operands to fp32, the result to bf16
 
 
-class Estimator(Enum):
-    grpo = "grpo"
-    gspo = "gspo"
-    cispo = "cispo"
-    reinforce_pp = "reinforce_pp"
-
-
 class LossAggregation(Enum):
     """What a token's loss weighs; see runner/algorithms/aggregation.py."""
 
@@ -103,7 +102,7 @@ class WatchAction(Enum):
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    family: str = one_of(among=model_families)  # a file of runner/models
+    family: str = one_of(among=model_families)  # a file of runner/models/families
     hf_checkpoint: Optional[str] = path()  # a folder or hub id; null: random start (tiny models)
     num_layers: int = number(ge=1, le=1024)
     hidden_size: int = number(ge=1, le=2**17)
@@ -278,7 +277,7 @@ class CorrectionBounds:
 @dataclass
 class AlgorithmConfig:
     name: str = MISSING
-    estimator: Estimator = MISSING
+    estimator: str = one_of(among=estimators)  # a file of runner/algorithms/estimators
     samples_per_prompt: int = number(ge=1, le=2**16)
     prompts_per_step: int = number(ge=1, le=2**20)
     updates_per_rollout: int = number(ge=1, le=2**20)  # optimizer steps made from one rollout's samples

@@ -6,17 +6,10 @@ import difflib
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.models.deepseek import DeepSeek
+from runner.models.families import FAMILIES
 from runner.models.family import Family, Parameter, StackedParameter
-from runner.models.mimo import MiMo
-from runner.models.qwen3 import Qwen3
-from runner.models.qwen3_moe import Qwen3Moe
-from runner.models.qwen3_vl import Qwen3VL
 
 __all__ = ["FAMILIES", "Family", "Parameter", "StackedParameter", "family_of", "num_parameters", "register_architectures"]
-
-_ALL: tuple[Family, ...] = (Qwen3(), Qwen3Moe(), DeepSeek(), MiMo(), Qwen3VL())
-FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def family_of(model: ModelConfig) -> Family:
@@ -30,7 +23,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def register_architectures() -> None:
     """Let transformers build every family's architecture, whichever a process is going to meet. Imports torch."""
-    for family in _ALL:
+    for family in FAMILIES.values():
         family.register()
 
 

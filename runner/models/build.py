@@ -16,6 +16,7 @@ from runner.convert.reading import open_checkpoint, read_weight
 from runner.convert.source import Source
 from runner.errors import UserError
 from runner.models import family_of
+from runner.models.families.qwen3_vl import processor_config
 from runner.models.family import Family
 from runner.models.published import (
     KEY,
@@ -27,7 +28,6 @@ from runner.models.published import (
     first_line,
     location,
 )
-from runner.models.qwen3_vl import processor_config
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.plan import PrecisionPlan
 from runner.precision.quantization_config import QUANTIZATION_KEYS, nested_quantization_config

@@ -18,7 +18,7 @@ import torch
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.models.qwen3_vl import MEAN, STD, VisualTower, tower
+from runner.models.families.qwen3_vl import MEAN, STD, VisualTower, tower
 from runner.models.vocabulary import IMAGE_ID, VISION_END_ID, VISION_START_ID
 
 if TYPE_CHECKING:

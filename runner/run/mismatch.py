@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from runner.algorithms.losses import MAX_LOG_RATIO
+from runner.algorithms.estimators import MAX_LOG_RATIO
 from runner.data import Batch, Sample
 from runner.trainer.protocol import StepResult, Trainer
 

@@ -16,7 +16,7 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config
 from runner.errors import UserError
-from runner.models import qwen3_vl
+from runner.models.families import qwen3_vl
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem

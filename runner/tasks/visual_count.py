@@ -19,7 +19,7 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.models import qwen3_vl
+from runner.models.families import qwen3_vl
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 

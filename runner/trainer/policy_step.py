@@ -11,6 +11,7 @@ import torch
 
 from runner.algorithms import aggregation, correction, losses
 from runner.algorithms.aggregation import LossWeights
+from runner.algorithms.estimators import inside
 from runner.config.schema import AlgorithmConfig, Config, LossAggregation
 from runner.data import Batch
 from runner.errors import Failure
@@ -89,8 +90,8 @@ def micro_batch_loss(
     `sums` gets token means, except for train/loss and train/pg_loss: those are weighted as the loss is.
     """
     mask = rows.mask
-    logprobs, entropy = losses.inside(mask, logprobs), losses.inside(mask, entropy)
-    old = logprobs.detach() if rows.old_logprobs is None else losses.inside(mask, rows.old_logprobs)
+    logprobs, entropy = inside(mask, logprobs), inside(mask, entropy)
+    old = logprobs.detach() if rows.old_logprobs is None else inside(mask, rows.old_logprobs)
     policy = losses.policy_loss(algorithm, logprobs, old, rows.advantages, mask, rows.sample_ids, rows.num_samples)
     correct = correction.correction_weights(algorithm, old, rows.rollout_logprobs, mask, rows.sample_ids, rows.num_samples)
     token_loss = policy.loss * correct.weights
@@ -105,7 +106,7 @@ def micro_batch_loss(
         tis_clipfrac=correct.changed,
     )
     if rows.ref_logprobs is not None:
-        kl = losses.kl_estimate(algorithm.kl_estimator, logprobs, losses.inside(mask, rows.ref_logprobs))
+        kl = losses.kl_estimate(algorithm.kl_estimator, logprobs, inside(mask, rows.ref_logprobs))
         sums.values["kl_loss"] = sums.values.get("kl_loss", torch.zeros((), device=kl.device)) + kl.detach()[mask].sum()
         token_loss = token_loss + algorithm.kl_coef * kl
     if algorithm.entropy_coef:

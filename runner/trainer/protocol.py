@@ -1,4 +1,4 @@
-"""What the loop needs of a trainer. Implementations: torch_trainer.py, megatron/."""
+"""What the loop needs of a trainer. Implementations: torch/, megatron/."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Saved:
 @dataclass(frozen=True)
 class StepResult:
     """
-    metrics       `train/*`
+    metrics       `train/*`; always `train/nan_steps`, the updates that were skipped because something was not finite
     old_logprobs  [R] fp32 per sample of the batch: the policy's before the step
     old_version   the trainer's version before the step
     """

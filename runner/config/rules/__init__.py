@@ -1,6 +1,6 @@
 """Rules between groups: what each group allows by itself and what cannot go together. Torch-free.
 
-Rules of one engine, trainer or task stand in its own room (options.py) and are asked where it is chosen.
+Rules of one engine, trainer or task stand in its own room (option.py) and are asked where it is chosen.
 
 A rule yields a UserError per problem: what is wrong in numbers, the key, and what to type. All of them are reported at once.
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.algorithms.estimators import estimator_of, names
 from runner.config.rules.parallelism import positive
-from runner.config.schema import Config, Correction, Estimator
+from runner.config.schema import Config, Correction
 from runner.errors import UserError
 
 
@@ -54,9 +55,9 @@ def batch_divides(cfg: Config) -> Iterator[UserError]:
 
 def estimator(cfg: Config) -> Iterator[UserError]:
     algorithm = cfg.algorithm
-    if algorithm.estimator is not Estimator.reinforce_pp and algorithm.samples_per_prompt == 1:
+    if estimator_of(algorithm.estimator).compares_group and algorithm.samples_per_prompt == 1:
         yield UserError(
-            f"{algorithm.estimator.name} compares the samples of a prompt with each other, and there is one",
+            f"{algorithm.estimator} compares the samples of a prompt with each other, and there is one",
             key="algorithm.samples_per_prompt",
             fix="algorithm.samples_per_prompt=8, or algorithm=reinforce_pp",
         )
@@ -90,9 +91,10 @@ def dual_clip(cfg: Config) -> Iterator[UserError]:
     algorithm = cfg.algorithm
     if algorithm.dual_clip <= 0:
         return
-    if algorithm.estimator not in (Estimator.grpo, Estimator.reinforce_pp):
+    if not estimator_of(algorithm.estimator).dual_clip:
+        owners = " and ".join(name for name in names() if estimator_of(name).dual_clip)
         yield UserError(
-            f"{algorithm.estimator.name} has no second clip: it belongs to the token-level clip of grpo and reinforce_pp",
+            f"{algorithm.estimator} has no second clip: it belongs to the token-level clip of {owners}",
             key="algorithm.dual_clip",
             fix="algorithm.dual_clip=0",
         )

@@ -14,7 +14,8 @@ from runner.errors import UserError
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
-LOOKED_UP = ("precision.train.format", "precision.rollout.format")  # other rules ask what it is
+# Other rules look up what these name, and object least to this one in the place of a name that does not exist.
+LOOKED_UP = {"precision.train.format": "bf16", "precision.rollout.format": "bf16", "algorithm.estimator": "reinforce_pp"}
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
@@ -36,7 +37,7 @@ def within_ranges(cfg: Config) -> Config:
     """A copy to ask the other rules with, which divide by numbers, count up to them, look up a format, ask options."""
     copy = deepcopy(cfg)
     replaced = {key: number for key, number, _ in out_of_range(cfg)}
-    replaced |= {key: known[0] for key, _, known in _unknown(cfg) if key in LOOKED_UP}
+    replaced |= {key: LOOKED_UP[key] for key, _, _ in _unknown(cfg) if key in LOOKED_UP}
     for key, holder, field in walk(copy):
         if key in replaced:
             setattr(holder, field.name, replaced[key])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from runner.config.option import option_of
 from runner.config.schema import Config
 from runner.errors import UserError
-from runner.models import qwen3_vl
+from runner.models.families import qwen3_vl
 
 
 def seen(cfg: Config) -> Iterator[UserError]:

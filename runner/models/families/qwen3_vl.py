@@ -209,3 +209,6 @@ def _visual_parameters(model: ModelConfig) -> Iterator[Parameter]:
     yield from merger("merger", hidden)
     for index in range(len(shape.deepstack_layers)):
         yield from merger(f"deepstack_merger_list.{index}", merged)
+
+
+FAMILY = Qwen3VL()

@@ -60,3 +60,6 @@ class Qwen3Moe(common.SparseFamily):
             "expert_ffn_size": reader.whole("moe_intermediate_size"),
             "num_dense_layers": len(dense),
         }
+
+
+FAMILY = Qwen3Moe()

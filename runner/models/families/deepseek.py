@@ -137,3 +137,6 @@ def _latent_attention(model: ModelConfig, prefix: str, layer: int) -> Iterator[P
     yield matrix("kv_b_proj", key_values, model.kv_lora_rank, Cut.outputs)
     yield matrix("o_proj", hidden, heads * model.v_head_dim, Cut.inputs)
     yield from bias("o_proj", hidden)
+
+
+FAMILY = DeepSeek()

@@ -80,3 +80,6 @@ def _mtp_layer(model: ModelConfig, prefix: str, layer: int) -> Iterator[Paramete
     for parameter in _decoder_layer(model, prefix, layer):
         yield replace(parameter, role=Role.mtp)
     yield Parameter(f"{prefix}.final_layernorm.weight", Role.mtp, (hidden,), layer)
+
+
+FAMILY = MiMo()

@@ -37,3 +37,6 @@ class Qwen3(common.DenseFamily):
         reader.must_be("use_sliding_window", False, absent=False)
         reader.must_be("hidden_act", "silu", absent="silu")
         return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
+
+
+FAMILY = Qwen3()
