@@ -25,9 +25,10 @@ from runner.config.schema import ModelConfig, Role
 from runner.convert.jobs import Action, Job, Jobs, dequantizing_jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
-from runner.convert.source import CONFIG, INDEX, Source, model_of, open_shard, open_source, without_unused
+from runner.convert.source import INDEX, Source, model_of, open_shard, open_source, without_unused
 from runner.data import ExportedTensor
 from runner.errors import UserError
+from runner.models.config_file import CONFIG
 from runner.precision import codec, int4, kernels
 from runner.precision.plan import PrecisionPlan
 from runner.precision.quantization_config import without_quantization_config

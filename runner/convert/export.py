@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from runner import storage
 from runner.config.schema import Config
 from runner.convert.jobs import reader_notes
-from runner.convert.source import CONFIG, INDEX, SINGLE
+from runner.convert.source import INDEX, SINGLE
 from runner.data import ExportedTensor
 from runner.errors import UserError
+from runner.models.config_file import CONFIG
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat

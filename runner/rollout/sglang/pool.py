@@ -29,7 +29,8 @@ from runner.rollout.sglang.background import BackgroundLoop
 from runner.rollout.sglang.client import EngineFailure, Refused
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
-from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
+from runner.rollout.sglang.engines import EngineUpdate, Settings
+from runner.rollout.sglang.fleet import Fleet
 from runner.rollout.sglang.interface import listen_address, name_of
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.rollout.sglang.plugin.residency import layer_of

@@ -179,10 +179,11 @@ def join(meeting: Meeting, rank: int, host: str, listener: socket.socket | None 
     rank 0's, at the meeting's address; its store takes it over.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     timeout = timedelta(seconds=meeting.timeout_seconds)
     store = open_store(meeting.host, meeting.port, meeting.size, rank == 0, timeout, listener)
-    prefixed = dist.PrefixStore("runner-weights", store)
+    prefixed = PrefixStore("runner-weights", store)
     if meeting.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
@@ -198,12 +199,12 @@ def open_store(
     host: str, port: int, size: int, is_master: bool, timeout: timedelta, listener: socket.socket | None = None
 ) -> Any:
     """A TCPStore whose server listens on `host` alone; torch's own choice is every interface of the machine."""
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
 
     if is_master and listener is None:
         listener = socket.create_server((host, port), backlog=max(128, size))
     handle = listener.detach() if listener is not None else None
-    return dist.TCPStore(host, port, size, is_master, timeout, wait_for_workers=False, master_listen_fd=handle)
+    return TCPStore(host, port, size, is_master, timeout, wait_for_workers=False, master_listen_fd=handle)
 
 
 def send(group: Any, tensors: list[torch.Tensor], device: torch.device) -> int:

@@ -16,8 +16,8 @@ import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray
 from numba.core import types
+from numba.np.numpy_support import carray
 
 from runner.rollout.local.cpu_kernels.cache import compiled
 from runner.rollout.local.cpu_kernels.lanes import intrinsic, narrow, wide
