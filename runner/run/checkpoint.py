@@ -43,8 +43,8 @@ class Checkpoints:
         self._begin = begin
         self._pending: tuple[int, Path, Saving] | None = None  # step, partial folder, what is being written into it
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin checkpoint `step`, after the one before it is complete.
+    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None] = lambda folder: None) -> None:
+        """Begin checkpoint `step`, after the one before it is complete. `write(folder)` adds what else belongs to it.
 
         Raises UserError when the disk is full or read-only; what was complete before stays.
         """
@@ -57,6 +57,7 @@ class Checkpoints:
                 shutil.rmtree(stale, ignore_errors=True)
             (partial / "trainer").mkdir(parents=True)
             (partial / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
+            write(partial)
             self._pending = step, partial, self._begin(partial / "trainer")
         self.poll()
 

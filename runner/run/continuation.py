@@ -39,7 +39,7 @@ def go_on(cfg: Config, collector: Collector, state: dict[str, Any] | None) -> li
         collector.continue_at(0, None)
         return []
     notes = []
-    if changed := _changes(state["config"], plain_config(cfg)) if "config" in state else []:
+    if changed := [text for _, text in _changes(cfg, state)]:
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         notes.append(f"from step {state['step'] + 1} on with other options: {', '.join(changed[:SHOWN])}{more}")
     optimizer, all_steps = cfg.trainer.optimizer, cfg.steps * cfg.algorithm.updates_per_rollout
@@ -53,11 +53,18 @@ def go_on(cfg: Config, collector: Collector, state: dict[str, Any] | None) -> li
     return [*notes, *([data] if data else [])]
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key: old -> new` of every value that differs."""
-    old, new = _flat(before), _flat(now)
+def changed_keys(cfg: Config, state: dict[str, Any]) -> list[str]:
+    """The keys that have another value than when the checkpoint with this `state` was saved."""
+    return [key for key, _ in _changes(cfg, state)]
+
+
+def _changes(cfg: Config, state: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, `key: old -> new`) of every value that differs; [] for a checkpoint that does not hold its config."""
+    if "config" not in state:
+        return []
+    old, new = _flat(state["config"]), _flat(plain_config(cfg))
     return [
-        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
+        (key, f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}")
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not key.startswith(INDIFFERENT)
     ]

@@ -17,6 +17,7 @@ from runner.run.checkpoint import Checkpoints
 from runner.run.collect import Collector, Interrupted, Rollout
 from runner.run.decisions import EVENT, Decisions
 from runner.run.evaluation import evaluate
+from runner.run.schedules import Rollouts
 from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
 from runner.tracking.base import Tracker
@@ -33,6 +34,7 @@ class Components:
     trainer: Trainer
     pool: RolloutPool
     collector: Collector
+    rollouts: Rollouts
     sync: WeightSync
     tracker: Tracker
     watcher: Watcher
@@ -83,7 +85,7 @@ def train(c: Components, first_step: int) -> str:
 def _save(c: Components, step: int) -> None:
     """Checkpoint after this many finished steps."""
     kept = continuation.remembered(c.cfg, c.collector, step)
-    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state(), **kept})
+    c.checkpoints.save(step, {"pool": c.pool.state(), "watch": c.watcher.state(), **kept}, c.rollouts.save)
 
 
 def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -> None:
@@ -94,17 +96,26 @@ def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -
 
 def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
     with _clock(metrics, "perf/rollout_time"):
-        rollout = c.collector.collect(step)
-    metrics |= rollout.metrics | c.pool.metrics()
+        generated = c.rollouts.take(step)
+        c.rollouts.begin(step + 1)
+    rollout = generated.rollout
+    metrics |= rollout.metrics | generated.pool_metrics
     batch = _make_batch(c.cfg, rollout)
-    if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
+    if _decomposes(c.cfg, step):
         with _clock(metrics, "perf/decompose_time"):
-            metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples)
+            before = (generated.trainer_logprobs or []) if c.rollouts.ahead else None
+            metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples, before)
+    if c.rollouts.ahead and _decomposes(c.cfg, step + 1):
+        with _clock(metrics, "perf/decompose_time"):
+            _keep_trainer_logprobs(c)
     with _clock(metrics, "perf/train_time"):
         update = c.trainer.step(batch)
     metrics |= update.metrics | mismatch.metrics(batch.samples, update)
+    if c.rollouts.ahead:
+        metrics["perf/generation_time"] = generated.seconds
+        with _clock(metrics, "perf/rollout_time"):
+            c.rollouts.settle()
     metrics |= c.sync()
     c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
@@ -116,6 +127,18 @@ def _step(c: Components, step: int) -> dict[str, float]:
     tell_notices(c.pool, c.tracker, step)
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
+
+
+def _decomposes(cfg: Config, step: int) -> bool:
+    interval = cfg.mismatch.decompose_interval_steps
+    return bool(interval) and step % interval == 0 and step < cfg.steps
+
+
+def _keep_trainer_logprobs(c: Components) -> None:
+    """The pending rollout will be compared with weights that are gone by then: what they say is kept now."""
+    if (waiting := c.rollouts.settle()) is not None:
+        batch = _make_batch(c.cfg, waiting.rollout)
+        waiting.trainer_logprobs = mismatch.generation_logprobs(c.trainer, batch, c.cfg.mismatch.decompose_samples)
 
 
 def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
@@ -139,6 +162,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 
 @contextmanager
 def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds to `name`: a part of a step may come in two pieces."""
     started = time.perf_counter()
     yield
-    metrics[name] = time.perf_counter() - started
+    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - started

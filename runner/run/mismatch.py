@@ -12,7 +12,7 @@ import torch
 
 from runner.algorithms.estimators import MAX_LOG_RATIO
 from runner.data import Batch, Sample
-from runner.trainer.protocol import StepResult, Trainer
+from runner.trainer.protocol import Routes, StepResult, Trainer
 
 
 def metrics(samples: Sequence[Sample], step: StepResult) -> dict[str, float]:
@@ -63,7 +63,17 @@ def token_lags(sample: Sample, version: int) -> torch.Tensor:
     return lags
 
 
-def decompose(trainer: Trainer, batch: Batch, num_samples: int) -> dict[str, float]:
+def generation_logprobs(trainer: Trainer, batch: Batch, num_samples: int) -> list[torch.Tensor]:
+    """[R] of the first `num_samples` samples: T[quantized, replayed] with the weights that they are being generated with."""
+    part = batch.select(list(range(min(num_samples, len(batch)))))
+    return [row.cpu() for row in trainer.logprobs(part, weights="quantized", routes=_recorded(part))]
+
+
+def _recorded(part: Batch) -> Routes:
+    return "replayed" if all(sample.routes is not None for sample in part.samples) else "own"
+
+
+def decompose(trainer: Trainer, batch: Batch, num_samples: int, generation: list[torch.Tensor] | None = None) -> dict[str, float]:
     """Split engine - T[master, own routes] into three signed parts, per token; they add up exactly by construction.
 
     With T[weights, routes] the trainer's logprobs:
@@ -71,15 +81,19 @@ def decompose(trainer: Trainer, batch: Batch, num_samples: int) -> dict[str, flo
         routing       T[quantized, replayed] - T[quantized, own]      which experts were chosen
         quantization  T[quantized, own] - T[master, own]              the weights' grid
 
+    A schedule that trains on samples of older weights gives `generation`: what `generation_logprobs` said of them (G), or []
+    where they are not older. A fourth part stands between the first two then, and numerics is counted against the older weights:
+        numerics      engine - G
+        staleness     G - T[quantized, replayed]                      the updates since the samples were generated
+
     `mismatch/<part>` is the mean signed difference, `mismatch/<part>_abs` the mean absolute one, `mismatch/total` and
     `mismatch/total_abs` those of the sum. `mismatch/residual` is the largest absolute error of the sum in fp64 (0).
     Samples without recorded routes (dense model, replay off) have no routing part: it is zero. Takes the first
     `num_samples` samples; the trainer's weights are the quantized ones again afterwards.
     """
     part = batch.select(list(range(min(num_samples, len(batch)))))
-    has_routes = all(sample.routes is not None for sample in part.samples)
     own = trainer.logprobs(part, weights="quantized", routes="own")
-    replayed = trainer.logprobs(part, weights="quantized", routes="replayed") if has_routes else own
+    replayed = trainer.logprobs(part, weights="quantized", routes="replayed") if _recorded(part) == "replayed" else own
     master = trainer.logprobs(part, weights="master", routes="own")
     masks = [sample.loss_mask.cpu() for sample in part.samples]
 
@@ -90,13 +104,19 @@ def decompose(trainer: Trainer, batch: Batch, num_samples: int) -> dict[str, flo
     quantized_own, master_own = flat(own), flat(master)
     if not len(engine):
         return {}
+    stale = {}
+    generated = quantized_replayed
+    if generation is not None:
+        generated = flat(generation) if generation else quantized_replayed
+        stale = {"staleness": generated - quantized_replayed}
     parts = {
-        "numerics": engine - quantized_replayed,
+        "numerics": engine - generated,
+        **stale,
         "routing": quantized_replayed - quantized_own,
         "quantization": quantized_own - master_own,
         "total": engine - master_own,
     }
-    residual = parts["numerics"] + parts["routing"] + parts["quantization"] - parts["total"]
+    residual = sum(value for name, value in parts.items() if name != "total") - parts["total"]
     result = {f"mismatch/{name}": float(value.mean()) for name, value in parts.items()}
     result |= {f"mismatch/{name}_abs": float(value.abs().mean()) for name, value in parts.items()}
     result["mismatch/residual"] = float(residual.abs().max())

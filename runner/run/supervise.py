@@ -35,6 +35,7 @@ from runner.run.colocation import TimeShared
 from runner.run.decisions import Decisions
 from runner.run.folder import RunFolder, open_folder
 from runner.run.loop import Components, tell_notices, train
+from runner.run.schedules import Rollouts
 from runner.run.sync import WeightSync
 from runner.run.warm_start import warm_start
 from runner.run.watch import Watcher
@@ -265,11 +266,15 @@ def _run(
     probe = collector.task.eval_prompts(cfg.mismatch.probe_sequences) if cfg.mismatch.probe_sequences else []
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
+    rollouts = Rollouts(cfg, collector)
+    if rollouts.ahead and not rollouts.beside:
+        tracker.event("schedule", "one_step_off in one process: samples are one update behind, nothing runs beside the trainer")
     first_step = 0
     state = checkpoint.read_state(begin) if begin else None
     notes = list(continuation.go_on(cfg, collector, state))
     if begin and state:
         trainer.load(begin / "trainer")
+        notes += rollouts.load(begin, continuation.changed_keys(cfg, state))
         pool.load_state(state["pool"])
         watcher.load_state(state["watch"])
         first_step = state["step"]
@@ -285,10 +290,11 @@ def _run(
     sync()
     decisions = Decisions(run_dir, first_step)
     checkpoints = checkpoint.Checkpoints(run_dir, trainer.begin_save, cfg.checkpoint.keep)
-    parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
+    parts = Components(cfg, trainer, pool, collector, rollouts, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
     try:
         return train(parts, first_step)
     except TrainerLost:
+        rollouts.close()
         raise
     except UserError:
         with suppress(UserError):

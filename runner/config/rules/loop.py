@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.algorithms.estimators import estimator_of, names
+from runner.config.option import shares_gpus
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, Correction
 from runner.errors import UserError
@@ -84,6 +85,15 @@ def estimator(cfg: Config) -> Iterator[UserError]:
             f"the ratio 1 (no mismatch) lies outside [{algorithm.correction_low}, {algorithm.correction_high}]",
             key="algorithm.correction_high" if algorithm.correction_high < 1 else "algorithm.correction_low",
             fix="algorithm.correction_low=0.5 algorithm.correction_high=2.0",
+        )
+
+
+def schedule(cfg: Config) -> Iterator[UserError]:
+    if cfg.algorithm.schedule != "sync" and shares_gpus(cfg):
+        yield UserError(
+            f"{cfg.algorithm.schedule} generates while it trains, and trainer and engines take turns on the same GPUs",
+            key="algorithm.schedule",
+            fix="algorithm.schedule=sync, or parallelism.colocate=false with GPUs of their own for the engines",
         )
 
 
@@ -253,6 +263,7 @@ RULES = (
     sampling,
     batch_divides,
     estimator,
+    schedule,
     dual_clip,
     context_holds,
     model_numbers,
