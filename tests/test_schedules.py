@@ -1,0 +1,212 @@
+"""Schedules: whose weights a rollout comes from, what a checkpoint holds of it, and that the order of work changes no number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runner.data import Sample, Status, WeightSpan
+from runner.errors import UserError
+from runner.models.families.qwen3_vl import tower
+from runner.models.images import PromptImage
+from runner.run import mismatch, pending
+from runner.run.collect import Group, Rollout
+from runner.run.schedules import Rollouts
+from runner.tasks.protocol import Prompt
+from runner.trainer.torch.trainer import TorchTrainer
+from tests.configs import composed, problems
+from tests.trainer_configs import batch, config
+
+
+@dataclass
+class Weights:
+    """A collector whose rollouts say which weights they began and ended with."""
+
+    version: int = 0
+    gate: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+    should_stop: Callable[[], bool] = lambda: True
+    pool: Any = None
+    asked: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pool = self
+        self.gate.set()
+
+    def metrics(self) -> dict[str, float]:
+        return {"version": float(self.version)}
+
+    def collect(self, step: int) -> Rollout:
+        self.asked.append(step)
+        began = self.version
+        self.gate.wait(10)
+        if self.error:
+            raise self.error
+        return Rollout([], [], {"began": began, "ended": self.version, "stops": float(self.should_stop())})
+
+
+def rollouts(schedule: str, weights: Weights, beside: bool = True, **changes: object) -> Rollouts:
+    made = Rollouts(composed(**{"algorithm.schedule": schedule, "steps": 3, **changes}), weights)  # type: ignore[arg-type]
+    made.beside = beside
+    return made
+
+
+def steps_of(made: Rollouts, weights: Weights, first: int = 0) -> list[tuple[float, float]]:
+    """The loop's calls; what each step's rollout began and ended with."""
+    found = []
+    for step in range(first, made.steps):
+        metrics = made.take(step).rollout.metrics
+        made.begin(step + 1)
+        made.settle()
+        weights.version = step + 1
+        found.append((metrics["began"], metrics["ended"]))
+    return found
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_one_step_off_generates_with_the_weights_before_the_update(beside: bool) -> None:
+    weights = Weights()
+    made = rollouts("one_step_off", weights, beside)
+    assert steps_of(made, weights) == [(0, 0), (0, 0), (1, 1)]
+    assert weights.asked == [0, 1, 2]  # none after the last step
+
+
+def test_sync_generates_with_the_newest_weights() -> None:
+    weights = Weights()
+    assert steps_of(rollouts("sync", weights), weights) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_a_rollout_runs_beside_what_follows_and_a_stop_waits_for_it() -> None:
+    weights = Weights()
+    made = rollouts("one_step_off", weights)
+    first = made.take(0)
+    weights.gate.clear()
+    made.begin(1)  # returns while nothing comes
+    assert made._pending is not None and made._pending.found is None
+    weights.gate.set()
+    settled = made.settle()
+    assert settled is made.take(1)
+    assert first.rollout.metrics["stops"] == 1.0 and settled.rollout.metrics["stops"] == 0.0
+
+
+def test_an_error_of_a_pending_rollout_is_raised_where_it_is_asked_for() -> None:
+    weights = Weights()
+    made = rollouts("one_step_off", weights)
+    made.take(0)
+    weights.error = UserError("no sample came back", key="rollout", fix="look")
+    made.begin(1)
+    with pytest.raises(UserError, match="no sample came back"):
+        made.settle()
+    made.close()
+    weights.error = None
+    assert made.take(1).rollout.metrics["began"] == 0
+
+
+def test_the_pending_rollout_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+    weights = Weights()
+    made = rollouts("one_step_off", weights)
+    made.take(0)
+    made.begin(1)
+    made.save(tmp_path)
+    weights.version = 1
+    resumed = rollouts("one_step_off", later := Weights(version=1))
+    assert resumed.load(tmp_path, ["trainer.optimizer.lr"]) == []
+    assert steps_of(resumed, later, first=1) == [(0, 0), (1, 1)]
+    assert later.asked == [2]
+    (note,) = rollouts("one_step_off", Weights()).load(tmp_path, ["task.digits", "seed"])
+    assert "task.digits, seed changed" in note
+
+
+def test_nothing_is_saved_where_nothing_waits(tmp_path: Path) -> None:
+    made = rollouts("sync", Weights())
+    made.take(0)
+    made.begin(1)
+    made.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert rollouts("sync", Weights()).load(tmp_path, []) == []
+
+
+def _sample(image: PromptImage | None, **changes: Any) -> Sample:
+    sample = Sample(
+        prompt_id="p",
+        sample_index=1,
+        tokens=torch.arange(5),
+        response_length=3,
+        loss_mask=torch.tensor([True, False, True]),
+        rollout_logprobs=torch.tensor([-0.1, float("nan"), -1e-30]),
+        status=Status.truncated,
+        finish_reason="length",
+        raw_logprobs=torch.arange(12.0).view(3, 4)[:, 1],  # a view that is not contiguous
+        routes=torch.randint(0, 255, (4, 2, 2), dtype=torch.uint8),
+        weight_spans=[WeightSpan(7, 0, 3)],
+        reward=0.1 + 0.2,
+        info={"prompt": 'a "quote"\n', "text": "ü", "ids": (1, 2)},
+        image=image,
+    )
+    for name, value in changes.items():
+        setattr(sample, name, value)
+    return sample
+
+
+def test_a_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)[::-1]
+    image = PromptImage(pixels, 2, tower(composed("model=tiny_vlm").model))
+    samples = [_sample(image), _sample(image), _sample(None, routes=None, reward=None)]
+    group = Group(Prompt("p", "text", (1, 2), "answer", {"k": [1, None, True]}, image), samples)
+    written = Rollout([group], [group, Group(group.prompt, [])], {"rollout/raw_reward": 0.1})
+    pending.write(tmp_path / "rollout", (3, written))
+    step, read = pending.read(tmp_path / "rollout")
+    assert step == 3 and read.metrics == written.metrics and read.groups[0] is read.generated[0]
+    for before, after in zip(samples, read.samples, strict=True):
+        for name, value in vars(before).items():
+            found = getattr(after, name)
+            if isinstance(value, torch.Tensor):
+                assert found.dtype == value.dtype and torch.equal(found.nan_to_num(-9.0), value.nan_to_num(-9.0)), name
+            elif name != "image":
+                assert found == value, name
+    assert read.samples[0].image is read.samples[1].image is read.groups[0].prompt.image
+    assert np.array_equal(read.samples[0].image.pixels, pixels) and read.samples[0].image.grid == image.grid
+
+
+def test_what_is_not_known_is_neither_written_nor_read(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Path"):
+        pending.write(tmp_path / "a", _sample(None, info={"where": tmp_path}))
+    pending.write(tmp_path / "b", _sample(None))
+    objects = tmp_path / "b" / pending.OBJECTS
+    intact = objects.read_text()
+    for damage in (
+        intact.replace('"kind": "Sample"', '"kind": "Popen"'),
+        "{",
+        "[]",
+        intact.replace('"name": "0"', '"name": "99"'),
+    ):
+        objects.write_text(damage)
+        with pytest.raises(UserError, match="no rollout that can be read"):
+            pending.read(tmp_path / "b")
+
+
+def test_staleness_is_a_part_of_the_mismatch_and_the_sum_stays_exact() -> None:
+    cfg = config(**{"router_replay.trainer": True})
+    trainer, data = TorchTrainer(cfg), batch(cfg, routes=True)
+    then = mismatch.generation_logprobs(trainer, data, 4)
+    fresh = mismatch.decompose(trainer, data, 4, [])
+    plain = mismatch.decompose(trainer, data, 4)
+    assert fresh.pop("mismatch/staleness") == fresh.pop("mismatch/staleness_abs") == 0.0 and fresh == plain
+    trainer.step(data)
+    found = mismatch.decompose(trainer, data, 4, then)
+    parts = [found[f"mismatch/{name}"] for name in ("numerics", "staleness", "routing", "quantization")]
+    assert found["mismatch/numerics"] == plain["mismatch/numerics"]  # counted against the weights of the generation
+    assert found["mismatch/staleness_abs"] > 0 and found["mismatch/residual"] < 1e-12
+    assert sum(parts) == pytest.approx(found["mismatch/total"], abs=1e-9)
+
+
+def test_sides_that_take_turns_on_the_same_gpus_cannot_overlap() -> None:
+    (problem,) = problems("model=qwen3_30b", "algorithm.schedule=one_step_off")
+    assert problem.key == "algorithm.schedule" and "take turns" in problem.problem and "colocate=false" in (problem.fix or "")
