@@ -17,7 +17,7 @@ from runner.errors import UserError
 from runner.models.families.qwen3_vl import tower
 from runner.models.images import PromptImage
 from runner.run import mismatch, pending
-from runner.run.collect import Group, Rollout
+from runner.run.collect import Group, Interrupted, Rollout
 from runner.run.schedules import Rollouts
 from runner.tasks.protocol import Prompt
 from runner.trainer.torch.trainer import TorchTrainer
@@ -30,40 +30,44 @@ class Weights:
     """A collector whose rollouts say which weights they began and ended with."""
 
     version: int = 0
-    gate: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    held: set[int] = field(default_factory=set)  # steps that wait for the gate
+    failing: set[int] = field(default_factory=set)
+    interruptible: bool = False
     should_stop: Callable[[], bool] = lambda: True
     pool: Any = None
     asked: list[int] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.pool = self
-        self.gate.set()
 
     def metrics(self) -> dict[str, float]:
         return {"version": float(self.version)}
 
     def collect(self, step: int) -> Rollout:
         self.asked.append(step)
-        began = self.version
-        self.gate.wait(10)
-        if self.error:
-            raise self.error
-        return Rollout([], [], {"began": began, "ended": self.version, "stops": float(self.should_stop())})
+        began = self.pool.version  # the collector is copied, its pool is not
+        if step in self.held:
+            assert self.gate.wait(10)
+        if step in self.failing:
+            raise UserError("no sample came back", key="rollout", fix="look")
+        if self.interruptible and self.should_stop():
+            raise Interrupted
+        return Rollout([], [], {"began": began, "ended": self.pool.version, "stops": float(self.should_stop())})
 
 
 def rollouts(schedule: str, weights: Weights, beside: bool = True, **changes: object) -> Rollouts:
-    made = Rollouts(composed(**{"algorithm.schedule": schedule, "steps": 3, **changes}), weights)  # type: ignore[arg-type]
+    cfg = composed(**{"algorithm.schedule": schedule, "steps": 4, **changes})
+    made = Rollouts(cfg, weights)  # type: ignore[arg-type]
     made.beside = beside
     return made
 
 
 def steps_of(made: Rollouts, weights: Weights, first: int = 0) -> list[tuple[float, float]]:
-    """The loop's calls; what each step's rollout began and ended with."""
+    """The loop's calls; the weights that each step's rollout began and ended with."""
     found = []
     for step in range(first, made.steps):
         metrics = made.take(step).rollout.metrics
-        made.begin(step + 1)
         made.settle()
         weights.version = step + 1
         found.append((metrics["began"], metrics["ended"]))
@@ -73,61 +77,103 @@ def steps_of(made: Rollouts, weights: Weights, first: int = 0) -> list[tuple[flo
 @pytest.mark.parametrize("beside", [True, False])
 def test_one_step_off_generates_with_the_weights_before_the_update(beside: bool) -> None:
     weights = Weights()
-    made = rollouts("one_step_off", weights, beside)
-    assert steps_of(made, weights) == [(0, 0), (0, 0), (1, 1)]
-    assert weights.asked == [0, 1, 2]  # none after the last step
+    assert steps_of(rollouts("one_step_off", weights, beside), weights) == [(0, 0), (0, 0), (1, 1), (2, 2)]
+    assert sorted(weights.asked) == [0, 1, 2, 3]  # none after the last step
 
 
 def test_sync_generates_with_the_newest_weights() -> None:
     weights = Weights()
-    assert steps_of(rollouts("sync", weights), weights) == [(0, 0), (1, 1), (2, 2)]
+    assert steps_of(rollouts("sync", weights), weights) == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
-def test_a_rollout_runs_beside_what_follows_and_a_stop_waits_for_it() -> None:
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_async_begins_no_earlier_than_its_staleness_allows(staleness: int) -> None:
+    weights = Weights()
+    made = rollouts("async", weights, **{"algorithm.max_staleness": staleness})
+    assert [began for began, _ in steps_of(made, weights)] == [max(0, step - staleness) for step in range(4)]
+    assert sorted(weights.asked) == [0, 1, 2, 3]
+
+
+def test_async_lets_rollouts_go_on_over_an_update_and_one_step_off_does_not() -> None:
+    for schedule, ended in (("async", 1), ("one_step_off", 0)):
+        weights = Weights()
+        made = rollouts(schedule, weights)
+        weights.held = {1}
+        made.take(0)
+        opener = threading.Timer(0.2, weights.gate.set)
+        opener.start()
+        made.settle()  # async: returns at once
+        assert weights.gate.is_set() is (schedule == "one_step_off")
+        weights.version = 1
+        assert made.take(1).rollout.metrics["ended"] == ended
+        opener.join()
+
+
+def test_a_stop_waits_for_what_could_not_be_made_again() -> None:
     weights = Weights()
     made = rollouts("one_step_off", weights)
-    first = made.take(0)
-    weights.gate.clear()
-    made.begin(1)  # returns while nothing comes
-    assert made._pending is not None and made._pending.found is None
-    weights.gate.set()
-    settled = made.settle()
+    made.take(0)
+    settled = made.waiting(1)
+    assert settled is not None and settled.rollout.metrics["stops"] == 0.0
     assert settled is made.take(1)
-    assert first.rollout.metrics["stops"] == 1.0 and settled.rollout.metrics["stops"] == 0.0
+    with pytest.raises(Interrupted):
+        rollouts("async", Weights(interruptible=True)).take(0)
+
+
+def test_another_trainer_finds_nothing_running() -> None:
+    weights = Weights(interruptible=True, should_stop=lambda: False)
+    made = rollouts("async", weights)
+    made.take(0)
+    weights.held = {2}
+    weights.version = 1
+    made.take(1)
+    threading.Timer(0.1, weights.gate.set).start()
+    made.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rollout ")]
 
 
 def test_an_error_of_a_pending_rollout_is_raised_where_it_is_asked_for() -> None:
-    weights = Weights()
+    weights = Weights(failing={1})
     made = rollouts("one_step_off", weights)
     made.take(0)
-    weights.error = UserError("no sample came back", key="rollout", fix="look")
-    made.begin(1)
     with pytest.raises(UserError, match="no sample came back"):
         made.settle()
     made.close()
-    weights.error = None
+    weights.failing = set()
     assert made.take(1).rollout.metrics["began"] == 0
 
 
-def test_the_pending_rollout_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["one_step_off", "async"])
+def test_what_waits_is_part_of_the_checkpoint(tmp_path: Path, schedule: str) -> None:
     weights = Weights()
-    made = rollouts("one_step_off", weights)
+    made = rollouts(schedule, weights)
     made.take(0)
-    made.begin(1)
+    made.waiting(1)
     made.save(tmp_path)
-    weights.version = 1
-    resumed = rollouts("one_step_off", later := Weights(version=1))
+    resumed = rollouts(schedule, later := Weights(version=1))
     assert resumed.load(tmp_path, ["trainer.optimizer.lr"]) == []
-    assert steps_of(resumed, later, first=1) == [(0, 0), (1, 1)]
-    assert later.asked == [2]
-    (note,) = rollouts("one_step_off", Weights()).load(tmp_path, ["task.digits", "seed"])
+    assert [began for began, _ in steps_of(resumed, later, first=1)] == [0, 1, 2]
+    assert sorted(later.asked) == [2, 3]
+    (note,) = rollouts(schedule, Weights()).load(tmp_path, ["task.digits", "seed"])
     assert "task.digits, seed changed" in note
+
+
+def test_what_is_not_complete_is_made_again(tmp_path: Path) -> None:
+    """Async saves without waiting: the step that was under way is generated anew, by the weights of the checkpoint."""
+    weights = Weights(held={1})
+    made = rollouts("async", weights)
+    made.take(0)
+    made.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    weights.gate.set()
+    made.close()
+    later = Weights(version=1)
+    assert steps_of(rollouts("async", later), later, first=1)[0][0] == 1
 
 
 def test_nothing_is_saved_where_nothing_waits(tmp_path: Path) -> None:
     made = rollouts("sync", Weights())
     made.take(0)
-    made.begin(1)
     made.save(tmp_path)
     assert not list(tmp_path.iterdir())
     assert rollouts("sync", Weights()).load(tmp_path, []) == []
@@ -207,6 +253,27 @@ def test_staleness_is_a_part_of_the_mismatch_and_the_sum_stays_exact() -> None:
     assert sum(parts) == pytest.approx(found["mismatch/total"], abs=1e-9)
 
 
-def test_sides_that_take_turns_on_the_same_gpus_cannot_overlap() -> None:
-    (problem,) = problems("model=qwen3_30b", "algorithm.schedule=one_step_off")
-    assert problem.key == "algorithm.schedule" and "take turns" in problem.problem and "colocate=false" in (problem.fix or "")
+def test_where_scores_of_the_engine_are_given_the_sum_is_exact_too() -> None:
+    cfg = config(**{"router_replay.trainer": True})
+    trainer, data = TorchTrainer(cfg), batch(cfg, routes=True)
+    now = [sample.rollout_logprobs - 0.25 for sample in data.samples[:4]]
+    found = mismatch.decompose(trainer, data, 4, engine_now=now)
+    assert found["mismatch/staleness"] == pytest.approx(0.25, abs=1e-6) and found["mismatch/residual"] < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "text"),
+    [
+        ("model=qwen3_30b algorithm.schedule=one_step_off", "algorithm.schedule", "take turns"),
+        ("algorithm.schedule=async", "algorithm.schedule", "in our own process"),
+        (
+            "rollout=sglang algorithm.schedule=async rollout.sampling.temperature=0.7",
+            "mismatch.decompose_interval_steps",
+            "temperature 0.7",
+        ),
+        ("rollout=sglang algorithm.schedule=async rollout.pause_mode=in_place", "rollout.pause_mode", "which weights"),
+    ],
+)
+def test_what_a_schedule_cannot_have(overrides: str, key: str, text: str) -> None:
+    (problem,) = problems(*overrides.split())
+    assert problem.key == key and text in problem.problem and problem.fix

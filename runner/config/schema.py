@@ -278,7 +278,8 @@ class CorrectionBounds:
 class AlgorithmConfig:
     name: str = MISSING
     estimator: str = one_of(among=estimators)  # a file of runner/algorithms/estimators
-    schedule: str = one_of("sync", "one_step_off")  # runner/run/schedules.py
+    schedule: str = one_of("sync", "one_step_off", "async")  # runner/run/schedules.py
+    max_staleness: int = number(ge=1, le=1000)  # async: steps that a rollout may be ahead of the step that is trained on
     samples_per_prompt: int = number(ge=1, le=2**16)
     prompts_per_step: int = number(ge=1, le=2**20)
     updates_per_rollout: int = number(ge=1, le=2**20)  # optimizer steps made from one rollout's samples

@@ -17,7 +17,7 @@ from runner.run.checkpoint import Checkpoints
 from runner.run.collect import Collector, Interrupted, Rollout
 from runner.run.decisions import EVENT, Decisions
 from runner.run.evaluation import evaluate
-from runner.run.schedules import Rollouts
+from runner.run.schedules import Generated, Rollouts
 from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
 from runner.tracking.base import Tracker
@@ -98,21 +98,19 @@ def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with _clock(metrics, "perf/rollout_time"):
         generated = c.rollouts.take(step)
-        c.rollouts.begin(step + 1)
     rollout = generated.rollout
     metrics |= rollout.metrics | generated.pool_metrics
     batch = _make_batch(c.cfg, rollout)
     if _decomposes(c.cfg, step):
         with _clock(metrics, "perf/decompose_time"):
-            before = (generated.trainer_logprobs or []) if c.rollouts.ahead else None
-            metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples, before)
-    if c.rollouts.ahead and _decomposes(c.cfg, step + 1):
+            metrics |= _decompose(c, batch, generated)
+    if c.rollouts.depth and not c.rollouts.over_updates and _decomposes(c.cfg, step + 1):
         with _clock(metrics, "perf/decompose_time"):
-            _keep_trainer_logprobs(c)
+            _keep_trainer_logprobs(c, step + 1)
     with _clock(metrics, "perf/train_time"):
         update = c.trainer.step(batch)
     metrics |= update.metrics | mismatch.metrics(batch.samples, update)
-    if c.rollouts.ahead:
+    if c.rollouts.depth:
         metrics["perf/generation_time"] = generated.seconds
         with _clock(metrics, "perf/rollout_time"):
             c.rollouts.settle()
@@ -134,9 +132,18 @@ def _decomposes(cfg: Config, step: int) -> bool:
     return bool(interval) and step % interval == 0 and step < cfg.steps
 
 
-def _keep_trainer_logprobs(c: Components) -> None:
+def _decompose(c: Components, batch: Batch, generated: Generated) -> dict[str, float]:
+    count = c.cfg.mismatch.decompose_samples
+    if c.rollouts.over_updates:
+        return mismatch.decompose(c.trainer, batch, count, engine_now=mismatch.engine_logprobs(c.pool, batch, count))
+    if c.rollouts.depth:
+        return mismatch.decompose(c.trainer, batch, count, generated.trainer_logprobs or [])
+    return mismatch.decompose(c.trainer, batch, count)
+
+
+def _keep_trainer_logprobs(c: Components, step: int) -> None:
     """The pending rollout will be compared with weights that are gone by then: what they say is kept now."""
-    if (waiting := c.rollouts.settle()) is not None:
+    if (waiting := c.rollouts.waiting(step)) is not None:
         batch = _make_batch(c.cfg, waiting.rollout)
         waiting.trainer_logprobs = mismatch.generation_logprobs(c.trainer, batch, c.cfg.mismatch.decompose_samples)
 

@@ -12,6 +12,7 @@ import torch
 
 from runner.algorithms.estimators import MAX_LOG_RATIO
 from runner.data import Batch, Sample
+from runner.rollout.protocol import RolloutPool
 from runner.trainer.protocol import Routes, StepResult, Trainer
 
 
@@ -73,7 +74,20 @@ def _recorded(part: Batch) -> Routes:
     return "replayed" if all(sample.routes is not None for sample in part.samples) else "own"
 
 
-def decompose(trainer: Trainer, batch: Batch, num_samples: int, generation: list[torch.Tensor] | None = None) -> dict[str, float]:
+def engine_logprobs(pool: RolloutPool, batch: Batch, num_samples: int) -> list[torch.Tensor]:
+    """[R] of the first `num_samples` samples: what the engines say of them now, with the newest weights; at temperature 1."""
+    samples = batch.samples[:num_samples]
+    rows = pool.score([sample.tokens for sample in samples], [sample.image for sample in samples])
+    return [row[len(row) - sample.response_length :].cpu() for row, sample in zip(rows, samples, strict=True)]
+
+
+def decompose(
+    trainer: Trainer,
+    batch: Batch,
+    num_samples: int,
+    generation: list[torch.Tensor] | None = None,
+    engine_now: list[torch.Tensor] | None = None,
+) -> dict[str, float]:
     """Split engine - T[master, own routes] into three signed parts, per token; they add up exactly by construction.
 
     With T[weights, routes] the trainer's logprobs:
@@ -85,6 +99,9 @@ def decompose(trainer: Trainer, batch: Batch, num_samples: int, generation: list
     where they are not older. A fourth part stands between the first two then, and numerics is counted against the older weights:
         numerics      engine - G
         staleness     G - T[quantized, replayed]                      the updates since the samples were generated
+    A sample whose tokens come from several versions has no such G. There `engine_now` (E) is given, by `engine_logprobs`:
+        staleness     engine - E
+        numerics      E - T[quantized, replayed]                      and how far recorded routes are from those of today
 
     `mismatch/<part>` is the mean signed difference, `mismatch/<part>_abs` the mean absolute one, `mismatch/total` and
     `mismatch/total_abs` those of the sum. `mismatch/residual` is the largest absolute error of the sum in fp64 (0).
@@ -104,14 +121,16 @@ def decompose(trainer: Trainer, batch: Batch, num_samples: int, generation: list
     quantized_own, master_own = flat(own), flat(master)
     if not len(engine):
         return {}
-    stale = {}
-    generated = quantized_replayed
-    if generation is not None:
+    if engine_now is not None:
+        now = flat(engine_now)
+        of_engine = {"numerics": now - quantized_replayed, "staleness": engine - now}
+    elif generation is not None:
         generated = flat(generation) if generation else quantized_replayed
-        stale = {"staleness": generated - quantized_replayed}
+        of_engine = {"numerics": engine - generated, "staleness": generated - quantized_replayed}
+    else:
+        of_engine = {"numerics": engine - quantized_replayed}
     parts = {
-        "numerics": engine - generated,
-        **stale,
+        **of_engine,
         "routing": quantized_replayed - quantized_own,
         "quantization": quantized_own - master_own,
         "total": engine - master_own,

@@ -1,9 +1,14 @@
-"""When the rollout of a step is made: after the update before it (`sync`), or beside it (`one_step_off`).
+"""When the rollout of a step is made: after the update before it (`sync`), or beside updates (`one_step_off`, `async`).
 
 One step off policy, the rollout of step k + 1 begins before step k is trained on, with the weights that are resident then, and
 ends before new ones are sent. So the schedule alone decides which weights a sample comes from, never which side is faster: a run
 that did the same things one after the other has the same numbers, and so has one that goes on from a checkpoint, of which the
 pending rollout is a part.
+
+Asynchronously, rollouts of the next `max_staleness` steps are under way and go on while weights change: a sample that is not
+finished continues under the new ones (its `weight_spans` say which tokens came from which). A step is trained on the prompts that
+it would have had anyway and in that order, so a request that is admitted at version v is trained on at v + max_staleness at the
+latest, and nothing is lost or made twice over a kill: what is complete is in the checkpoint, the rest is generated again.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +26,7 @@ from runner.config.schema import Config
 from runner.run import pending
 from runner.run.collect import Collector, Rollout
 
-SYNC, ONE_STEP_OFF = "sync", "one_step_off"
+SYNC, ONE_STEP_OFF, ASYNC = "sync", "one_step_off", "async"
 FOLDER = "rollout"  # of a checkpoint
 MAKE_SAMPLES = (
     "algorithm.prompts_per_step",
@@ -50,84 +55,93 @@ class Generated:
 
 
 class Rollouts:
-    """Gives every step its rollout. Whoever changes weights, or uses the pool for something else, calls `settle` first."""
+    """Gives every step its rollout. Whoever changes weights calls `settle` first."""
 
     def __init__(self, cfg: Config, collector: Collector) -> None:
         self.collector = collector
-        self.steps, self.ahead = cfg.steps, cfg.algorithm.schedule == ONE_STEP_OFF
+        schedule = cfg.algorithm.schedule
+        self.steps = cfg.steps
+        self.depth = {SYNC: 0, ONE_STEP_OFF: 1, ASYNC: cfg.algorithm.max_staleness}[schedule]  # steps that a rollout may be ahead
+        self.over_updates = schedule == ASYNC
         # Trainer and engine of one process compute one after the other: beside each other they only take each other's cores.
         self.beside = not one_process(cfg)
-        self._pending: _Pending | None = None
+        self._pending: dict[int, _Pending] = {}
 
     def take(self, step: int) -> Generated:
-        """The rollout of `step`: the one that was begun, else made now. Raises Interrupted only in the second case."""
-        if self._pending is None or self._pending.step != step:
-            self.settle()
-            self._pending = None
+        """The rollout of `step`, when it is complete; those that the schedule allows beside it are begun first. Raises
+        Interrupted when it could not be completed, and is made again from its beginning."""
+        if self.depth == 0 and step not in self._pending:
             return _generate(self.collector, step)
-        found = self._pending.result()
-        self._pending = None
-        return found
+        for ahead in range(step, min(step + self.depth + 1, self.steps)):
+            if ahead not in self._pending:
+                self._pending[ahead] = _Pending(self.collector, ahead, drop_on_stop=self.over_updates)
+                if not self.beside:
+                    self._pending[ahead].wait()
+        return self._pending.pop(step).result()
 
-    def begin(self, step: int) -> None:
-        """Start the rollout of `step` with the weights that are resident now, where the schedule wants that."""
-        if self.ahead and self._pending is None and step < self.steps:
-            self._pending = _Pending(self.collector, step)
-            if not self.beside:
-                self.settle()
+    def waiting(self, step: int) -> Generated | None:
+        """The rollout of `step`, where it was begun: it is waited for, and can still be taken."""
+        return self._pending[step].result() if step in self._pending else None
 
-    def settle(self) -> Generated | None:
-        """What was begun and not taken, when it is complete: nothing is being generated afterwards."""
-        return self._pending.result() if self._pending else None
+    def settle(self) -> None:
+        """Before weights change: nothing is being generated afterwards that may not go on under other weights."""
+        if not self.over_updates:
+            for pending_one in self._pending.values():
+                pending_one.result()
 
     def close(self) -> None:
         """Drop what was begun, when it has ended: the pool is free for another trainer."""
-        if self._pending:
-            self._pending.wait()
-        self._pending = None
+        for pending_one in self._pending.values():
+            pending_one.drop()
+        for pending_one in self._pending.values():
+            pending_one.wait()
+        self._pending = {}
 
     def save(self, folder: Path) -> None:
-        """Write what was begun and not taken into the checkpoint `folder`."""
-        found = self.settle()
-        if found is not None and self._pending is not None:
-            content = (self._pending.step, found.rollout, found.pool_metrics, found.seconds, found.trainer_logprobs)
+        """Write what is complete and not taken into the checkpoint `folder`."""
+        complete = [(step, one.found) for step, one in sorted(self._pending.items()) if one.found is not None]
+        if complete:
+            content = [(step, g.rollout, g.pool_metrics, g.seconds, g.trainer_logprobs) for step, g in complete]
             pending.write(folder / FOLDER, content)
 
     def load(self, folder: Path, changed: list[str]) -> list[str]:
-        """Take up what the checkpoint `folder` holds of a rollout; nothing where it holds none, or where a key changed since
+        """Take up what the checkpoint `folder` holds of rollouts; nothing where it holds none, or where a key changed since
         that other samples come from. Returns what to warn of."""
         if not (folder / FOLDER).is_dir():
             return []
         if reasons := [key for key in changed if key.startswith(MAKE_SAMPLES)]:
             return [f"the rollout that waits in {folder.name} is made anew: {', '.join(reasons)} changed"]
-        step, *content = pending.read(folder / FOLDER)
-        self._pending = _Pending(self.collector, step, Generated(*content))
+        for step, *content in pending.read(folder / FOLDER):
+            self._pending[step] = _Pending(self.collector, step, Generated(*content))
         return []
 
 
-@dataclass
 class _Pending:
-    """The rollout of `step`, in a thread of its own; an error is raised where it is asked for."""
+    """The rollout of `step`, in a thread of its own unless it is `found`; an error is raised where it is asked for.
 
-    collector: Collector
-    step: int
-    found: Generated | None = None
-    error: BaseException | None = None
-    _thread: threading.Thread | None = field(default=None, repr=False)
+    A stop waits for it where it could not be made again, because its weights are gone then; with `drop_on_stop` it ends.
+    """
 
-    def __post_init__(self) -> None:
-        if self.found is None:
-            # A stop waits for it: a rollout that was dropped could not be made again, its weights are gone.
-            self.collector = copy.copy(self.collector)
-            self.collector.should_stop = lambda: False
-            self._thread = threading.Thread(target=self._run, name="rollout", daemon=True)
+    def __init__(self, collector: Collector, step: int, found: Generated | None = None, *, drop_on_stop: bool = False) -> None:
+        self.step, self.found = step, found
+        self._error: BaseException | None = None
+        self._dropped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if found is None:
+            stops = collector.should_stop
+            self._collector = copy.copy(collector)
+            self._collector.should_stop = lambda: self._dropped.is_set() or (drop_on_stop and stops())
+            self._thread = threading.Thread(target=self._run, name=f"rollout {step}", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.found = _generate(self.collector, self.step)
+            self.found = _generate(self._collector, self.step)
         except BaseException as error:
-            self.error = error
+            self._error = error
+
+    def drop(self) -> None:
+        self._dropped.set()
 
     def wait(self) -> None:
         if self._thread is not None:
@@ -135,8 +149,8 @@ class _Pending:
 
     def result(self) -> Generated:
         self.wait()
-        if self.error is not None:
-            raise self.error
+        if self._error is not None:
+            raise self._error
         assert self.found is not None
         return self.found
 

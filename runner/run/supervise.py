@@ -267,7 +267,7 @@ def _run(
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
     rollouts = Rollouts(cfg, collector)
-    if rollouts.ahead and not rollouts.beside:
+    if rollouts.depth and not rollouts.beside:
         tracker.event("schedule", "one_step_off in one process: samples are one update behind, nothing runs beside the trainer")
     first_step = 0
     state = checkpoint.read_state(begin) if begin else None

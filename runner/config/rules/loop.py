@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.algorithms.estimators import estimator_of, names
-from runner.config.option import shares_gpus
+from runner.config.option import engine_layout, shares_gpus
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, Correction
 from runner.errors import UserError
@@ -89,11 +89,28 @@ def estimator(cfg: Config) -> Iterator[UserError]:
 
 
 def schedule(cfg: Config) -> Iterator[UserError]:
-    if cfg.algorithm.schedule != "sync" and shares_gpus(cfg):
+    if cfg.algorithm.schedule == "sync":
+        return
+    if shares_gpus(cfg):
         yield UserError(
             f"{cfg.algorithm.schedule} generates while it trains, and trainer and engines take turns on the same GPUs",
             key="algorithm.schedule",
             fix="algorithm.schedule=sync, or parallelism.colocate=false with GPUs of their own for the engines",
+        )
+    if cfg.algorithm.schedule != "async":
+        return
+    if engine_layout(cfg).in_process:
+        yield UserError(
+            f"async changes weights while samples are generated, and rollout={cfg.rollout.name} generates in our own process",
+            key="algorithm.schedule",
+            fix="algorithm.schedule=one_step_off, or rollout=sglang",
+        )
+    if cfg.mismatch.decompose_interval_steps and cfg.rollout.sampling.temperature != 1.0:
+        yield UserError(
+            "async tells staleness from numerics by scores of the engines, which are at temperature 1, and samples have "
+            f"temperature {cfg.rollout.sampling.temperature}",
+            key="mismatch.decompose_interval_steps",
+            fix="mismatch.decompose_interval_steps=0, or rollout.sampling.temperature=1.0",
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import queue
 import secrets
 import shutil
@@ -61,7 +63,7 @@ class SglangPool:
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
         self._routes = RouteDecoder(cfg.model) if cfg.router_replay.rollout else None
-        self._runs = 0
+        self._ids = itertools.count()
         self._tokens, self._seconds, self._stall = 0, 0.0, 0.0
         for line in arguments.warnings(cfg):
             print(f"warning: {line}", file=sys.stderr)
@@ -76,6 +78,8 @@ class SglangPool:
         chosen = transport or TRANSPORTS[self._rollout.weight_transport]
         self.driver = chosen.driver(self._site())
         self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self.driver, self._router(api_key))
+        self._max_running = self._rollout.max_concurrency * len(self._fleet.engines)
+        self._room = asyncio.Semaphore(self._max_running)  # of all calls together: asynchronous rollouts overlap
         try:
             self._loop.run(self._fleet.start())
             self._info = self._loop.run(self._fleet.ask("describe"))
@@ -151,12 +155,10 @@ class SglangPool:
         return self._generate(iter(requests))
 
     def _generate(self, requests: Iterator[Request]) -> Iterator[Sample]:
-        self._runs += 1
-        room = self._rollout.max_concurrency * len(self._fleet.engines)
+        room = self._max_running
         finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
         running: set[Future[Sample]] = set()
         began = time.perf_counter()
-        count = 0
         exhausted = False
         try:
             while True:
@@ -165,8 +167,7 @@ class SglangPool:
                     if request is None:
                         exhausted = True
                         break
-                    future = self._loop.submit(self._fleet.complete(self._generation(request, count)))
-                    count += 1
+                    future = self._loop.submit(self._complete(self._generation(request)))
                     running.add(future)
                     future.add_done_callback(finished.put)
                 if not running:
@@ -184,7 +185,11 @@ class SglangPool:
             for future in running:
                 future.cancel()
 
-    def _generation(self, request: Request, index: int) -> Generation:
+    async def _complete(self, generation: Generation) -> Sample:
+        async with self._room:
+            return await self._fleet.complete(generation)
+
+    def _generation(self, request: Request) -> Generation:
         if len(request.tokens) >= self._context:
             raise UserError(
                 f"the prompt of {request.prompt_id} has {len(request.tokens)} tokens, the context is {self._context}",
@@ -192,7 +197,7 @@ class SglangPool:
                 fix=f"task.max_prompt_tokens={self._context // 2}",
             )
         routes = self._routes if request.capture_routes else None
-        return Generation(request, self._context, routes, f"{self._runs}-{index}")
+        return Generation(request, self._context, routes, str(next(self._ids)))
 
     def update_weights(self, version: int, stream: Iterable[ExportedTensor | SealedTensor]) -> SyncReport:
         """Load every tensor of the plan in every engine, verified on arrival and where it resides (all at the first sync).

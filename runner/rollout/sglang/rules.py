@@ -63,6 +63,12 @@ def formats(cfg: Config) -> Iterator[UserError]:
 
 def limits(cfg: Config) -> Iterator[UserError]:
     rollout = settings(cfg)
+    if cfg.algorithm.schedule == "async" and rollout.pause_mode != "abort":
+        yield UserError(
+            f"with pause_mode={rollout.pause_mode} nothing says which tokens of a sample came from which weights",
+            key="rollout.pause_mode",
+            fix="rollout.pause_mode=abort: a sample goes on after the update, and its spans say where",
+        )
     if cfg.router_replay.rollout and rollout.pause_mode == "retract":
         yield UserError(
             "a retracted request loses its routes",
