@@ -175,12 +175,6 @@ BAD: list[tuple[str, str, str, str]] = [
     ("task=gsm8k task.prompt_template=hello model=qwen3_4b", "task.prompt_template", "{question}", "{question}"),
     ("evaluation.num_prompts=9999", "evaluation.num_prompts", "held out", "task.eval_problems=9999"),
     ("model.experts_top_k=9", "model.experts_top_k", "9 of 8 experts", "model.experts_top_k=8"),
-    (
-        "trainer.optimizer.lr_warmup_steps=5000 trainer.optimizer.lr_schedule=cosine",
-        "trainer.optimizer.lr_warmup_steps",
-        "do not end",
-        "=0",
-    ),
     ("watch.rules.kl_jump.above=null", "watch.rules.kl_jump", "never fires", "jump_ratio"),
     ("mismatch.decompose_samples=0", "mismatch.decompose_samples", "0 samples", "decompose_interval_steps=0"),
 ]

@@ -15,6 +15,7 @@ from runner.config.schema import QatPlacement
 from runner.errors import UserError
 from runner.precision.codec import decode
 from runner.trainer.torch.trainer import TorchTrainer
+from tests.configs import problems
 from tests.trainer_configs import DENSE, MLA, MOE, batch, config
 
 MODELS = {"moe": MOE, "dense": DENSE, "mla": MLA}
@@ -302,6 +303,15 @@ def test_learning_rate_schedules() -> None:
     optimizer.lr_schedule = "steps"
     with pytest.raises(UserError):
         learning_rate(optimizer, 9, 14)
+
+
+def test_a_run_that_ends_in_its_warmup_is_told_so_and_not_refused() -> None:
+    from runner.trainer.optimizer import unfinished_warmup
+
+    (text,) = unfinished_warmup(config(**{"steps": 3, "trainer.optimizer.lr_warmup_steps": 10}))
+    assert "10 updates and the run has 3" in text
+    assert unfinished_warmup(config(**{"steps": 10, "trainer.optimizer.lr_warmup_steps": 10})) == []
+    assert not problems("steps=3", "trainer.optimizer.lr_warmup_steps=10", "trainer.optimizer.lr_schedule=linear")
 
 
 @pytest.mark.parametrize("architecture", [MOE, DENSE], ids=["moe", "dense"])

@@ -42,6 +42,7 @@ from runner.run.watch import Watcher
 from runner.tasks.protocol import Task
 from runner.tracking.base import Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
+from runner.trainer.optimizer import unfinished_warmup
 from runner.trainer.protocol import Trainer, TrainerLost
 
 RESTART = "trainer_restart"  # kind of the event
@@ -86,7 +87,7 @@ def main(cfg: Config, overrides: list[str]) -> int:
         def begin() -> CompositeTracker:
             folder.keep_overrides(overrides)
             opened = build_tracker(cfg, folder.path, first_step=first_step, check=folder.check)
-            for note in folder.notes:
+            for note in (*folder.notes, *unfinished_warmup(cfg)):
                 opened.event("warning", note)
             _say_where_samples_end(ends, tokenizer, opened)
             return opened

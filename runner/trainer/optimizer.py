@@ -26,6 +26,12 @@ def planned_steps(cfg: Config) -> int:
     return planned if isinstance(planned, int) else cfg.steps * cfg.algorithm.updates_per_rollout
 
 
+def unfinished_warmup(cfg: Config) -> list[str]:
+    """What to tell of a run that ends before its learning rate is up: no mistake in a first look of a few steps."""
+    steps, warmup = cfg.steps * cfg.algorithm.updates_per_rollout, cfg.trainer.optimizer.lr_warmup_steps
+    return [f"the learning rate warms up over {warmup} updates and the run has {steps}"] if warmup > steps else []
+
+
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up over lr_warmup_steps, then the schedule down to lr_min_ratio * lr.
 

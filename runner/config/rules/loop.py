@@ -248,13 +248,6 @@ def optimizer(cfg: Config) -> Iterator[UserError]:
     for key in ("beta1", "beta2"):
         if getattr(trainer.optimizer, key) == 1.0:
             yield UserError("1.0 never forgets", key=f"trainer.optimizer.{key}", fix=f"trainer.optimizer.{key}=0.9")
-    decays = trainer.optimizer.lr_schedule != "constant"  # a few steps of a constant schedule, as a first look, are no mistake
-    if decays and trainer.optimizer.lr_warmup_steps >= cfg.steps * max(1, cfg.algorithm.updates_per_rollout) > 0:
-        yield UserError(
-            f"{trainer.optimizer.lr_warmup_steps} warm-up steps do not end within {cfg.steps} steps",
-            key="trainer.optimizer.lr_warmup_steps",
-            fix="trainer.optimizer.lr_warmup_steps=0",
-        )
 
 
 def watch(cfg: Config) -> Iterator[UserError]:
