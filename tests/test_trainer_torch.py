@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runner.config import rules
 from runner.config.schema import QatPlacement
 from runner.errors import UserError
 from runner.precision.codec import decode
 from runner.trainer.torch.trainer import TorchTrainer
-from tests.configs import problems
+from tests.configs import composed
 from tests.trainer_configs import DENSE, MLA, MOE, batch, config
 
 MODELS = {"moe": MOE, "dense": DENSE, "mla": MLA}
@@ -311,7 +312,7 @@ def test_a_run_that_ends_in_its_warmup_is_told_so_and_not_refused() -> None:
     (text,) = unfinished_warmup(config(**{"steps": 3, "trainer.optimizer.lr_warmup_steps": 10}))
     assert "10 updates and the run has 3" in text
     assert unfinished_warmup(config(**{"steps": 10, "trainer.optimizer.lr_warmup_steps": 10})) == []
-    assert not problems("steps=3", "trainer.optimizer.lr_warmup_steps=10", "trainer.optimizer.lr_schedule=linear")
+    assert rules.check(composed(**{"steps": 3, "trainer.optimizer.lr_warmup_steps": 10})) == []
 
 
 @pytest.mark.parametrize("architecture", [MOE, DENSE], ids=["moe", "dense"])
