@@ -33,6 +33,8 @@ class Weights:
     held: set[int] = field(default_factory=set)  # steps that wait for the gate
     failing: set[int] = field(default_factory=set)
     interruptible: bool = False
+    concurrent: bool = False
+    busy: bool = False
     should_stop: Callable[[], bool] = lambda: True
     pool: Any = None
     asked: list[int] = field(default_factory=list)
@@ -46,6 +48,14 @@ class Weights:
 
     def collect(self, step: int) -> Rollout:
         self.asked.append(step)
+        assert self.concurrent or not self.pool.busy, "the in-process engine generates for one caller at a time"
+        self.pool.busy = True
+        try:
+            return self._collect(step)
+        finally:
+            self.pool.busy = False
+
+    def _collect(self, step: int) -> Rollout:
         began = self.pool.version  # the collector is copied, its pool is not
         if step in self.held:
             assert self.gate.wait(10)
@@ -58,6 +68,7 @@ class Weights:
 
 def rollouts(schedule: str, weights: Weights, beside: bool = True, **changes: object) -> Rollouts:
     cfg = composed(**{"algorithm.schedule": schedule, "steps": 4, **changes})
+    weights.concurrent = schedule == "async"
     made = Rollouts(cfg, weights)  # type: ignore[arg-type]
     made.beside = beside
     return made

@@ -72,12 +72,20 @@ class Rollouts:
         Interrupted when it could not be completed, and is made again from its beginning."""
         if self.depth == 0 and step not in self._pending:
             return _generate(self.collector, step)
-        for ahead in range(step, min(step + self.depth + 1, self.steps)):
-            if ahead not in self._pending:
-                self._pending[ahead] = _Pending(self.collector, ahead, drop_on_stop=self.over_updates)
-                if not self.beside:
-                    self._pending[ahead].wait()
-        return self._pending.pop(step).result()
+        together = self.depth if self.over_updates else 0
+        for ahead in range(step, step + together + 1):
+            self._begin(ahead)
+        found = self._pending.pop(step).result()
+        for ahead in range(step + 1, step + self.depth + 1):  # one at a time, where an engine cannot do more
+            self._begin(ahead)
+        return found
+
+    def _begin(self, step: int) -> None:
+        if step in self._pending or step >= self.steps:
+            return
+        self._pending[step] = _Pending(self.collector, step, drop_on_stop=self.over_updates)
+        if not self.beside:
+            self._pending[step].wait()
 
     def waiting(self, step: int) -> Generated | None:
         """The rollout of `step`, where it was begun: it is waited for, and can still be taken."""
