@@ -40,6 +40,13 @@ MAKE_SAMPLES = (
 )
 
 
+def notes(cfg: Config) -> list[str]:
+    """What to tell of a schedule that cannot do all that its name says."""
+    if cfg.algorithm.schedule == SYNC or not one_process(cfg):
+        return []
+    return [f"{cfg.algorithm.schedule} in one process: samples are an update behind, and nothing runs beside the trainer"]
+
+
 @dataclass
 class Generated:
     """A rollout, what the pool counted for it, and how long generating and grading took.

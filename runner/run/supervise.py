@@ -29,7 +29,7 @@ from runner.models.images import image_processor
 from runner.precision.audit import audit_pool
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.protocol import RolloutPool
-from runner.run import checkpoint, continuation
+from runner.run import checkpoint, continuation, schedules
 from runner.run.collect import Collector, Interrupted
 from runner.run.colocation import TimeShared
 from runner.run.decisions import Decisions
@@ -87,7 +87,7 @@ def main(cfg: Config, overrides: list[str]) -> int:
         def begin() -> CompositeTracker:
             folder.keep_overrides(overrides)
             opened = build_tracker(cfg, folder.path, first_step=first_step, check=folder.check)
-            for note in (*folder.notes, *unfinished_warmup(cfg)):
+            for note in (*folder.notes, *unfinished_warmup(cfg), *schedules.notes(cfg)):
                 opened.event("warning", note)
             _say_where_samples_end(ends, tokenizer, opened)
             return opened
@@ -268,8 +268,6 @@ def _run(
     sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
     watcher = Watcher(cfg)
     rollouts = Rollouts(cfg, collector)
-    if rollouts.depth and not rollouts.beside:
-        tracker.event("schedule", "one_step_off in one process: samples are one update behind, nothing runs beside the trainer")
     first_step = 0
     state = checkpoint.read_state(begin) if begin else None
     notes = list(continuation.go_on(cfg, collector, state))

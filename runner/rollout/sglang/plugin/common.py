@@ -63,7 +63,9 @@ async def _prompt_watchdog(original: Callable[[Any], Awaitable[None]], self: Any
 
 def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """Every request samples from its own stream. SGLang hands seeds on only under enable_deterministic_inference, which is slower
-    and knows no CPU attention backend; its seeded sampler itself runs anywhere (with sampling_backend=pytorch)."""
-    seeds = [request.sampling_params.sampling_seed for request in batch.reqs]
-    if all(seed is not None for seed in seeds):
-        result.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
+    and knows no CPU attention backend; its seeded sampler itself runs anywhere (with sampling_backend=pytorch).
+
+    Every batch has seeds, also one of requests that sample nothing (scores, SGLang's own health check): merging it with one that
+    has them would leave fewer seeds than requests, and the next filter ends the scheduler."""
+    seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
+    result.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
