@@ -42,6 +42,7 @@ from runner.tasks.protocol import Task
 from runner.tracking.base import Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
 from runner.trainer.protocol import Trainer, TrainerLost
+from runner.turns.conversations import user_code
 
 RESTART = "trainer_restart"  # kind of the event
 
@@ -79,6 +80,8 @@ def main(cfg: Config, overrides: list[str]) -> int:
     preflight.check(cfg)
     tokenizer = load_tokenizer(cfg.model)
     ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
+    if cfg.task.rollout._target_ is not None:
+        user_code(cfg)
     with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
 
@@ -181,7 +184,7 @@ def _supervise(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ends.without_last(ids), skip_special_tokens=True))
 
-    collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"))
+    collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"), tokenizer=tokenizer)
     begin, restarts = folder.resumed_from, 0
     try:
         audit_pool(PrecisionPlan.build(cfg.model, cfg.precision, "rollout"), pool.describe())
