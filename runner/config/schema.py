@@ -276,6 +276,19 @@ class ConversationConfig:
 
 
 @dataclass
+class RewardConfig:
+    """A part of the reward: a function or a service, or the weight of a part that the task or its environment gives."""
+
+    weight: float = number(ge=-1e6, le=1e6, default=1.0)
+    _target_: Optional[str] = None  # reward(prompt, text, sample) -> number, async or not, as package.module.name
+    url: Optional[str] = None  # of a service (runner/tasks/service.py)
+    key_variable: Optional[str] = None  # the environment variable with the service's key
+    batch_size: int = number(ge=1, le=10**5, default=32)  # samples of one call of a service
+    max_retries: int = number(ge=0, le=100, default=3)  # of such a call
+    timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS, default=60.0)  # of a call
+
+
+@dataclass
 class TaskConfig:
     _target_: str = MISSING
     name: str = MISSING
@@ -285,6 +298,7 @@ class TaskConfig:
     reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
     seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
     rollout: ConversationConfig = field(default_factory=ConversationConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)  # by name: parts beside the task's own, which is `task`
 
 
 @dataclass

@@ -12,6 +12,7 @@ from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
 from runner.errors import UserError
 from runner.rollout.protocol import RolloutPool
+from runner.tasks import parts
 from runner.tasks.protocol import Prompt, Task, WalksThroughData
 from runner.tasks.rewards import score
 from runner.turns.codec import Codec
@@ -182,21 +183,29 @@ class Collector:
         return [finished[request.prompt_id, request.sample_index] for request in requests]
 
     def _grade(self, pairs: list[tuple[Prompt, Sample]]) -> None:
-        """Rewards of the samples that were not rewarded on the way, by the task: of a conversation its last turn is graded."""
+        """Rewards of the samples that were not rewarded on the way, by the task (of a conversation its last turn is graded);
+        then the parts that task.rewards adds, and their weights."""
         items = []
         for prompt, sample in pairs:
             text = self.decode(sample.response_tokens.tolist())
             sample.info |= {"prompt": prompt.text, "text": text}
-            if sample.rewards:
-                sample.reward = sum(sample.rewards.values())
-            elif sample.reward is None:
-                said = [turn["text"] for turn in sample.info.get("turns", ()) if turn["by"] == "model"]
-                items.append((prompt, said[-1] if said else text, sample))
-        report = score(self.task, items, self.cfg.task.reward_timeout_seconds)
-        for (_, _, sample), reward in zip(items, report.rewards, strict=True):
+            said = [turn["text"] for turn in sample.info.get("turns", ()) if turn["by"] == "model"]
+            items.append((prompt, said[-1] if said else text, sample))
+        open_ones = [item for item in items if item[2].reward is None and not item[2].rewards]
+        report = score(self.task, open_ones, self.cfg.task.reward_timeout_seconds)
+        for (_, _, sample), reward in zip(open_ones, report.rewards, strict=True):
             sample.reward = reward
         if message := report.message():
             self.warn(message)
+        for _, _, sample in items:
+            penalties = sample.info.get("penalties", {})
+            if sample.reward is not None and (penalties or self.cfg.task.rewards) and not sample.rewards:
+                sample.rewards = {"task": sample.reward, **penalties}
+            if sample.rewards:
+                sample.reward = sum(sample.rewards.values())
+        if self.cfg.task.rewards:
+            for warning in parts.add(self.cfg.task.rewards, items):
+                self.warn(warning)
 
 
 def _groups(prompts: Sequence[Prompt], samples: list[Sample]) -> list[Group]:
@@ -212,9 +221,9 @@ def _metrics(groups: list[Group], rounds_used: int) -> dict[str, float]:
     if not samples:
         return {"rollout/rounds": float(rounds_used)}
     lengths = [sample.response_length for sample in samples]
-    parts = sorted({name for sample in samples for name in sample.rewards})
+    names = sorted({name for sample in samples for name in sample.rewards})
     return {
-        **{f"reward/{name}": sum(sample.rewards.get(name, 0.0) for sample in samples) / len(samples) for name in parts},
+        **{f"reward/{name}": sum(sample.rewards.get(name, 0.0) for sample in samples) / len(samples) for name in names},
         "rollout/raw_reward": sum(sample.reward or 0.0 for sample in samples) / len(samples),
         "rollout/response_len/mean": sum(lengths) / len(lengths),
         "rollout/response_len/max": float(max(lengths)),

@@ -22,7 +22,7 @@ from runner.config import preflight
 from runner.config.option import option_of, shares_gpus, trainer_layout
 from runner.config.overrides import command, typed
 from runner.config.schema import Config
-from runner.errors import Failure, UserError
+from runner.errors import Failure, UserError, UserErrors
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.models.images import image_processor
@@ -38,6 +38,7 @@ from runner.run.loop import Components, tell_notices, train
 from runner.run.sync import WeightSync
 from runner.run.warm_start import warm_start
 from runner.run.watch import Watcher
+from runner.tasks import parts
 from runner.tasks.protocol import Task
 from runner.tracking.base import Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
@@ -82,6 +83,8 @@ def main(cfg: Config, overrides: list[str]) -> int:
     ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
     if cfg.task.rollout._target_ is not None:
         user_code(cfg)
+    if problems := list(parts.check(cfg.task.rewards)):
+        raise UserErrors(problems)
     with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
 
@@ -288,9 +291,9 @@ def _run(
     sync()
     decisions = Decisions(run_dir, first_step)
     checkpoints = checkpoint.Checkpoints(run_dir, trainer.begin_save, cfg.checkpoint.keep)
-    parts = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
+    components = Components(cfg, trainer, pool, collector, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
     try:
-        return train(parts, first_step)
+        return train(components, first_step)
     except TrainerLost:
         raise
     except UserError:

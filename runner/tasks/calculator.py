@@ -99,7 +99,7 @@ class CalculatorTask:
         return 0.0
 
     def worked_solutions(self, count: int, seed: int) -> list[tuple[Prompt, str]]:
-        """One turn each: a prompt with the turns before it, and what the model should say. Every problem gives all of its turns."""
+        """One turn each: a prompt with the turns before it, and what the model should say. A problem gives all of its turns."""
         numbers = stream(self.cfg.seed, "calculator", "worked", seed)
         found: list[tuple[Prompt, str]] = []
         while len(found) < count:

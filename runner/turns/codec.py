@@ -42,8 +42,9 @@ class Codec:
         """Ids of a text in which nothing is a control token. ValueError for half a character."""
         return self.encoder.encode([self.encoder.hide(text)])[0]
 
-    def observation(self, text: object, most: int, first: bool) -> list[int]:
-        """Ids of what an environment says after a turn (`first`: before any). Failed for no text, or more than `most` tokens."""
+    def observation(self, text: object, most: int, first: bool, closed: bool) -> list[int]:
+        """Ids of what an environment says after a turn (`first`: before any; `closed`: the model wrote its end token itself).
+        Failed for no text, or more than `most` tokens."""
         if not isinstance(text, str):
             raise Failed("rubbish", f"the environment's observation is a {type(text).__name__}, not a text")
         if len(text) > most * MAX_CHARACTERS_PER_TOKEN:
@@ -54,7 +55,7 @@ class Codec:
                 ids = self.encoder.encode([hidden])[0]
             else:
                 ids = self.encoder.encode([self._written.replace(SEEN, hidden)])[0]
-                ids = ids[1:] if ids[0] in self.ends else ids  # the model wrote its end token itself
+                ids = ids[1:] if closed and ids[0] in self.ends else ids
         except ValueError as error:
             raise Failed("rubbish", f"the environment's observation: {error}") from None
         if len(ids) > most:
@@ -62,7 +63,8 @@ class Codec:
         return ids
 
     def until_stop(self, ids: list[int], stop: tuple[str, ...]) -> tuple[int, str | None]:
-        """How many of the ids hold everything up to the first of the texts, and the text before it; all and None without one."""
+        """How many of the ids hold everything up to the first of the texts, and what they say up to its end; all and None
+        without one."""
         whole = self.decode(ids) if stop else ""
         if not any(text in whole for text in stop):
             return len(ids), None
@@ -70,8 +72,7 @@ class Codec:
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if any(text in self.decode(ids[:middle]) for text in stop) else (middle + 1, high)
-        place = min(place for text in stop if (place := whole.find(text)) >= 0)
-        return low, whole[:place]
+        return low, whole[: min(place + len(text) for text in stop if (place := whole.find(text)) >= 0)]
 
     def look_at(self, turn: Turn) -> None:
         """Refuse a template that would drop what this turn holds."""

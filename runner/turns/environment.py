@@ -26,7 +26,8 @@ class Environment(Protocol):
         """(observation, done, info) after a turn of the model. The observation of the last turn is not shown to it.
 
         info["reward"] is a number, info["rewards"] a dict of such by name: they are added up over the turns and logged as
-        reward/<name>. Without any the task's own reward is asked. Everything else in `info` is shown beside the turn.
+        reward/<name>; without any the task's own reward is asked. info["penalties"], a dict by name, is added to the task's.
+        Everything else in `info` is shown beside the turn.
         """
         ...
 
@@ -73,15 +74,17 @@ def _reward(talk: Transcript, info: dict[str, Any]) -> None:
     parts = dict(info.get("rewards") or {})
     if "reward" in info:
         parts["environment"] = info["reward"]
-    for name, value in parts.items():
+    penalties = dict(info.get("penalties") or {})
+    for name, value in [*parts.items(), *penalties.items()]:
         try:
             number = float(value)
         except (TypeError, ValueError):
             raise Failed("rubbish", f"the environment's reward {name} is a {type(value).__name__}") from None
         if not math.isfinite(number):
             raise Failed("rubbish", f"the environment's reward {name} is {number}")
-        talk.reward(number, str(name))
-    talk.note(
-        **{str(key): value for key, value in info.items() if key not in ("reward", "rewards")},
-        **({"rewards": parts} if parts else {}),
-    )
+        if name in parts:
+            talk.reward(number, str(name))
+        else:
+            talk.penalties[name] = talk.penalties.get(name, 0.0) + number
+    shown = {str(key): value for key, value in info.items() if key not in ("reward", "rewards", "penalties")}
+    talk.note(**shown, **({"rewards": parts | penalties} if parts or penalties else {}))

@@ -21,7 +21,7 @@ from runner.turns.failure import Failed
 class Turn:
     """What the model said.
 
-    text    without the end token, and without the stop text that ended it
+    text    without the end token; a stop text that ended it is its end
     tokens  all of them
     finish  "stop": an end token or a stop text; "length": the turn or the conversation had no room for more
     """
@@ -59,6 +59,7 @@ class Transcript:
     spans: list[WeightSpan] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)  # what a reader sees
     rewards: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)  # beside the task's own reward
     full: bool = False  # something did not fit any more
 
     def __post_init__(self) -> None:
@@ -101,7 +102,8 @@ class Transcript:
     def observe(self, text: str, **notes: Any) -> bool:
         """Add what an environment says, with loss_mask 0. False where that and a turn after it do not fit any more: then the
         conversation is over. Failed for what is no text, or more than task.rollout.max_observation_tokens."""
-        tokens = self.codec.observation(text, self.max_observation_tokens, first=not self.turns)
+        closed = self.tokens[-1] in self.codec.ends
+        tokens = self.codec.observation(text, self.max_observation_tokens, first=not self.turns, closed=closed)
         note = {"by": "environment", "text": text, **notes}
         if len(tokens) >= self.room:
             self.full = True
@@ -136,8 +138,7 @@ class Transcript:
         if status is None:
             ended = bool(turns) and turns[-1]["finish"] == "stop" and not self.full
             status = Status.completed if ended else Status.truncated
-        rest = self.turns
-        for turn in rest:
+        for turn in self.turns:
             if turn.get("stop", 0) > response:
                 turn["left_out"] = True
         return Sample(
@@ -153,15 +154,16 @@ class Transcript:
             routes=torch.cat(self.routes) if self.routes else None,
             weight_spans=list(self.spans),
             rewards=dict(self.rewards),
-            info={"turns": self.turns},
+            info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},
             image=self.prompt.image,
         )
 
 
 def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: bool) -> list[Sample]:
     """The samples that a rollout function returned. Failed for anything that could not be trained on."""
-    samples = result if isinstance(result, list) else [result]
-    if not samples or not all(isinstance(sample, Sample) for sample in samples):
+    found = result if isinstance(result, list) else [result]
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    if not samples or len(samples) < len(found):
         raise Failed("rubbish", f"the rollout function returned {type(result).__name__}, not a Sample or a list of them")
     for sample in samples:
         total, response = len(sample.tokens), sample.response_length
