@@ -123,6 +123,15 @@ async def returns_nothing(engine: Engine, prompt: Prompt, context: Context) -> N
     await engine.generate(context.start(prompt))
 
 
+async def three_turns(engine: Engine, prompt: Prompt, context: Context) -> Sample:
+    """Whatever the model says."""
+    talk = context.start(prompt)
+    for number in range(3):
+        await engine.generate(talk, max_tokens=4 + number)
+        talk.observe(f"<{prompt.text}>")
+    return talk.sample()
+
+
 async def two_samples(engine: Engine, prompt: Prompt, context: Context) -> list[Sample]:
     talks = [context.start(prompt), context.start(prompt)]
     await asyncio.gather(*(engine.generate(talk) for talk in talks))
@@ -337,7 +346,7 @@ def test_the_in_process_engine_keeps_a_conversations_cache_and_gives_the_same() 
     cfg = config("model=tiny_moe", *FP32)
     pool, built = make_pool(cfg)
     pool.metrics()
-    talk = conversation(environment=f"{HERE}.Talker", max_turns=3)
+    talk = conversation(f"{HERE}.three_turns")
     talk = dataclasses.replace(talk, model=cfg.model)
     texts = [f"hello {i}" for i in range(6)]
     kept = run(talk, texts, pool, budget=60, samples=2)

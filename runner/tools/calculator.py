@@ -73,4 +73,5 @@ def _bounded(value: Any) -> int | float:
         raise OverflowError
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise OverflowError
-    return value  # type: ignore[no-any-return]
+    assert isinstance(value, int | float)
+    return value
