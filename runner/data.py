@@ -47,6 +47,8 @@ class Request:
     seed: int
     capture_routes: bool = False
     image: PromptImage | None = None  # of the prompt, shared by its samples; `tokens` has room for it
+    conversation: str = ""  # turns of one conversation share it: an engine may keep what it computed between them
+    known_routes: int = 0  # rows of routes that the asker has: only those after them come back
 
 
 @dataclass
@@ -64,11 +66,13 @@ class Sample:
 
     tokens            [T] prompt and response ids
     response_length   R
-    loss_mask         [R] bool; False where a token is not the model's own (tool output)
-    rollout_logprobs  [R] fp32, at the sampling temperature (raw distribution when temperature is 0)
+    loss_mask         [R] bool; False where a token is not the model's own (an observation of an environment)
+    rollout_logprobs  [R] fp32, at the sampling temperature (raw distribution when temperature is 0); 0 outside the mask
     raw_logprobs      [R] fp32, at temperature 1; None where the engine does not give them
     routes            [T - 1, L, K] uint8 (uint16 above 256 experts): row t holds the experts that token t went
-                      through when token t + 1 was predicted; None without capture
+                      through when token t + 1 was predicted; None without capture. An engine's answer to a request with
+                      `known_routes` begins after those rows
+    rewards           the parts of the reward by name, weighted: they add up to it; {} where it has none
     image             the prompt's image: the same object in all samples of a prompt
     """
 
@@ -84,6 +88,7 @@ class Sample:
     routes: torch.Tensor | None = None
     weight_spans: list[WeightSpan] = field(default_factory=list)
     reward: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
     image: PromptImage | None = None
 

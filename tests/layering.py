@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
-    "algorithms.estimators", "algorithms", "tasks", "weights", "weights.transports", "config.rules", "tracking", "rollout",
-    "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin",
-    "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
+    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "tracking",
+    "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local",
+    "rollout.sglang.plugin", "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",

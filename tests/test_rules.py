@@ -25,7 +25,7 @@ BAD: list[tuple[str, str, str, str]] = [
     ("precision.gruop_size=64", "precision.gruop_size", "no such key", "precision.group_size=64"),
     ("group_size=64", "group_size", "no such key", "precision.group_size=64"),
     ("model.trust_remote_code=true", "model.trust_remote_code", "no longer a key", "leave it out"),
-    ("task.max_turns=4", "task.max_turns", "no longer a key", "leave it out"),
+    ("task.max_turns=4", "task.max_turns", "no longer a key", "task.rollout.max_turns"),
     ("trainer.optimizer.learning_rate=1", "trainer.optimizer.learning_rate", "no such key", ""),
     ("trainer.router_fusoin=true model=qwen3_30b", "trainer.router_fusoin", "no such key", "trainer.router_fusion=true"),
     ("+extra=1", "extra", "no such key", "lists every key"),

@@ -31,7 +31,7 @@ from runner.errors import UserError
 COMMAND_LINE = "the command line"
 REMOVED = {
     "model.trust_remote_code": "leave it out: code of a checkpoint is never run; what only it can read is refused",
-    "task.max_turns": "leave it out: a sample is one response to its prompt; nothing generates a second turn",
+    "task.max_turns": "task.rollout.max_turns=<n>, beside task.rollout._target_ (docs/turns.md)",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from typing import Optional
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
@@ -258,6 +258,37 @@ class SpeculativeConfig:
 
 
 @dataclass
+class ConversationConfig:
+    """How a sample comes about: one response to its prompt, or turns with an environment (docs/turns.md)."""
+
+    _target_: Optional[str] = MISSING  # an async function rollout(engine, prompt, context); null: one response, no turns
+    environment: Optional[str] = MISSING  # the class that runner.turns.drive takes turns with
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the environment, or what the function finds in its context
+    max_turns: int = number(ge=1, le=10**6)  # of the model
+    max_turn_tokens: Optional[int] = number(ge=1, le=2**24)  # of one turn of the model; null: what is left of the response
+    max_observation_tokens: int = number(ge=1, le=2**24)  # a longer one is a flood, and ends its sample as failed
+    observation_role: str = one_of(
+        "none", "user", "tool"
+    )  # none: an observation is plain text; else a message of the chat template
+    stop: list[str] = field(default_factory=list)  # texts that end a turn, beside the end tokens
+    timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # of one conversation, generation included
+    lockstep_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # that an in-process engine waits for environments
+
+
+@dataclass
+class RewardConfig:
+    """A part of the reward: a function or a service, or the weight of a part that the task or its environment gives."""
+
+    weight: float = number(ge=-1e6, le=1e6, default=1.0)
+    _target_: Optional[str] = None  # reward(prompt, text, sample) -> number, async or not, as package.module.name
+    url: Optional[str] = None  # of a service (runner/tasks/service.py)
+    key_variable: Optional[str] = None  # the environment variable with the service's key
+    batch_size: int = number(ge=1, le=10**5, default=32)  # samples of one call of a service
+    max_retries: int = number(ge=0, le=100, default=3)  # of such a call
+    timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS, default=60.0)  # of a call
+
+
+@dataclass
 class TaskConfig:
     _target_: str = MISSING
     name: str = MISSING
@@ -266,6 +297,8 @@ class TaskConfig:
     max_prompt_tokens: int = number(ge=1, le=2**24)
     reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
     seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
+    rollout: ConversationConfig = field(default_factory=ConversationConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)  # by name: parts beside the task's own, which is `task`
 
 
 @dataclass

@@ -46,8 +46,12 @@ class RolloutPool(Protocol):
 
     version: int  # of the resident weights; -1 before the first sync
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Yield samples as they finish, in any order; one per request, none lost or doubled."""
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
+        """Yield samples as they finish, in any order; one per request, none lost or doubled.
+
+        `requests` may be a Feed (feed.py): its None says that there is none now, while others run. What an engine computed for
+        the turns of one conversation it may keep between them.
+        """
         ...
 
     def update_weights(self, version: int, stream: WeightStream) -> SyncReport:

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from runner.config.option import engine_layout
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
 from runner.errors import UserError
 from runner.rollout.protocol import RolloutPool
+from runner.tasks import parts
 from runner.tasks.protocol import Prompt, Task, WalksThroughData
 from runner.tasks.rewards import score
+from runner.turns.codec import Codec
+from runner.turns.conversations import Asked, Conversations
+from runner.turns.conversations import metrics as conversation_metrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Interrupted(Exception):
@@ -61,9 +69,16 @@ class Collector:
         stop_token_ids: tuple[int, ...],
         should_stop: Callable[[], bool],
         warn: Callable[[str], None],
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """`decode` turns response ids into text without special tokens; `warn` gets one line about samples or
-        rewards that failed."""
+        rewards that failed. `tokenizer`: for conversations, where task.rollout names a function."""
+        self.conversations: Conversations | None = None
+        if cfg.task.rollout._target_ is not None:
+            assert tokenizer is not None
+            codec, engines = Codec(tokenizer, decode, stop_token_ids, cfg.task.rollout.observation_role), engine_layout(cfg)
+            room = cfg.rollout.max_concurrency * engines.engines
+            self.conversations = Conversations(cfg, task, codec, room, lockstep=engines.in_process)
         self.cfg, self.task, self.pool = cfg, task, pool
         self.decode, self.stop_token_ids, self.should_stop, self.warn = decode, stop_token_ids, should_stop, warn
 
@@ -79,6 +94,7 @@ class Collector:
         wanted = algorithm.prompts_per_step
         per_round = self.prompts_per_round
         rounds = 1 + (algorithm.max_resample_rounds if algorithm.dynamic_sampling else 0)
+        everything: list[Sample] = []
         generated: list[Group] = []
         kept: list[Group] = []
         for number in range(rounds):
@@ -86,6 +102,7 @@ class Collector:
             samples = self.generate(
                 prompts, algorithm.samples_per_prompt, sampling, step, capture_routes=self.cfg.router_replay.rollout
             )
+            everything += samples
             new = _groups(prompts, samples)
             generated += new
             kept += [group for group in new if not (algorithm.dynamic_sampling and group.is_flat)]
@@ -100,7 +117,10 @@ class Collector:
                 key="rollout",
                 fix="the messages above say why: the engine failed, or the task's reward function did",
             )
-        return Rollout(kept, generated, _metrics(generated, rounds_used=number + 1))
+        metrics = _metrics(generated, rounds_used=number + 1)
+        if self.conversations is not None:
+            metrics |= conversation_metrics(everything)
+        return Rollout(kept, generated, metrics)
 
     @property
     def prompts_per_round(self) -> int:
@@ -119,6 +139,27 @@ class Collector:
     ) -> list[Sample]:
         """Rewarded samples in request order; failed ones keep reward None. Raises Interrupted between samples."""
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
+        if self.conversations is None:
+            samples = self._respond(prompts, samples_per_prompt, sampling, step, capture_routes)
+        else:
+            asked = Asked(sampling, step, capture_routes, evaluating=step < 0)
+            samples = self.conversations.run(self.pool, prompts, samples_per_prompt, asked, self._look)
+        failed = [sample for sample in samples if sample.status is Status.failed]
+        if failed:
+            first = f"prompt {failed[0].prompt_id}, sample {failed[0].sample_index}: {failed[0].finish_reason}"
+            where = "in the engine" if self.conversations is None else "on the way"
+            self.warn(f"{len(failed)} of {len(samples)} samples failed {where} and are left out ({first})")
+        self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
+        return samples
+
+    def _look(self) -> None:
+        if self.should_stop():
+            raise Interrupted
+
+    def _respond(
+        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool
+    ) -> list[Sample]:
+        """One response to every request, in their order."""
         requests = [
             Request(
                 prompt_id=prompt.prompt_id,
@@ -139,25 +180,32 @@ class Collector:
             finished[sample.prompt_id, sample.sample_index] = sample
         if len(finished) != len(requests):
             raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
-        samples = [finished[request.prompt_id, request.sample_index] for request in requests]
-        failed = [sample for sample in samples if sample.status is Status.failed]
-        if failed:
-            first = f"prompt {failed[0].prompt_id}, sample {failed[0].sample_index}: {failed[0].finish_reason}"
-            self.warn(f"{len(failed)} of {len(samples)} samples failed in the engine and are left out ({first})")
-        self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
-        return samples
+        return [finished[request.prompt_id, request.sample_index] for request in requests]
 
     def _grade(self, pairs: list[tuple[Prompt, Sample]]) -> None:
+        """Rewards of the samples that were not rewarded on the way, by the task (of a conversation its last turn is graded);
+        then the parts that task.rewards adds, and their weights."""
         items = []
         for prompt, sample in pairs:
             text = self.decode(sample.response_tokens.tolist())
             sample.info |= {"prompt": prompt.text, "text": text}
-            items.append((prompt, text, sample))
-        report = score(self.task, items, self.cfg.task.reward_timeout_seconds)
-        for (_, sample), reward in zip(pairs, report.rewards, strict=True):
+            said = [turn["text"] for turn in sample.info.get("turns", ()) if turn["by"] == "model"]
+            items.append((prompt, said[-1] if said else text, sample))
+        open_ones = [item for item in items if item[2].reward is None and not item[2].rewards]
+        report = score(self.task, open_ones, self.cfg.task.reward_timeout_seconds)
+        for (_, _, sample), reward in zip(open_ones, report.rewards, strict=True):
             sample.reward = reward
         if message := report.message():
             self.warn(message)
+        for _, _, sample in items:
+            penalties = sample.info.get("penalties", {})
+            if sample.reward is not None and (penalties or self.cfg.task.rewards) and not sample.rewards:
+                sample.rewards = {"task": sample.reward, **penalties}
+            if sample.rewards:
+                sample.reward = sum(sample.rewards.values())
+        if self.cfg.task.rewards:
+            for warning in parts.add(self.cfg.task.rewards, items):
+                self.warn(warning)
 
 
 def _groups(prompts: Sequence[Prompt], samples: list[Sample]) -> list[Group]:
@@ -173,7 +221,9 @@ def _metrics(groups: list[Group], rounds_used: int) -> dict[str, float]:
     if not samples:
         return {"rollout/rounds": float(rounds_used)}
     lengths = [sample.response_length for sample in samples]
+    names = sorted({name for sample in samples for name in sample.rewards})
     return {
+        **{f"reward/{name}": sum(sample.rewards.get(name, 0.0) for sample in samples) / len(samples) for name in names},
         "rollout/raw_reward": sum(sample.reward or 0.0 for sample in samples) / len(samples),
         "rollout/response_len/mean": sum(lengths) / len(lengths),
         "rollout/response_len/max": float(max(lengths)),

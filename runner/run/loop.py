@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from runner.algorithms.advantages import compute_advantages
 from runner.config.schema import Config
-from runner.data import Batch, Sample
+from runner.data import Batch
 from runner.rollout.protocol import RolloutPool
-from runner.run import continuation, mismatch
+from runner.run import continuation, mismatch, samples
 from runner.run.checkpoint import Checkpoints
 from runner.run.collect import Collector, Interrupted, Rollout
 from runner.run.decisions import EVENT, Decisions
@@ -22,8 +21,6 @@ from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
 from runner.tracking.base import Tracker
 from runner.trainer.protocol import Trainer
-
-SAMPLES_KEPT = 8  # sample texts per step in rollouts/, of as many prompts as there are
 
 
 @dataclass
@@ -115,7 +112,7 @@ def _step(c: Components, step: int) -> dict[str, float]:
         with _clock(metrics, "perf/rollout_time"):
             c.rollouts.settle()
     metrics |= c.sync()
-    c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
+    c.tracker.log_samples(step, samples.rows(batch, update, c.collector.decode))
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
@@ -151,20 +148,6 @@ def _keep_trainer_logprobs(c: Components, step: int) -> None:
 def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
     advantages = compute_advantages(cfg.algorithm, [group.samples for group in rollout.groups])
     return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
-
-
-def _spread(samples: list[Sample]) -> list[Sample]:
-    return samples[:: max(1, len(samples) // SAMPLES_KEPT)][:SAMPLES_KEPT]
-
-
-def _row(sample: Sample) -> dict[str, Any]:
-    return {
-        "prompt_id": sample.prompt_id,
-        "prompt": sample.info["prompt"],
-        "response": sample.info["text"],
-        "reward": sample.reward,
-        "status": sample.status.value,
-    }
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from runner.config import preflight
 from runner.config.option import option_of, shares_gpus, trainer_layout
 from runner.config.overrides import command, typed
 from runner.config.schema import Config
-from runner.errors import Failure, UserError
+from runner.errors import Failure, UserError, UserErrors
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.models.images import image_processor
@@ -39,11 +39,13 @@ from runner.run.schedules import Rollouts
 from runner.run.sync import WeightSync
 from runner.run.warm_start import warm_start
 from runner.run.watch import Watcher
+from runner.tasks import parts
 from runner.tasks.protocol import Task
 from runner.tracking.base import Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
 from runner.trainer.optimizer import unfinished_warmup
 from runner.trainer.protocol import Trainer, TrainerLost
+from runner.turns.conversations import user_code
 
 RESTART = "trainer_restart"  # kind of the event
 
@@ -81,6 +83,10 @@ def main(cfg: Config, overrides: list[str]) -> int:
     preflight.check(cfg)
     tokenizer = load_tokenizer(cfg.model)
     ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
+    if cfg.task.rollout._target_ is not None:
+        user_code(cfg)
+    if problems := list(parts.check(cfg.task.rewards)):
+        raise UserErrors(problems)
     with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
 
@@ -183,7 +189,7 @@ def _supervise(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ends.without_last(ids), skip_special_tokens=True))
 
-    collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"))
+    collector = Collector(cfg, task, pool, decode, ends.ids, stop, warn=partial(tracker.event, "warning"), tokenizer=tokenizer)
     begin, restarts = folder.resumed_from, 0
     try:
         audit_pool(PrecisionPlan.build(cfg.model, cfg.precision, "rollout"), pool.describe())
@@ -289,9 +295,11 @@ def _run(
     sync()
     decisions = Decisions(run_dir, first_step)
     checkpoints = checkpoint.Checkpoints(run_dir, trainer.begin_save, cfg.checkpoint.keep)
-    parts = Components(cfg, trainer, pool, collector, rollouts, sync, tracker, watcher, decisions, checkpoints, should_stop=stop)
+    components = Components(
+        cfg, trainer, pool, collector, rollouts, sync, tracker, watcher, decisions, checkpoints, should_stop=stop
+    )
     try:
-        return train(parts, first_step)
+        return train(components, first_step)
     except TrainerLost:
         rollouts.close()
         raise

@@ -72,6 +72,7 @@ details[open]{padding-bottom:16px}
 pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;max-height:70vh}
 .sample{border-top:1px solid var(--line);padding:10px 0}.sample:first-child{border:0}
 .sample header{color:var(--dim);font-size:13px;margin-bottom:4px}
+.sample .by{color:var(--dim);font-size:12px}.sample .note{color:var(--dim);font-size:12px}
 .sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
 .scroll{overflow-x:auto;margin-top:18px}
 table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
@@ -172,17 +173,35 @@ def events(rows: list[dict[str, Any]]) -> str:
 
 
 def samples(rows: list[tuple[int, dict[str, Any]]]) -> str:
-    """Texts of a few samples; keys beside prompt and response go into the line above them."""
+    """Texts of a few samples; keys beside prompt, response and turns go into the line above them."""
     parts = []
     for step, row in rows:
-        rest = {key: value for key, value in row.items() if key not in ("prompt", "response")}
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "turns", "worst")}
         facts_line = "  ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
+        body = turns(row["turns"]) if row.get("turns") else html.escape(str(row.get("response", "")))
         parts.append(
             f'<div class="sample"><header>step {step + 1}  ·  {html.escape(facts_line)}</header>'
             f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>'
-            f"{html.escape(str(row.get('response', '')))}</pre></div>"
+            f"{body}</pre>{worst(row.get('worst') or [])}</div>"
         )
     return f'<h2>Samples</h2><div class="panel">{"".join(parts)}</div>' if parts else ""
+
+
+def turns(rows: list[dict[str, Any]]) -> str:
+    """A conversation: the model's words, what the environment answered, and what is noted beside a turn."""
+    lines = []
+    for turn in rows:
+        notes = {key: value for key, value in turn.items() if key not in ("by", "text", "start", "stop", "finish")}
+        note = f'<span class="note">  {html.escape(json.dumps(notes, default=str))}</span>' if notes else ""
+        lines.append(f'\n<span class="by {turn["by"]}">{turn["by"]}</span> {html.escape(str(turn.get("text", "")))}{note}')
+    return "".join(lines)
+
+
+def worst(rows: list[dict[str, Any]]) -> str:
+    """The tokens on which engine and trainer disagree most."""
+    cells = (f"{row['token']!r} at {row['position']}: {row['engine']:.3f} / {row['trainer']:.3f}" for row in rows)
+    line = "  ·  ".join(cells)
+    return f'<div class="note">logprobs apart most (engine / trainer): {html.escape(line)}</div>' if rows else ""
 
 
 def details(title: str, body: str) -> str:

@@ -40,6 +40,9 @@ class Chart:
 EVALS = ("eval/*", "!eval/*_response_len")
 CHARTS = (
     Chart("Reward and evaluation", ("rollout/raw_reward", *EVALS), "mean over samples", smoothed=True),
+    Chart("Parts of the reward", ("reward/*",), "weighted, mean over samples", smoothed=True),
+    Chart("Turns", ("rollout/turns/*", "rollout/observation_tokens"), "of a conversation"),
+    Chart("Conversations that failed", ("rollout/failed*",), "left out of training", unless_zero=True),
     Chart(
         "Train-rollout mismatch",
         ("train/train_rollout_logprob_abs_diff",),

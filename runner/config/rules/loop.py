@@ -269,8 +269,27 @@ def watch(cfg: Config) -> Iterator[UserError]:
         yield UserError("0 samples to decompose", key="mismatch.decompose_samples", fix="mismatch.decompose_interval_steps=0")
 
 
+def conversations(cfg: Config) -> Iterator[UserError]:
+    section = cfg.task.rollout
+    key = "task.rollout"
+    if section._target_ == "runner.turns.drive" and not section.environment:
+        fix = f"{key}.environment=package.module.Class, or another function in {key}._target_"
+        yield UserError(
+            "runner.turns.drive takes turns with an environment, and none is named", key=f"{key}.environment", fix=fix
+        )
+    if section._target_ is None and section.environment:
+        problem = "an environment is named, and no function takes turns with it"
+        yield UserError(problem, key=f"{key}._target_", fix=f"{key}._target_=runner.turns.drive")
+    for name, path in (("_target_", section._target_), ("environment", section.environment)):
+        if path is not None and not all(part.isidentifier() for part in f"{path}.".split(".")[:-1]) or (path and "." not in path):
+            yield UserError(f"{path!r} is no package.module.name", key=f"{key}.{name}", fix=f"{key}.{name}=mymodule.name")
+    if "" in section.stop:
+        yield UserError("an empty text would end every turn", key=f"{key}.stop", fix=f"{key}.stop=[]")
+
+
 RULES = (
     sampling,
+    conversations,
     batch_divides,
     estimator,
     schedule,

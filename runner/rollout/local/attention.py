@@ -68,6 +68,20 @@ class KVCache:
             end = -(-length // LENGTH_BUCKET) if kind == "key blocks" else length
             raw[target, :, :end] = raw[source, :, :end]
 
+    def keep(self, slot: int, length: int) -> dict[tuple[int, str], torch.Tensor]:
+        """A copy of one slot's positions 0 .. length-1, for `put_back`."""
+        return {key: self._positions(key, cache, slot, length).clone() for key, cache in self.layers.items()}
+
+    def put_back(self, slot: int, kept: dict[tuple[int, str], torch.Tensor], length: int) -> None:
+        """Positions 0 .. length-1 of what `keep` copied, into any slot."""
+        for key, copied in kept.items():
+            target = self._positions(key, self.layers[key], slot, length)
+            target.copy_(copied[:, : target.shape[1]])
+
+    def _positions(self, key: tuple[int, str], cache: torch.Tensor, slot: int, length: int) -> torch.Tensor:
+        raw = cache.view(torch.uint8) if self.dtype == torch.float8_e4m3fn else cache
+        return raw[slot, :, : -(-length // LENGTH_BUCKET) if key[1] == "key blocks" else length]
+
     def grow(self, length: int) -> None:
         """More positions per slot; contents stay."""
         if length <= self.length:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from runner.data import Request, Sample, WeightSpan
 from runner.errors import UserError
+from runner.rollout.feed import Feed
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.slots import Slots
 from runner.rollout.local.speculation import Speculation
 from runner.rollout.local.verify import Proposal, verify_drawn, verify_sampled
+
+
+@dataclass
+class _Kept:
+    """What is left of a turn: its tokens, and the keys and values of all of them."""
+
+    tokens: np.ndarray
+    cache: dict[tuple[int, str], torch.Tensor]
 
 
 class Engine:
@@ -39,19 +49,22 @@ class Engine:
         self.busy = False
         self.counters: dict[str, float] = defaultdict(float)
         self.cache: KVCache | None = None
+        self.kept: dict[str, _Kept] = {}  # of conversations whose next turn has not come yet
         self._stale = False
 
     def weights_changed(self, version: int) -> None:
         """Cached keys and values belong to other weights now: they are recomputed before the next step."""
         self.version = version
         self._stale = True
+        self.kept.clear()
         if not self.busy:
             self.cache = None
         self.speculation.weights_changed()
 
     @torch.inference_mode()
-    def run(self, requests: Iterable[Request]) -> Iterator[Sample]:
-        """Samples as they finish. RuntimeError when another run has not ended (exhaust it or close it)."""
+    def run(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
+        """Samples as they finish. `requests` may be a Feed, from which requests come while others run: they join the batch.
+        RuntimeError when another run has not ended (exhaust it or close it)."""
         if self.busy:
             raise RuntimeError("this engine is generating already: exhaust or close the other generator first")
         self.busy, self._stale = True, False
@@ -60,9 +73,10 @@ class Engine:
             yield from self._run(iter(requests))
         finally:
             self.busy = False
+            self.kept.clear()
             self.counters["seconds"] += time.perf_counter() - began
 
-    def _run(self, requests: Iterator[Request]) -> Iterator[Sample]:
+    def _run(self, requests: Iterator[Request | None]) -> Iterator[Sample]:
         shape = None
         if self.model.moe_layers:
             shape = (len(self.model.moe_layers), self.model.config.experts_top_k)
@@ -72,6 +86,8 @@ class Engine:
         waiting: list[Request] = []
         while True:
             first_new = slots.running
+            for conversation in requests.forgotten() if isinstance(requests, Feed) else ():
+                self.kept.pop(conversation, None)
             self._admit(requests, waiting, slots)
             if not slots.running:
                 return
@@ -85,13 +101,14 @@ class Engine:
             if len(done):
                 with torch.inference_mode(False):  # the trainer computes gradients with these tensors
                     finished = [slots.sample(slot) for slot in done.tolist()]
+                self._keep(slots, done)
                 slots.release(done, self._move)
                 self.counters["samples"] += len(finished)
                 yield from finished
 
     # -- admission and prefill ---------------------------------------------------------------------------------------
 
-    def _admit(self, requests: Iterator[Request], waiting: list[Request], slots: Slots) -> None:
+    def _admit(self, requests: Iterator[Request | None], waiting: list[Request], slots: Slots) -> None:
         context = self.model.config.max_context_tokens
         extra = self.speculation.max_tokens
         while slots.running < self.max_concurrency:
@@ -134,15 +151,19 @@ class Engine:
     def _prefill(self, slots: Slots, first: int) -> None:
         """Fill the cache of new slots (each distinct prompt once) and draw their first tokens."""
         cache = self._cache_for(slots)
-        owners: dict[tuple[tuple[int, ...], int], int] = {}  # prompts differ in their tokens or in their image
+        # prompts differ in their tokens or in their image; one whose beginning was kept is filled by itself
+        owners: dict[tuple[tuple[int, ...], int, str], int] = {}
         source = np.zeros(slots.running - first, dtype=np.int64)
+        begin = np.zeros(slots.running, dtype=np.int64)
         for slot in range(first, slots.running):
             request = slots.requests[slot]
             assert request is not None
-            source[slot - first] = owners.setdefault((request.tokens, id(request.image)), slot)
+            begin[slot] = self._put_back(cache, slot, request)
+            own = request.conversation if begin[slot] else ""
+            source[slot - first] = owners.setdefault((request.tokens, id(request.image), own), slot)
         last: dict[int, torch.Tensor] = {}
         for group in self._chunks(slots, sorted(owners.values())):
-            last.update(self._fill(slots, cache, group, slots.length, keep_routes=True))
+            last.update(self._fill(slots, cache, group, slots.length, keep_routes=True, begin=begin))
         fresh = np.arange(first, slots.running)
         copies = source != fresh
         if copies.any():
@@ -164,6 +185,34 @@ class Engine:
         logprobs[first:, 0], raw[first:, 0] = draws.tempered, draws.raw
         self.counters["tokens"] += int(slots.append(emitted, counts, logprobs, raw).sum())
 
+    def _keep(self, slots: Slots, done: np.ndarray) -> None:
+        """Keys and values of finished turns, which their conversations may go on from."""
+        for slot in done.tolist():
+            request = slots.requests[slot]
+            assert request is not None
+            if request.conversation and self.cache is not None:
+                cached = int(slots.processed[slot])
+                self.kept[request.conversation] = _Kept(slots.tokens[slot, :cached].copy(), self.cache.keep(slot, cached))
+
+    def _put_back(self, cache: KVCache, slot: int, request: Request) -> int:
+        """Positions of the request's prompt that its conversation had left, and are in the slot's cache now; 0: none.
+
+        At least one token is left to compute, because its hidden state is what the next token is drawn from; and, where routes
+        are recorded, all those whose rows the conversation does not have yet.
+        """
+        kept = self.kept.pop(request.conversation, None)
+        if kept is None:
+            return 0
+        most = min(len(kept.tokens), len(request.tokens) - 1)
+        if request.capture_routes:
+            most = min(most, request.known_routes)
+        differs = np.nonzero(kept.tokens[:most] != np.array(request.tokens[:most]))[0]
+        length = int(differs[0]) if len(differs) else most
+        if length:
+            cache.put_back(slot, kept.cache, length)
+        self.counters["cached_tokens"] += length
+        return length
+
     def _chunks(self, slots: Slots, owners: list[int]) -> Iterator[list[int]]:
         """Slots whose prompts go through the model together; the padded attention makes equal lengths cheap."""
         group: list[int] = []
@@ -176,12 +225,19 @@ class Engine:
             yield group
 
     def _fill(
-        self, slots: Slots, cache: KVCache, group: list[int], until: np.ndarray, keep_routes: bool
+        self,
+        slots: Slots,
+        cache: KVCache,
+        group: list[int],
+        until: np.ndarray,
+        keep_routes: bool,
+        begin: np.ndarray | None = None,
     ) -> dict[int, torch.Tensor]:
-        """Cache positions 0 .. until-1 of these slots, in pieces of at most the chunk size; last hidden state of each slot."""
+        """Cache positions begin (0 by default) .. until-1 of these slots, in pieces of at most the chunk size; last hidden state
+        of each slot."""
         last: dict[int, torch.Tensor] = {}
         rows = np.array(sorted(group))
-        at = np.zeros(len(rows), dtype=np.int64)
+        at = np.zeros(len(rows), dtype=np.int64) if begin is None else begin[rows]
         slots.processed[rows] = until[rows]
         features = self.model.encode([slots.image_of(slot) for slot in rows.tolist()])
         while len(rows):

@@ -57,7 +57,7 @@ class LocalPool:
         self._grid = cfg.precision.rollout
         self._counters: dict[str, float] = defaultdict(float)
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
         """Samples as they finish; `requests` is pulled as room appears. May be closed at any sample."""
         self._need_weights()
         return self.engine.run(requests)
@@ -147,6 +147,8 @@ class LocalPool:
             metrics["perf/rollout_decode_step_ms"] = 1e3 * counters["decode_seconds"] / counters["decode_steps"]
         metrics["perf/rollout_tokens"] = counters["tokens"]
         metrics["perf/rollout_prefill_tokens"] = counters["prefill_tokens"]
+        if counters["cached_tokens"]:
+            metrics["perf/rollout_cached_tokens"] = counters["cached_tokens"]
         return metrics
 
     def notices(self) -> list[str]:

@@ -123,7 +123,7 @@ class Slots:
         spans[-1].stop = total - prompt
         routes = None
         if request.capture_routes and self.routes is not None:
-            routes = self.routes[slot, : total - 1].clone()
+            routes = self.routes[slot, request.known_routes : total - 1].clone()
             if routes.dtype == torch.int32:
                 routes = routes.to(torch.uint16)
         return Sample(

@@ -54,7 +54,8 @@ class Generation:
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.routes: list[torch.Tensor] = []
-        self.rows = 0
+        self.rows = request.known_routes
+        self.cached = 0  # tokens of a later turn's prompt that the server did not compute again
         self.spans: list[WeightSpan] = []
         self.drafts = {"steps": 0, "accepted": 0, "proposed": 0}
 
@@ -105,6 +106,8 @@ class Generation:
         if len(logprobs) != len(new):
             raise EngineFailure(f"{self.where}: {len(new)} tokens came with {len(logprobs)} logprobs")
         start = len(self.tokens)
+        if self.request.conversation and self.request.known_routes:
+            self.cached += int(meta.get("cached_tokens") or 0)
         if new and self.decoder:
             rows = len(self.request.tokens) + start + len(new) - 1 - self.rows
             encoded = meta.get("routed_experts")

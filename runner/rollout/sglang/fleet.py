@@ -130,6 +130,7 @@ class Fleet:
                 continue
             for name, count in generation.drafts.items():
                 self.counters[f"draft_{name}"] += count
+            self.counters["cached_tokens"] += generation.cached
             return generation.sample(Status.completed if reason == "stop" else Status.truncated, reason)
 
     async def _abort(self, target: Engine | Router, rid: str) -> None:

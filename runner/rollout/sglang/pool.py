@@ -25,6 +25,7 @@ from runner.errors import UserError
 from runner.models.images import PromptImage
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.feed import WATCH_SECONDS, Feed
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.background import BackgroundLoop
@@ -146,7 +147,7 @@ class SglangPool:
             transfer_devices=rollout.transfer_devices,
         )
 
-    def generate(self, requests: Iterable[Request]) -> Iterator[Sample]:
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
         """Samples as they finish; `requests` is pulled as room appears. May be closed at any sample: what runs is aborted.
 
         A request whose engine died is asked for again, at most rollout.max_retries times; then its sample is `failed`.
@@ -154,9 +155,12 @@ class SglangPool:
         self._need_weights()
         return self._generate(iter(requests))
 
-    def _generate(self, requests: Iterator[Request]) -> Iterator[Sample]:
+    def _generate(self, requests: Iterator[Request | None]) -> Iterator[Sample]:
         room = self._max_running
-        finished: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[Future[Sample] | None] = queue.SimpleQueue()  # None: the feed has something new
+        feed = requests if isinstance(requests, Feed) else None
+        if feed is not None:
+            feed.woken = lambda: finished.put(None)
         running: set[Future[Sample]] = set()
         began = time.perf_counter()
         exhausted = False
@@ -165,14 +169,22 @@ class SglangPool:
                 while not exhausted and len(running) < room:
                     request = next(requests, None)
                     if request is None:
-                        exhausted = True
+                        exhausted = feed is None
                         break
                     future = self._loop.submit(self._complete(self._generation(request)))
                     running.add(future)
                     future.add_done_callback(finished.put)
                 if not running:
                     return
-                future = finished.get()
+                try:
+                    done = finished.get(timeout=WATCH_SECONDS if feed else None)
+                except queue.Empty:
+                    done = None
+                if done is None:
+                    if feed:
+                        feed.watch()
+                    continue
+                future = done
                 running.discard(future)
                 try:
                     sample = future.result()
@@ -314,6 +326,8 @@ class SglangPool:
         if counters["draft_proposed"]:
             metrics["rollout/spec_accept_length"] = 1 + counters["draft_accepted"] / counters["draft_steps"]
             metrics["rollout/spec_accept_rate"] = counters["draft_accepted"] / counters["draft_proposed"]
+        if counters["cached_tokens"]:  # of later turns, found in the servers' radix caches
+            metrics["perf/rollout_cached_tokens"] = counters["cached_tokens"]
         if self._seconds:
             metrics["perf/rollout_tokens_per_second"] = self._tokens / self._seconds
         self._tokens, self._seconds = 0, 0.0

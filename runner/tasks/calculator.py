@@ -1,0 +1,169 @@
+"""Sums over several calls of a calculator: a task of several turns that a tiny model learns.
+
+    prompt       12+34+56=
+    model        12+34          a call: two numbers
+    environment  46;
+    model        46+56
+    environment  102;
+    model        =102           the answer
+
+The calculator adds two numbers at a time, so that a sum of n numbers takes n - 1 calls and the model has to carry results on.
+Every turn ends with the end token. A turn that is neither a call nor an answer is answered by `?;` and costs something.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from runner.config.limits import number
+from runner.config.option import Option
+from runner.config.schema import Config, TaskConfig
+from runner.errors import UserError
+from runner.tasks.protocol import Prompt
+from runner.tasks.seeding import stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from runner.data import Sample
+
+MAX_DIGITS = 12  # of a number in a call
+_CALL = re.compile(rf"(\d{{1,{MAX_DIGITS}}})\+(\d{{1,{MAX_DIGITS}}})", re.ASCII)
+_ANSWER = re.compile(rf"=(\d{{1,{MAX_DIGITS}}})", re.ASCII)
+
+
+@dataclass
+class CalculatorTaskConfig(TaskConfig):
+    operands: int = number(ge=2, le=10)
+    digits: int = number(ge=1, le=8)  # of each number
+    format_penalty: float = number(ge=0, le=10)  # for each turn that is neither a call nor an answer
+    eval_problems: int = number(ge=1, le=10**6)  # held out from training
+
+
+class Calculator:
+    """The environment (task.rollout.environment) of one problem."""
+
+    def __init__(self, format_penalty: float) -> None:
+        self.penalty = format_penalty
+        self.answer = 0
+
+    async def reset(self, prompt: Prompt) -> None:
+        self.answer = int(prompt.answer)
+
+    async def step(self, response: str) -> tuple[str, bool, dict[str, Any]]:
+        """Rewards: `answer` is 1 for the right one; `format` is minus the penalty for a turn that says nothing."""
+        if call := _CALL.fullmatch(response):
+            total = str(int(call[1]) + int(call[2]))
+            return f"{total};", False, {"tool": "add", "call": response, "result": total}
+        if answer := _ANSWER.fullmatch(response):
+            return "", True, {"rewards": {"answer": float(int(answer[1]) == self.answer)}}
+        return "?;", False, {"tool_error": "neither a call nor an answer", "rewards": {"format": -self.penalty}}
+
+
+class CalculatorTask:
+    name = "calculator"
+
+    def __init__(self, cfg: CalculatorTaskConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.cfg, self.tokenizer = cfg, tokenizer
+        problems = 10 ** (cfg.digits * cfg.operands)
+        if 2 * cfg.eval_problems > problems:
+            raise UserError(
+                f"{cfg.eval_problems} held-out problems of {problems} that exist leave too few to train on",
+                key="task.eval_problems",
+                fix=f"hold out at most {problems // 2}, or use more digits",
+            )
+        self._held_out = self._draw_held_out()
+        self._held_out_set = frozenset(self._held_out)
+        longest = len(self._prompt("check", self._held_out[0]).tokens)
+        if longest > cfg.max_prompt_tokens:
+            raise UserError(
+                f"prompts have {longest} tokens, more than task.max_prompt_tokens={cfg.max_prompt_tokens}",
+                key="task.max_prompt_tokens",
+                fix=f"raise it to {longest}, or use fewer digits or operands",
+            )
+
+    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
+        """See Task. Problems are drawn afresh for every (step, round), without those that are held out."""
+        numbers = stream(self.cfg.seed, "calculator", "train", step, round)
+        return [self._prompt(f"calculator/{step}.{round}.{index}", self._draw_train(numbers)) for index in range(count)]
+
+    def eval_prompts(self, count: int) -> list[Prompt]:
+        return [self._prompt(f"calculator/eval.{i}", numbers) for i, numbers in enumerate(self._held_out[:count])]
+
+    def reward(self, prompt: Prompt, text: str, sample: Sample | None = None) -> float:
+        """Of a conversation that never answered: nothing. The environment rewards all others."""
+        return 0.0
+
+    def worked_solutions(self, count: int, seed: int) -> list[tuple[Prompt, str]]:
+        """One turn each: a prompt with the turns before it, and what the model should say. A problem gives all of its turns."""
+        numbers = stream(self.cfg.seed, "calculator", "worked", seed)
+        found: list[tuple[Prompt, str]] = []
+        while len(found) < count:
+            found += self._worked(self._draw_train(numbers))
+        return found[:count]
+
+    def _worked(self, numbers: tuple[int, ...]) -> Iterator[tuple[Prompt, str]]:
+        end = self.tokenizer.eos_token_id
+        tokens, total = list(self._prompt("worked", numbers).tokens), numbers[0]
+        first = self._text(numbers[:1])
+        for following in numbers[1:]:
+            call = f"{first}+{following:0{self.cfg.digits}d}"
+            yield Prompt("worked", "", tuple(tokens), ""), call
+            total += following
+            first = str(total)
+            tokens += [*self._ids(call), end, *self._ids(f"{total};")]
+        yield Prompt("worked", "", tuple(tokens), ""), f"={total}"
+
+    def _text(self, numbers: tuple[int, ...]) -> str:
+        return "+".join(f"{number:0{self.cfg.digits}d}" for number in numbers)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _prompt(self, prompt_id: str, numbers: tuple[int, ...]) -> Prompt:
+        text = self._text(numbers) + "="
+        return Prompt(prompt_id, text, tuple(self._ids(text)), str(sum(numbers)), {"numbers": list(numbers)})
+
+    def _draw(self, numbers: random.Random) -> tuple[int, ...]:
+        return tuple(numbers.randrange(10**self.cfg.digits) for _ in range(self.cfg.operands))
+
+    def _draw_train(self, numbers: random.Random) -> tuple[int, ...]:
+        while (drawn := self._draw(numbers)) in self._held_out_set:
+            pass
+        return drawn
+
+    def _draw_held_out(self) -> list[tuple[int, ...]]:
+        """Distinct problems, the same for every run seed, so that evaluations of different runs compare."""
+        numbers = stream("calculator", "held out", self.cfg.operands, self.cfg.digits)
+        chosen: dict[tuple[int, ...], None] = {}
+        while len(chosen) < self.cfg.eval_problems:
+            chosen[self._draw(numbers)] = None
+        return list(chosen)
+
+
+def held_out(cfg: Config) -> Iterator[UserError]:
+    task = cfg.task
+    assert isinstance(task, CalculatorTaskConfig)
+    if task.eval_problems < cfg.evaluation.num_prompts:
+        yield UserError(
+            f"{cfg.evaluation.num_prompts} prompts are evaluated, {task.eval_problems} are held out",
+            key="evaluation.num_prompts",
+            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
+        )
+
+
+def has_turns(cfg: Config) -> Iterator[UserError]:
+    if cfg.task.rollout._target_ is None:
+        yield UserError(
+            "a sum takes several turns with the calculator",
+            key="task.rollout._target_",
+            fix="task.rollout._target_=runner.turns.drive",
+        )
+
+
+OPTION = Option(CalculatorTaskConfig, rules=(held_out, has_turns))

@@ -1,0 +1,183 @@
+"""One conversation as tokens: what the engine produced is what is trained on, never tokenized again.
+
+Shape legend: P prompt tokens, R response tokens (the model's and the observations between them), T = P + R, L MoE layers,
+K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from runner.data import Sample, Status, WeightSpan
+from runner.tasks.protocol import Prompt
+from runner.turns.codec import Codec
+from runner.turns.failure import Failed
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model said.
+
+    text    without the end token; a stop text that ended it is its end
+    tokens  all of them
+    finish  "stop": an end token or a stop text; "length": the turn or the conversation had no room for more
+    """
+
+    text: str
+    tokens: list[int]
+    finish: str
+
+    @property
+    def finished(self) -> bool:
+        return self.finish == "stop"
+
+
+@dataclass
+class Transcript:
+    """Tokens of a prompt and of what followed, with everything that training wants of them.
+
+    `engine.generate(transcript)` adds a turn of the model, `observe` what an environment answers. All turns together have room
+    for `budget` tokens. The rows after the prompt are aligned: mask, logprobs, and routes one row shorter than the tokens.
+    """
+
+    prompt: Prompt
+    sample_index: int
+    key: str  # names the conversation to the engine
+    seed: int
+    codec: Codec
+    budget: int
+    max_observation_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    raw: list[float] | None = field(default_factory=list)
+    routes: list[torch.Tensor] = field(default_factory=list)
+    rows: int = 0  # of routes
+    spans: list[WeightSpan] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)  # what a reader sees
+    rewards: dict[str, float] = field(default_factory=dict)
+    penalties: dict[str, float] = field(default_factory=dict)  # beside the task's own reward
+    full: bool = False  # something did not fit any more
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt.tokens)
+
+    @property
+    def room(self) -> int:
+        return 0 if self.full else self.budget - len(self.mask)
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the model's turns."""
+        return [turn["text"] for turn in self.turns if turn["by"] == "model"]
+
+    def add(self, piece: Sample, stop: tuple[str, ...]) -> Turn:
+        """The engine's answer to the tokens so far. What came after the first of the `stop` texts is dropped: it was never
+        seen by anyone, so the rest is what the model says up to there."""
+        new = piece.response_tokens.tolist()
+        count, text = self.codec.until_stop(new, stop)
+        cut = count < len(new) or text is not None
+        start, total = len(self.mask), len(self.tokens) + count
+        self.tokens += new[:count]
+        self.mask += [True] * count
+        self.logprobs += piece.rollout_logprobs[:count].tolist()
+        if self.raw is not None:
+            self.raw = None if piece.raw_logprobs is None else self.raw + piece.raw_logprobs[:count].tolist()
+        if piece.routes is not None:
+            rows = piece.routes[: total - 1 - self.rows]
+            self.routes.append(rows)
+            self.rows += len(rows)
+        for span in piece.weight_spans:
+            if span.start < count:
+                self.spans.append(WeightSpan(span.version, start + span.start, start + min(span.stop, count)))
+        finish = "stop" if cut or piece.status is Status.completed else "length"
+        turn = Turn(self.codec.decode(new[:count]) if text is None else text, new[:count], finish)
+        self.turns.append({"by": "model", "text": turn.text, "start": start, "stop": start + count, "finish": finish})
+        self.codec.look_at(turn)
+        return turn
+
+    def observe(self, text: str, **notes: Any) -> bool:
+        """Add what an environment says, with loss_mask 0. False where that and a turn after it do not fit any more: then the
+        conversation is over. Failed for what is no text, or more than task.rollout.max_observation_tokens."""
+        closed = self.tokens[-1] in self.codec.ends
+        tokens = self.codec.observation(text, self.max_observation_tokens, first=not self.turns, closed=closed)
+        note = {"by": "environment", "text": text, **notes}
+        if len(tokens) >= self.room:
+            self.full = True
+            self.turns.append(note | {"left_out": True})
+            return False
+        start = len(self.mask)
+        self.tokens += tokens
+        self.mask += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+        if self.raw is not None:
+            self.raw += [0.0] * len(tokens)
+        self.turns.append(note | {"start": start, "stop": start + len(tokens)})
+        return True
+
+    def note(self, **notes: Any) -> None:
+        """What a reader of the sample should see beside the last turn."""
+        if self.turns:
+            self.turns[-1].update(notes)
+
+    def reward(self, value: float, name: str = "environment") -> None:
+        """Add to a part of the reward. A conversation without any is rewarded by its task."""
+        self.rewards[name] = self.rewards.get(name, 0.0) + float(value)
+
+    def sample(self, status: Status | None = None, reason: str | None = None) -> Sample:
+        """The conversation as a Sample. It ends with the model's last turn: nobody was asked about an observation after it.
+
+        Without a status: completed where the last turn was finished, truncated where something did not fit.
+        """
+        turns = [turn for turn in self.turns if turn["by"] == "model"]
+        response = turns[-1]["stop"] if turns else 0
+        total = len(self.prompt.tokens) + response
+        if status is None:
+            ended = bool(turns) and turns[-1]["finish"] == "stop" and not self.full
+            status = Status.completed if ended else Status.truncated
+        for turn in self.turns:
+            if turn.get("stop", 0) > response:
+                turn["left_out"] = True
+        return Sample(
+            prompt_id=self.prompt.prompt_id,
+            sample_index=self.sample_index,
+            tokens=torch.tensor(self.tokens[:total], dtype=torch.int64),
+            response_length=response,
+            loss_mask=torch.tensor(self.mask[:response], dtype=torch.bool),
+            rollout_logprobs=torch.tensor(self.logprobs[:response], dtype=torch.float32),
+            raw_logprobs=None if self.raw is None else torch.tensor(self.raw[:response], dtype=torch.float32),
+            status=status,
+            finish_reason=reason or ("stop" if status is Status.completed else "length"),
+            routes=torch.cat(self.routes) if self.routes else None,
+            weight_spans=list(self.spans),
+            rewards=dict(self.rewards),
+            info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},
+            image=self.prompt.image,
+        )
+
+
+def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: bool) -> list[Sample]:
+    """The samples that a rollout function returned. Failed for anything that could not be trained on."""
+    found = result if isinstance(result, list) else [result]
+    samples = [sample for sample in found if isinstance(sample, Sample)]
+    if not samples or len(samples) < len(found):
+        raise Failed("rubbish", f"the rollout function returned {type(result).__name__}, not a Sample or a list of them")
+    for sample in samples:
+        total, response = len(sample.tokens), sample.response_length
+        rows = total - 1 if sample.routes is None else len(sample.routes)
+        lengths = {len(sample.loss_mask), len(sample.rollout_logprobs), response}
+        if tuple(sample.tokens[: total - response].tolist()) != tuple(prompt.tokens):
+            raise Failed("rubbish", "the sample does not begin with its prompt's tokens")
+        if not response or not bool(sample.loss_mask.any()):
+            raise Failed("rubbish", "the sample has no token of the model")
+        if len(lengths) > 1 or rows != total - 1:
+            problem = f"{len(sample.loss_mask)} mask entries, {len(sample.rollout_logprobs)} logprobs and {rows} rows of routes"
+            raise Failed("rubbish", f"the sample has {problem} for {response} response tokens of {total}")
+        if wants_routes and sample.routes is None:
+            raise Failed("rubbish", "the sample has no routes, although router replay is on")
+        if sample.prompt_id != prompt.prompt_id or sample.sample_index != sample_index:
+            raise Failed("rubbish", "the sample names another prompt or another number than its own")
+    return samples
