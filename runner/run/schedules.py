@@ -85,12 +85,14 @@ class Rollouts:
         found = self._pending.pop(step).result()
         for ahead in range(step + 1, step + self.depth + 1):  # one at a time, where an engine cannot do more
             self._begin(ahead)
+        if self.over_updates:  # several rollouts share what the pool counts: a step shows what came since the one before it
+            found.pool_metrics = self.collector.pool.metrics()
         return found
 
     def _begin(self, step: int) -> None:
         if step in self._pending or step >= self.steps:
             return
-        self._pending[step] = _Pending(self.collector, step, drop_on_stop=self.over_updates)
+        self._pending[step] = _Pending(self.collector, step, over_updates=self.over_updates)
         if not self.beside:
             self._pending[step].wait()
 
@@ -134,24 +136,25 @@ class Rollouts:
 class _Pending:
     """The rollout of `step`, in a thread of its own unless it is `found`; an error is raised where it is asked for.
 
-    A stop waits for it where it could not be made again, because its weights are gone then; with `drop_on_stop` it ends.
+    A stop waits for it where it could not be made again, because its weights are gone then; one that goes `over_updates` ends.
     """
 
-    def __init__(self, collector: Collector, step: int, found: Generated | None = None, *, drop_on_stop: bool = False) -> None:
+    def __init__(self, collector: Collector, step: int, found: Generated | None = None, *, over_updates: bool = False) -> None:
         self.step, self.found = step, found
         self._error: BaseException | None = None
+        self._over_updates = over_updates
         self._dropped = threading.Event()
         self._thread: threading.Thread | None = None
         if found is None:
             stops = collector.should_stop
             self._collector = copy.copy(collector)
-            self._collector.should_stop = lambda: self._dropped.is_set() or (drop_on_stop and stops())
+            self._collector.should_stop = lambda: self._dropped.is_set() or (over_updates and stops())
             self._thread = threading.Thread(target=self._run, name=f"rollout {step}", daemon=True)
             self._thread.start()
 
     def _run(self) -> None:
         try:
-            self.found = _generate(self._collector, self.step)
+            self.found = _generate(self._collector, self.step, counts=not self._over_updates)
         except BaseException as error:
             self._error = error
 
@@ -170,8 +173,10 @@ class _Pending:
         return self.found
 
 
-def _generate(collector: Collector, step: int) -> Generated:
+def _generate(collector: Collector, step: int, counts: bool = True) -> Generated:
+    """`counts`: nobody else uses the pool meanwhile, so what it counts is this rollout's."""
     started = time.perf_counter()
-    collector.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
+    if counts:
+        collector.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
     rollout = collector.collect(step)
-    return Generated(rollout, collector.pool.metrics(), time.perf_counter() - started)
+    return Generated(rollout, collector.pool.metrics() if counts else {}, time.perf_counter() - started)
