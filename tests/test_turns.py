@@ -103,11 +103,15 @@ class Bad(Talker):
                 return "", "yes", {}
             case "half a character":
                 return "\ud800", False, {}
+            case "notes are endless":
+                endless: list[Any] = []
+                endless.append(endless)
+                return "", True, {"start": 7, "stop": endless}
             case "reward is nan":
                 return "", True, {"reward": float("nan")}
             case "reward is a text":
                 return "", True, {"rewards": {"a": "much"}}
-        return "", True, {"reward": 1.0}
+        return "", True, {"reward": 1.0, "stop": object(), "tool_calls": "many", "by": 3}
 
 
 async def blocks(engine: Engine, prompt: Prompt, context: Context) -> Sample:
@@ -239,6 +243,7 @@ FAILURES = {
     "returns bytes": ("rubbish", "is a bytes"),
     "done is no bool": ("rubbish", "done is a str"),
     "half a character": ("rubbish", "half a character"),
+    "notes are endless": ("rubbish", "cannot be written down"),
     "reward is nan": ("rubbish", "is nan"),
     "reward is a text": ("rubbish", "is a str"),
 }
@@ -255,7 +260,7 @@ def test_a_bad_environment_ends_its_sample_with_the_reason_and_no_other() -> Non
             kind, reason = FAILURES[text]
             assert sample.status is Status.failed and sample.info["failed"] == kind and reason in sample.finish_reason
     counts = conversations.metrics(samples)
-    assert counts["rollout/failed"] == len(FAILURES) and counts["rollout/failed_rubbish"] == 6
+    assert counts["rollout/failed"] == len(FAILURES) and counts["rollout/failed_rubbish"] == 7
 
 
 def test_a_constructor_that_raises_and_a_function_that_returns_nothing() -> None:
@@ -369,7 +374,7 @@ def test_the_in_process_engine_keeps_a_conversations_cache_and_gives_the_same() 
         torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, rtol=1e-4, atol=1e-4)
         assert one.routes is not None and other.routes is not None and torch.equal(one.routes, other.routes)
         reference = reference_routes(built, one.tokens)
-        assert torch.equal(one.routes.sort(-1).values.long(), reference[:-1].sort(-1).values.long())
+        assert torch.equal(one.routes.sort(-1).values.long(), reference.sort(-1).values.long())
     scored = pool.score([sample.tokens for sample in kept])
     for sample, logprobs in zip(kept, scored, strict=True):
         own = logprobs[sample.prompt_length - 1 :][sample.loss_mask]
@@ -393,9 +398,8 @@ class Template:
     """The tokenizer of bytes with another chat template."""
 
     QWEN3: ClassVar[str] = (
-        "{%- set ns = namespace(last=messages|length - 1) %}"
-        "{%- for m in messages[::-1] if m.role == 'user' and not ns.found %}"
-        "{%- set ns.found = true %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endfor %}"
+        "{%- set ns = namespace(last=0) %}"
+        "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
         "{%- for m in messages %}"
         "{%- set past = m.role == 'assistant' and loop.index0 < ns.last %}"
         "{%- set content = m.content.split('</think>\n\n')[-1] if past else m.content %}"
