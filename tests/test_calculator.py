@@ -56,7 +56,7 @@ def test_gsm8k_with_the_calculator_composes_and_needs_no_other_key() -> None:
     cfg = composed("task=gsm8k_calculator")
     assert cfg.task.rollout.environment == "runner.turns.tools.ToolEnvironment" and cfg.task.rollout.observation_role == "tool"
     with pytest.raises(UserErrors, match="at most"):
-        compose.load(["task=calculator", "task.rollout.max_turns=1e9"])
+        compose.load(["task=calculator", "task.rollout.max_turns=10000000"])
 
 
 def _command(outputs: Path, name: str, *overrides: str) -> list[str]:
