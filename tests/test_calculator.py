@@ -17,9 +17,10 @@ from runner.config import compose
 from runner.errors import UserErrors
 from runner.models.tokenizer import byte_tokenizer
 from runner.tasks.calculator import Calculator, CalculatorTask
+from tests.configs import composed
 
 SMALL = [
-    "task=calculator", "steps=4", "warm_start.max_steps=30", "warm_start.check_interval_steps=30", "checkpoint.interval_steps=2",
+    "task=calculator", "steps=4", "warm_start.max_steps=20", "warm_start.check_interval_steps=20", "checkpoint.interval_steps=2",
     "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4", "evaluation.interval_steps=2", "evaluation.num_prompts=8",
     "tracking=none", "speculative.auto_disable=false",
 ]  # fmt: skip
@@ -52,10 +53,10 @@ def test_held_out_problems_never_train_and_nonsense_costs() -> None:
 
 
 def test_gsm8k_with_the_calculator_composes_and_needs_no_other_key() -> None:
-    cfg = compose.load_config(["task=gsm8k_calculator"])
+    cfg = composed("task=gsm8k_calculator")
     assert cfg.task.rollout.environment == "runner.turns.tools.ToolEnvironment" and cfg.task.rollout.observation_role == "tool"
     with pytest.raises(UserErrors, match="at most"):
-        compose.load(["task=calculator", "task.rollout.max_turns=1e9"])
+        compose.load(["task=calculator", "task.rollout.max_turns=10000000"])
 
 
 def _command(outputs: Path, name: str, *overrides: str) -> list[str]:
@@ -74,6 +75,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     _run(_command(tmp_path, "whole", "task.rollout.lockstep_seconds=60"))
     killed = _command(tmp_path, "killed", "task.rollout.lockstep_seconds=60")
@@ -105,7 +107,7 @@ def _aligned(rows: list[dict[str, float]], apart: float) -> None:
 
 
 @pytest.mark.sglang
-@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_with_sglang_servers(tmp_path: Path) -> None:
     pytest.importorskip("sglang")
     _run(_command(tmp_path, "run", "rollout=sglang", "steps=2", "precision=bf16"))
@@ -115,7 +117,7 @@ def test_with_sglang_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.megatron
-@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_with_megatron(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     _run(_command(tmp_path, "run", "trainer=megatron", "parallelism=cpu2", "steps=2", "precision=bf16"))

@@ -20,6 +20,7 @@ from runner.errors import UserError, UserErrors
 from runner.models.tokenizer import byte_tokenizer
 from runner.rollout.feed import Feed
 from runner.run.collect import Collector
+from runner.run.supervise import _build_task
 from runner.tasks.protocol import Prompt
 from runner.turns import conversations
 from runner.turns.codec import THOUGHT, Codec
@@ -103,11 +104,15 @@ class Bad(Talker):
                 return "", "yes", {}
             case "half a character":
                 return "\ud800", False, {}
+            case "notes are endless":
+                endless: list[Any] = []
+                endless.append(endless)
+                return "", True, {"start": 7, "stop": endless}
             case "reward is nan":
                 return "", True, {"reward": float("nan")}
             case "reward is a text":
                 return "", True, {"rewards": {"a": "much"}}
-        return "", True, {"reward": 1.0}
+        return "", True, {"reward": 1.0, "stop": object(), "tool_calls": "many", "by": 3}
 
 
 async def blocks(engine: Engine, prompt: Prompt, context: Context) -> Sample:
@@ -232,20 +237,20 @@ def test_checked_refuses_what_cannot_be_trained_on() -> None:
 FAILURES = {
     "raises": ("environment", "step raised ValueError: the dragon ate it"),
     "exits": ("environment", "SystemExit"),
-    "hangs": ("timeout", "not done within 1 s"),
     "floods": ("flood", "10,000,000 characters"),
     "floods a little": ("flood", "200 tokens; 100 are allowed"),
     "returns a text": ("rubbish", "returned str"),
     "returns bytes": ("rubbish", "is a bytes"),
     "done is no bool": ("rubbish", "done is a str"),
     "half a character": ("rubbish", "half a character"),
+    "notes are endless": ("rubbish", "cannot be written down"),
     "reward is nan": ("rubbish", "is nan"),
     "reward is a text": ("rubbish", "is a str"),
 }
 
 
 def test_a_bad_environment_ends_its_sample_with_the_reason_and_no_other() -> None:
-    cfg = conversation(environment=f"{HERE}.Bad", timeout_seconds=1.0, max_observation_tokens=100)
+    cfg = conversation(environment=f"{HERE}.Bad", max_observation_tokens=100)
     texts = [name for name in FAILURES for name in (name, "fine")]
     samples = run(cfg, texts, budget=10**6)
     for text, sample in zip(texts, samples, strict=True):
@@ -255,7 +260,12 @@ def test_a_bad_environment_ends_its_sample_with_the_reason_and_no_other() -> Non
             kind, reason = FAILURES[text]
             assert sample.status is Status.failed and sample.info["failed"] == kind and reason in sample.finish_reason
     counts = conversations.metrics(samples)
-    assert counts["rollout/failed"] == len(FAILURES) and counts["rollout/failed_rubbish"] == 6
+    assert counts["rollout/failed"] == len(FAILURES) and counts["rollout/failed_rubbish"] == 7
+
+
+def test_an_environment_that_hangs_ends_its_sample() -> None:
+    (sample,) = run(conversation(environment=f"{HERE}.Bad", timeout_seconds=1.0), ["hangs"])
+    assert sample.info["failed"] == "timeout" and sample.finish_reason == "not done within 1 s"
 
 
 def test_a_constructor_that_raises_and_a_function_that_returns_nothing() -> None:
@@ -369,11 +379,27 @@ def test_the_in_process_engine_keeps_a_conversations_cache_and_gives_the_same() 
         torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, rtol=1e-4, atol=1e-4)
         assert one.routes is not None and other.routes is not None and torch.equal(one.routes, other.routes)
         reference = reference_routes(built, one.tokens)
-        assert torch.equal(one.routes.sort(-1).values.long(), reference[:-1].sort(-1).values.long())
+        assert torch.equal(one.routes.sort(-1).values.long(), reference.sort(-1).values.long())
     scored = pool.score([sample.tokens for sample in kept])
     for sample, logprobs in zip(kept, scored, strict=True):
         own = logprobs[sample.prompt_length - 1 :][sample.loss_mask]
         torch.testing.assert_close(sample.rollout_logprobs[sample.loss_mask], own, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prompts_image_is_seen_in_all_turns() -> None:
+    cfg = config("model=tiny_vlm", *FP32)
+    pool, _ = make_pool(cfg)
+    prompts = _build_task(cfg, byte_tokenizer()).train_prompts(0, 2)
+    talk = dataclasses.replace(conversation(f"{HERE}.three_turns"), model=cfg.model)
+    asked = Asked(SamplingParams(1.0, 100, stop_token_ids=(END,)), step=0, capture_routes=False, evaluating=False)
+    found = Conversations(talk, None, codec(), concurrency=4, lockstep=True).run(pool, prompts, 2, asked, lambda: None)
+    assert pool.metrics()["perf/rollout_cached_tokens"] > 0
+    scored = pool.score([sample.tokens for sample in found], [sample.image for sample in found])
+    blind = pool.score([sample.tokens for sample in found])
+    for sample, logprobs, other in zip(found, scored, blind, strict=True):
+        own = logprobs[sample.prompt_length - 1 :][sample.loss_mask]
+        torch.testing.assert_close(sample.rollout_logprobs[sample.loss_mask], own, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(own, other[sample.prompt_length - 1 :][sample.loss_mask], atol=1e-2)
 
 
 class _Through(Iterator[Request | None]):
@@ -393,9 +419,8 @@ class Template:
     """The tokenizer of bytes with another chat template."""
 
     QWEN3: ClassVar[str] = (
-        "{%- set ns = namespace(last=messages|length - 1) %}"
-        "{%- for m in messages[::-1] if m.role == 'user' and not ns.found %}"
-        "{%- set ns.found = true %}{%- set ns.last = messages|length - 1 - loop.index0 %}{%- endfor %}"
+        "{%- set ns = namespace(last=0) %}"
+        "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
         "{%- for m in messages %}"
         "{%- set past = m.role == 'assistant' and loop.index0 < ns.last %}"
         "{%- set content = m.content.split('</think>\n\n')[-1] if past else m.content %}"

@@ -28,6 +28,7 @@ def test_they_are_as_short_as_is_said() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("command", "part"), list(zip(COMMANDS, ["environment", "first"], strict=True)))
 def test_the_commands_of_the_page_train(tmp_path: Path, command: str, part: str) -> None:
     for name, text in FILES.items():

@@ -79,7 +79,7 @@ def text_of(row: dict[str, Any], title: str) -> Text:
     for turn in row.get("turns") or [{"by": "model", "text": row.get("response", "")}]:
         by = str(turn.get("by", ""))
         text.append(f"{by:>12}  ", "dim").append(f"{turn.get('text', '')}", STYLES.get(by, ""))
-        notes = {key: value for key, value in turn.items() if key not in ("by", "text", "start", "stop", "finish")}
+        notes = turn.get("notes")
         text.append(f"   {json.dumps(notes, ensure_ascii=False)}\n" if notes else "\n", "magenta")
     for token in row.get("worst") or []:
         apart = abs(token["engine"] - token["trainer"])

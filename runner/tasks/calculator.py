@@ -58,10 +58,10 @@ class Calculator:
         """Rewards: `answer` is 1 for the right one; `format` is minus the penalty for a turn that says nothing."""
         if call := _CALL.fullmatch(response):
             total = str(int(call[1]) + int(call[2]))
-            return f"{total};", False, {"tool": "add", "call": response, "result": total}
+            return f"{total};", False, {"tool_calls": 1, "result": total}
         if answer := _ANSWER.fullmatch(response):
             return "", True, {"rewards": {"answer": float(int(answer[1]) == self.answer)}}
-        return "?;", False, {"tool_error": "neither a call nor an answer", "rewards": {"format": -self.penalty}}
+        return "?;", False, {"tool_errors": 1, "rewards": {"format": -self.penalty}}
 
 
 class CalculatorTask:

@@ -77,7 +77,7 @@ def function_of(name: str, part: RewardConfig) -> Callable[..., Any]:
         ) from None
     if not callable(found):
         raise UserError(f"{part._target_} is no function", key=key, fix="def reward(prompt, text, sample) -> float")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def check(configured: dict[str, RewardConfig]) -> Iterator[UserError]:

@@ -53,10 +53,9 @@ def _read(text: bytes, count: int) -> list[float | None]:
     """ValueError for anything but `count` finite numbers."""
     answer = json.loads(text)
     values = answer.get("rewards") if isinstance(answer, dict) else None
-    numbers = isinstance(values, list) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not numbers or len(values) != count:
-        raise ValueError(f'the service\'s answer is not {{"rewards": [..]}} with {count} finite numbers')
-    return [float(value) for value in values]
+    if isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        return [float(value) for value in values]
+    raise ValueError(f'the service\'s answer is not {{"rewards": [..]}} with {count} finite numbers')
 
 
 def check(key: str, part: RewardConfig) -> Iterator[UserError]:

@@ -191,9 +191,11 @@ def turns(rows: list[dict[str, Any]]) -> str:
     """A conversation: the model's words, what the environment answered, and what is noted beside a turn."""
     lines = []
     for turn in rows:
-        notes = {key: value for key, value in turn.items() if key not in ("by", "text", "start", "stop", "finish")}
-        note = f'<span class="note">  {html.escape(json.dumps(notes, default=str))}</span>' if notes else ""
-        lines.append(f'\n<span class="by {turn["by"]}">{turn["by"]}</span> {html.escape(str(turn.get("text", "")))}{note}')
+        notes = turn.get("notes")
+        note = f'<span class="note">  {html.escape(json.dumps(notes))}</span>' if notes else ""
+        lines.append(
+            f'\n<span class="by">{html.escape(str(turn.get("by", "")))}</span> {html.escape(str(turn.get("text", "")))}{note}'
+        )
     return "".join(lines)
 
 

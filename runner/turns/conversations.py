@@ -284,7 +284,8 @@ def named(path: str, key: str) -> Any:
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """`rollout/turns`, tokens that are not the model's, and failures by kind, over everything that was generated."""
+    """Means per conversation of turns, of tokens that are not the model's, and of `tool_calls` and `tool_errors` where
+    environments note them; failures by kind. Over everything that was generated."""
     failures = Counter(sample.info["failed"] for sample in samples if "failed" in sample.info)
     found = {f"rollout/failed_{kind}": float(count) for kind, count in sorted(failures.items())}
     found["rollout/failed"] = float(sum(failures.values()))
@@ -293,6 +294,11 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         turns = [sum(turn["by"] == "model" for turn in _turns(sample)) for sample in whole]
         found["rollout/turns/mean"] = sum(turns) / len(turns)
         found["rollout/turns/max"] = float(max(turns))
+        notes = [[turn.get("notes", {}) for turn in _turns(sample)] for sample in whole]
+        for name in ("tool_calls", "tool_errors"):
+            counts = [[note[name] for note in rows if isinstance(note.get(name), int)] for rows in notes]
+            if any(counts):
+                found[f"rollout/{name}"] = sum(map(sum, counts)) / len(whole)
         found["rollout/observation_tokens"] = sum(int((~sample.loss_mask).sum()) for sample in whole) / len(whole)
     return found
 

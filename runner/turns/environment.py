@@ -39,7 +39,7 @@ async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
     try:
         before = await context.call(environment.reset, prompt)
         if before and not talk.observe(before):
-            return talk.sample()
+            raise Failed("context", "what the environment says first leaves the model no room")
         for _ in range(context.max_turns):
             turn = await engine.generate(talk)
             if not turn.finished:

@@ -6,6 +6,7 @@ K experts per token.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from runner.data import Sample, Status, WeightSpan
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
-from runner.turns.failure import Failed
+from runner.turns.failure import Failed, told
+
+MAX_NOTE_CHARACTERS = 20_000  # of a turn
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,12 @@ class Transcript:
         self.codec.look_at(turn)
         return turn
 
-    def observe(self, text: str, **notes: Any) -> bool:
+    def observe(self, text: str) -> bool:
         """Add what an environment says, with loss_mask 0. False where that and a turn after it do not fit any more: then the
         conversation is over. Failed for what is no text, or more than task.rollout.max_observation_tokens."""
         closed = self.tokens[-1] in self.codec.ends
         tokens = self.codec.observation(text, self.max_observation_tokens, first=not self.turns, closed=closed)
-        note = {"by": "environment", "text": text, **notes}
+        note: dict[str, Any] = {"by": "environment", "text": text}
         if len(tokens) >= self.room:
             self.full = True
             self.turns.append(note | {"left_out": True})
@@ -119,9 +122,9 @@ class Transcript:
         return True
 
     def note(self, **notes: Any) -> None:
-        """What a reader of the sample should see beside the last turn."""
-        if self.turns:
-            self.turns[-1].update(notes)
+        """What a reader of the sample should see beside the last turn; anything that is no JSON as its text."""
+        if self.turns and notes:
+            self.turns[-1].setdefault("notes", {}).update(_plain(notes))
 
     def reward(self, value: float, name: str = "environment") -> None:
         """Add to a part of the reward. A conversation without any is rewarded by its task."""
@@ -157,6 +160,17 @@ class Transcript:
             info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},
             image=self.prompt.image,
         )
+
+
+def _plain(notes: dict[str, Any]) -> dict[str, Any]:
+    """The notes as JSON holds them. Failed for what is endless, or whose text cannot be had."""
+    try:
+        text = json.dumps(notes, default=str)
+        if len(text) > MAX_NOTE_CHARACTERS:
+            return {"notes": f"{len(text)} characters, left out"}
+        return dict(json.loads(text))
+    except Exception as error:  # a __str__ of the user's may raise anything
+        raise Failed("rubbish", f"the notes of a turn cannot be written down: {told(error)}") from None
 
 
 def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: bool) -> list[Sample]:

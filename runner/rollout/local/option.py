@@ -110,6 +110,8 @@ def memory(cfg: Config) -> Iterator[UserError]:
         cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
     )
     cached = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
+    if cfg.task.rollout._target_ is not None:  # a copy of each conversation's is kept between its turns
+        cached *= 2
     drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != "none" else 0
     there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cached + (drafts + 1) * model.vocab_size * 4)
     if wanted > there:
