@@ -24,7 +24,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,16 +37,22 @@ $(STAMP_CPU): pyproject.toml constraints.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron]'
 	@touch $(STAMP_CPU)
 
-# Transformer Engine's torch part is compiled against the torch that is there: after everything else, with nvcc.
+# Transformer Engine's torch part is compiled against the torch that is there, after everything else, with the toolkit's nvcc and the
+# headers of the wheels; without FORCE_BUILD it asks a release page for a wheel first.
+NVIDIA := $(abspath $(VENV))/lib/python3.12/site-packages/nvidia
+TE_BUILD := NVTE_PYTORCH_FORCE_BUILD=TRUE CPATH=$(NVIDIA)/cu13/include:$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include
 setup-gpu: $(STAMP_GPU) ## The same for CUDA 13 GPUs, with SGLang and Transformer Engine (downloads 4.8 GB; 11 GB on disk)
 $(STAMP_GPU): pyproject.toml constraints-gpu.txt
 	@$(PYTHON) .ci/gpu_ready.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' constraints-gpu.txt)"
 	grep -v '^transformer-engine-torch==' constraints-gpu.txt | $(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r -
-	grep '^transformer-engine-torch==' constraints-gpu.txt | $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -r -
+	grep '^transformer-engine-torch==' constraints-gpu.txt | $(TE_BUILD) $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -r -
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $(STAMP_GPU)
+
+warm-gpu: setup-gpu ## Compile SGLang's INT4 kernels for this machine's GPU now, at the same time (11 minutes one after the other)
+	$(BIN)/python -m runner.rollout.sglang.warm
 
 setup-gptq: $(GPTQ_STAMP) ## Make .venv-gptq, in which `convert method=gptq` runs llmcompressor
 $(GPTQ_STAMP): Makefile

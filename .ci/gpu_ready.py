@@ -16,9 +16,7 @@ DISK_GIB = 30
 def lacking() -> list[str]:
     problems = []
     if sys.version_info[:2] != PYTHON:
-        problems.append(
-            f"constraints-gpu.txt is for Python 3.12, this is {platform.python_version()}: make setup-gpu PYTHON=python3.12"
-        )
+        problems.append(f"the lock is for Python 3.12, this is {platform.python_version()}: make setup-gpu PYTHON=python3.12")
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         problems.append(f"its wheels are for Linux on x86-64, this is {sys.platform} on {platform.machine()}")
     name, version = platform.libc_ver()
@@ -26,7 +24,7 @@ def lacking() -> list[str]:
         problems.append(f"SGLang's wheels need glibc 2.34 (Ubuntu 22.04, Debian 12), this is {version}")
     if shutil.which("nvcc") is None and not Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").is_file():
         problems.append(
-            "no nvcc, which compiles Transformer Engine and SGLang's INT4 kernels: install the CUDA 13 toolkit, or set CUDA_HOME"
+            "no nvcc (it compiles Transformer Engine and INT4 kernels): install the CUDA 13 toolkit, or set CUDA_HOME"
         )
     if shutil.which("g++") is None:
         problems.append("no g++: apt-get install g++")
@@ -43,7 +41,7 @@ def main() -> int:
     if problems:
         return 2
     print(
-        "setup-gpu: 254 packages, 4.8 GB to download, 11 GB in .venv; then Transformer Engine's torch part is compiled (minutes)",
+        "setup-gpu: 254 packages, 4.8 GB to download, 11 GB in .venv; then Transformer Engine is compiled (minutes)",
         flush=True,
     )
     return 0

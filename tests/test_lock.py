@@ -1,4 +1,4 @@
-"""The two locks, which `make setup` and `make setup-gpu` install: within pyproject.toml's ranges, and what their inputs compile to."""
+"""The locks that `make setup` and `make setup-gpu` install: within pyproject.toml's ranges, and what their inputs compile to."""
 
 from __future__ import annotations
 

@@ -33,6 +33,14 @@ OPTION = Option(
             "Megatron's trainer ranks need megatron-core, which is not installed",
             "make setup",
         ),
+        Need(
+            "transformer-engine",
+            "transformer_engine",
+            "Megatron's layers on GPUs are Transformer Engine's, which is not installed",
+            "make setup-gpu",
+            when=lambda cfg: cfg.parallelism.gpus > 0,
+            loads="transformer_engine.pytorch",
+        ),
     ),
     trainer=layout,
 )
