@@ -56,7 +56,7 @@ SERVED = ("int4_qat", "fp8", "bf16")
 SHARE = 0.8  # of the copy bandwidth that quantizing aims at
 GROUPS = (16, 32, 128, 1024, -1)
 ROUNDS = 15
-# Mean distance of a server's logprobs from its weights in bf16 (seen on an H100: .03 in bf16 and INT4, .10 in FP8; from others 1.7)
+# Mean distance of a server's logprobs from its weights in bf16 (an H100 had .03 in bf16 and INT4, .10 in FP8; others' 1.7)
 OWN_WEIGHTS, OTHER_WEIGHTS = 0.3, 0.6
 
 

@@ -20,7 +20,8 @@ REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCaus
 
 def live_updates(cfg: Config) -> Iterator[UserError]:
     """SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
-    live update of packed INT4 would be unpacked wrongly."""
+    live update of packed INT4 would be unpacked wrongly. Restoring them in the plugin, as its residency check does with experts,
+    needs the shapes of the checkpoint, which linear layers drop when they are repacked: not done before a GPU can show it."""
     roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
     dense = [role.name for role in roles if role is not Role.routed_expert]
     if cfg.precision.rollout.format == "int4" and dense and cfg.parallelism.rollout_gpus:
