@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -265,7 +265,7 @@ def weights_of(cfg: Config, seed: int) -> tuple[torch.nn.Module, list[ExportedTe
             form = plan.format_of(name)
             exported.append(encode(name, tensor.to(torch.bfloat16), form))
             tensor.copy_(decode(exported[-1], form))
-    return built.to(torch.bfloat16), exported
+    return cast(torch.nn.Module, built).to(torch.bfloat16), exported
 
 
 def servers(cfg: Config) -> Iterator[Finding]:
@@ -312,7 +312,7 @@ def _flipped(item: ExportedTensor) -> ExportedTensor:
 def _compared(name: str, pool: Any, own: torch.nn.Module, other: torch.nn.Module) -> Finding:
     """Mean distance of sampled logprobs from both models: near the one, far from the other."""
     generator = torch.Generator().manual_seed(3)
-    vocabulary: int = own.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    vocabulary: int = own.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     prompts = [tuple(torch.randint(2, vocabulary, (16,), generator=generator).tolist()) for _ in range(8)]
     sampling = SamplingParams(temperature=1.0, max_response_tokens=32)
     samples = list(pool.generate(Request(f"p{i}", 0, prompt, sampling, seed=i) for i, prompt in enumerate(prompts)))

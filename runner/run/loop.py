@@ -97,16 +97,19 @@ def _step(c: Components, step: int) -> dict[str, float]:
     c.pool.metrics()  # drop what the warm start, an evaluation or a probe counted: a resumed run did not do it again
     with _clock(metrics, "perf/rollout_time"):
         rollout = c.collector.collect(step)
-    metrics |= rollout.metrics | c.pool.metrics()
-    batch = _make_batch(c.cfg, rollout)
+    with _clock(metrics, "perf/other_time"):
+        metrics |= rollout.metrics | c.pool.metrics()
+        batch = _make_batch(c.cfg, rollout)
     if c.cfg.mismatch.decompose_interval_steps and step % c.cfg.mismatch.decompose_interval_steps == 0:
         with _clock(metrics, "perf/decompose_time"):
             metrics |= mismatch.decompose(c.trainer, batch, c.cfg.mismatch.decompose_samples)
     with _clock(metrics, "perf/train_time"):
         update = c.trainer.step(batch)
-    metrics |= update.metrics | mismatch.metrics(batch.samples, update)
+    with _clock(metrics, "perf/other_time"):
+        metrics |= update.metrics | mismatch.metrics(batch.samples, update)
     metrics |= c.sync()
-    c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
+    with _clock(metrics, "perf/other_time"):
+        c.tracker.log_samples(step, [_row(sample) for sample in _spread(rollout.samples)])
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
@@ -141,4 +144,4 @@ def _row(sample: Sample) -> dict[str, Any]:
 def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    metrics[name] = time.perf_counter() - started
+    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - started
