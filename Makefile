@@ -2,10 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP_CPU := $(VENV)/.installed
+STAMP_GPU := $(VENV)/.installed-gpu
 STAMP_SGLANG := $(VENV)/.installed-sglang
+# An environment that `make setup-gpu` made stays one: whatever else is asked for renews it from its own lock.
+ifneq ($(wildcard $(STAMP_GPU)),)
+STAMP := $(STAMP_GPU)
+STAMP_SGLANG := $(STAMP_GPU)
+else
+STAMP := $(STAMP_CPU)
+endif
 SGLANG := runner/rollout/sglang
-# The wheel of torch is chosen first: a wider range would let other packages pull a CUDA build of gigabytes.
+# pip installs torch first: a wider range would let other packages pull a CUDA build of gigabytes, and pip finds wheels where uv does
+# not look (find-links of its configuration). The rest is uv's: 15 to 18 s where pip took 100 s and more.
 TORCH ?= torch==2.13.0
 # Processes of `make test` and `make test-slow`, one per core; a test that needs several processes starts them itself.
 WORKERS ?= logical
@@ -15,18 +24,35 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## Make .venv and install everything that `make run` and `make test` need
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP_CPU): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,megatron]'
-	@touch $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH) uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron]'
+	@touch $(STAMP_CPU)
+
+# Transformer Engine's torch part is compiled against the torch that is there, after everything else, with the toolkit's nvcc and the
+# headers of the wheels; without FORCE_BUILD it asks a release page for a wheel first.
+NVIDIA := $(abspath $(VENV))/lib/python3.12/site-packages/nvidia
+TE_BUILD := NVTE_PYTORCH_FORCE_BUILD=TRUE CPATH=$(NVIDIA)/cu13/include:$(NVIDIA)/cudnn/include:$(NVIDIA)/nccl/include
+setup-gpu: $(STAMP_GPU) ## The same for CUDA 13 GPUs, with SGLang and Transformer Engine (downloads 4.8 GB; 11 GB on disk)
+$(STAMP_GPU): pyproject.toml constraints-gpu.txt
+	@$(PYTHON) .ci/gpu_ready.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$$(grep '^uv==' constraints-gpu.txt)"
+	grep -v '^transformer-engine-torch==' constraints-gpu.txt | $(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r -
+	grep '^transformer-engine-torch==' constraints-gpu.txt | $(TE_BUILD) $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -r -
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $(STAMP_GPU)
+
+warm-gpu: setup-gpu ## Compile SGLang's INT4 kernels for this machine's GPU now, at the same time (11 minutes one after the other)
+	$(BIN)/python -m runner.rollout.sglang.warm
 
 setup-gptq: $(GPTQ_STAMP) ## Make .venv-gptq, in which `convert method=gptq` runs llmcompressor
 $(GPTQ_STAMP): Makefile
@@ -36,10 +62,10 @@ $(GPTQ_STAMP): Makefile
 	@touch $(GPTQ_STAMP)
 
 setup-sglang: $(STAMP_SGLANG) ## SGLang 0.5.23 and runner's plugin for it, into the same .venv (CPU; 2.8 GB, 2 minutes)
-$(STAMP_SGLANG): $(STAMP) $(SGLANG)/requirements.txt $(SGLANG)/sglang.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r $(SGLANG)/requirements.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r $(SGLANG)/sglang.txt
-	@touch $(STAMP_SGLANG)
+$(VENV)/.installed-sglang: $(STAMP_CPU) $(SGLANG)/requirements.txt $(SGLANG)/sglang.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -r $(SGLANG)/requirements.txt -e '.[dev]'
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r $(SGLANG)/sglang.txt
+	@touch $@
 
 run: setup ## The main job: the whole low-precision RL loop on this machine (two to four minutes)
 	$(BIN)/python -m runner
@@ -67,8 +93,8 @@ BASE ?= HEAD
 same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit
 	$(BIN)/python .ci/same.py $(BASE)
 
-lock: ## Write constraints.txt anew: the versions that are in .venv now
-	$(BIN)/python .ci/lock.py > constraints.txt.new && mv constraints.txt.new constraints.txt
+lock: setup ## Compile constraints.txt and constraints-gpu.txt anew (UPGRADE=--upgrade: the newest versions that fit)
+	$(BIN)/python .ci/lock.py $(UPGRADE)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

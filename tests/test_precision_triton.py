@@ -76,6 +76,42 @@ def test_kernel_bits(kind: str, group_size: int, convention: Convention) -> None
 
 @needs_triton
 @runs_here
+def test_kernel_keeps_scales_far_from_their_weights() -> None:
+    """Scales from the smallest to the largest, with weights that they divide, that clamp and that vanish."""
+    from runner.precision.kernels import gpu, limit_of
+
+    generator = torch.Generator().manual_seed(4)
+    scale = torch.arange(1, 0x7F80, 127, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)[:, None]  # [257, 1]
+    bits = torch.randint(0, 0x7F80, (len(scale), 128), generator=generator, dtype=torch.int32).to(torch.uint16)
+    near = scale.float() * (torch.randint(-40, 41, (len(scale), 128), generator=generator) / 4)
+    for weight in (bits.view(torch.bfloat16), near.clamp(-3e38, 3e38).bfloat16()):
+        q, _ = int4.quantize(weight, 128, Convention.llmcompressor, scale)
+        limit = limit_of(Convention.llmcompressor, scale)
+        packed, _ = gpu.quantize_pack(weight.to(DEVICE), 128, Convention.llmcompressor, scale.to(DEVICE), limit)
+        assert torch.equal(gpu.unpack(packed).cpu(), q)
+
+
+@needs_triton
+@runs_here
+def test_kernel_tells_of_bad_weights_once_for_all_tensors() -> None:
+    from runner.precision import kernels
+    from runner.precision.kernels import gpu, limit_of
+
+    limit, good = limit_of(Convention.exact, None), weight_of("stacked").to(DEVICE)
+    bad = good.clone()
+    bad[2, 1, 5] = float("nan")
+    with gpu.checked_together():
+        gpu.quantize_dequantize_(good.clone(), 32, Convention.exact, None, limit)
+    with pytest.raises(kernels.BadWeights, match="1 of 2 quantized weights"), gpu.checked_together():
+        gpu.quantize_dequantize_(bad, 32, Convention.exact, None, limit)
+        gpu.quantize_dequantize_(good, 32, Convention.exact, None, limit)
+    assert bad.isnan().sum() == 1  # its group is as it came in
+    with pytest.raises(WeightError, match="NaN"):
+        gpu.quantize_pack(bad, 32, Convention.exact, None, limit)
+
+
+@needs_triton
+@runs_here
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_kernel_refuses_bad_weights(bad: float) -> None:
     from runner.precision.kernels import gpu, limit_of

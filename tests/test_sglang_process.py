@@ -29,6 +29,31 @@ def test_the_last_error_of_this_start_is_named(tmp_path: Path, line: str, messag
     assert last_error(tmp_path / "nothing", 0) == ""
 
 
+FREEZE = """WARNING: post-warmup freeze_gc failed
+Traceback (most recent call last):
+  File "connection.py", line 1, in connect
+ConnectionRefusedError: [Errno 111] Connection refused
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "adapters.py", line 2, in send
+requests.exceptions.ConnectionError: HTTPConnectionPool(port=1): Max retries exceeded with url: /freeze_gc (Caused by x)
+"""
+REAL = "Traceback (most recent call last):\n  File 'a.py', line 1, in b\nValueError: no such model\n"
+
+
+def test_a_traceback_that_every_server_writes_is_no_error(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for content, message in (
+        (FREEZE, ""),
+        (REAL + FREEZE, "ValueError: no such model"),
+        (FREEZE + REAL, "ValueError: no such model"),
+    ):
+        log.write_text(content)
+        assert last_error(log, 0) == message
+
+
 class Ended(Child):
     title, module = "a server", "runner.no_such_module"
 

@@ -108,3 +108,38 @@ def test_a_delta_over_a_wrong_base_does_not_have_the_trainers_hash(tmp_path: Pat
         after = writer.write(1, [changed], base)
     ((_, arrived),) = weight_set.read_parts(after, ["a"])
     assert digest(arrived) != after.digests["a"] == digest(changed.parts["a"])
+
+
+def test_parts_leave_the_device_once_through_one_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that count as a device's: one copy of each, into memory that every bucket takes again; one open per file."""
+    copies: list[int] = []
+    opened: list[Path] = []
+    real_host, real_open = weight_set.Stage.host, weight_set.safe_open
+
+    def host(self: weight_set.Stage, part: torch.Tensor) -> torch.Tensor:
+        copy = real_host(self, part)
+        copies.append(copy.data_ptr())
+        return copy
+
+    def open_file(path: Path, framework: str) -> Any:
+        opened.append(path)
+        return real_open(path, framework=framework)
+
+    monkeypatch.setattr(weight_set, "on_device", lambda part: True)
+    monkeypatch.setattr(weight_set.Stage, "host", host)
+    monkeypatch.setattr(weight_set, "safe_open", open_file)
+    writer = weight_set.WeightWriter(tmp_path / "weights", durable=False, bucket_bytes=256)
+    generator = torch.Generator().manual_seed(0)
+    values = {f"w{i}": torch.randint(-8, 8, (8, 3 + i), generator=generator, dtype=torch.int32) for i in range(4)}
+    values["large"] = torch.ones(100, dtype=torch.int32)  # more than a bucket: memory of its own
+    items = [ExportedTensor(name, "int4", {f"{name}_packed": value.t()}) for name, value in values.items()]
+    first = writer.write(0, iter(items), None)
+    assert len(first.files) > 2 and len(copies) == len(values) > len(set(copies))
+    for name, value in values.items():
+        assert first.digests[f"{name}_packed"] == digest(value.t())
+        ((_, stored),) = weight_set.read_parts(first, [f"{name}_packed"])
+        assert torch.equal(stored, value.t())
+    opened.clear()
+    second = writer.write(1, iter(items), first)
+    assert sorted(opened) == sorted(first.files) and second.changes.integers[0] == 0 < second.changes.integers[1]
+    writer.close()

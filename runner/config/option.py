@@ -55,7 +55,8 @@ class TrainerLayout:
 
 @dataclass(frozen=True)
 class Need:
-    """A package that an option stands on. `problem` and `fix` are what a run says without it; `key` None: the option's own."""
+    """A package that an option stands on. `problem` and `fix` are what a run says without it; `key` None: the option's own.
+    `loads`: a module that a run on GPUs imports beforehand, because kernels that are there may be built for another torch."""
 
     distribution: str
     module: str
@@ -63,6 +64,7 @@ class Need:
     fix: str
     key: str | None = None
     when: Callable[[Config], bool] = lambda cfg: True
+    loads: str | None = None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ The config may be right and the machine wrong: `plan` and `--cfg job` then still
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from runner.config.option import chosen, one_process
 from runner.config.overrides import command
+from runner.config.packages import LOCK_GPU, failures, from_lock, installed
 from runner.config.schema import Config
 from runner.errors import UserError, UserErrors
 from runner.models.config_file import CONFIG, check_model, read_json
@@ -33,13 +33,6 @@ def visible_gpus() -> int:
         return len(there)
     chosen = [item for item in visible.split(",") if item.strip() not in ("", "-1")]
     return min(len(there), len(chosen))
-
-
-def installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False
 
 
 def _gpus(cfg: Config) -> list[UserError]:
@@ -70,10 +63,17 @@ def missing(paths: dict[str, str | None]) -> Iterator[UserError]:
 
 
 def _packages(cfg: Config) -> Iterator[UserError]:
+    to_load = {}
     for choice in chosen(cfg):
         for need in choice.option.needs:
             if need.when(cfg) and not installed(need.module):
                 yield UserError(need.problem, key=need.key or str(choice), fix=need.fix)
+            elif need.when(cfg) and need.loads and visible_gpus() and max(cfg.parallelism.gpus, cfg.parallelism.rollout_gpus):
+                to_load[need.loads] = (need, need.key or str(choice))
+    for module, error in failures(to_load):  # there, and built for another torch, say
+        need, key = to_load[module]
+        problem = f"{module} does not load ({from_lock(need.distribution, LOCK_GPU)}; {from_lock('torch', LOCK_GPU)}): {error}"
+        yield UserError(problem, key=key, fix="make setup-gpu")
     launcher = f"runner.cluster.{cfg.cluster.launcher}"
     if cfg.cluster.plan_only or (cfg.cluster.launcher != "local" and not installed(launcher)):
         yield UserError(

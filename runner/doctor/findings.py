@@ -9,6 +9,7 @@ from enum import Enum
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -43,7 +44,7 @@ def show(title: str, findings: Iterable[Finding], console: Console) -> int:
     for column in ("check", "", "found", "fix"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(row.name, f"[{STYLES[row.status]}]{row.status.value}[/]", row.found, row.fix)
+        table.add_row(escape(row.name), f"[{STYLES[row.status]}]{row.status.value}[/]", escape(row.found), escape(row.fix))
     console.print(table)
     failed = [row.name for row in rows if row.status is Status.fail]
     warned = sum(row.status is Status.warn for row in rows)

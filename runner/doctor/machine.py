@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import resource
@@ -19,6 +18,9 @@ from packaging.specifiers import SpecifierSet
 
 from runner.config import option as options
 from runner.config.option import engine_layout
+from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool, version_of
+from runner.config.packages import installed as has_module
+from runner.config.preflight import visible_gpus
 from runner.config.schema import Config, CpuMatmul
 from runner.cores import available_cores
 from runner.doctor.findings import Finding, Status
@@ -43,7 +45,9 @@ def check_machine(cfg: Config) -> Iterator[Finding]:
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
         python_version,
         pinned_versions,
+        locked_versions,
         devices,
+        gpu_packages,
         cpu_and_memory,
         bf16_matmul,
         int4_matmul,
@@ -92,6 +96,35 @@ def pinned_versions(cfg: Config) -> Iterator[Finding]:
             fix = f"pip install '{requirement}'"
             yield Finding(requirement.name, Status.fail, f"{version} (wanted {requirement.specifier})", fix)
     yield Finding("pinned packages", Status.ok, f"{len(held)} of {len(wanted)} as pinned: {', '.join(held)}")
+
+
+def locked_versions(cfg: Config) -> Iterator[Finding]:
+    """Against the lock of this environment, which is the one whose torch is installed here."""
+    torch = version_of("torch")
+    file = LOCK_GPU if torch == locked(LOCK_GPU).get("torch") else LOCK_CPU
+    versions = {name: version_of(name) for name in locked(file)}
+    other = [from_lock(name, file) for name, found in versions.items() if found not in (None, locked(file)[name])]
+    count = sum(version is not None for version in versions.values())
+    found = f"{count - len(other)} of {count} packages as in {file}" + (f"; {', '.join(other)}" if other else "")
+    fix = ("make setup-gpu" if file == LOCK_GPU else "make setup") + ": the tests passed with the locked versions"
+    yield Finding("locked packages", Status.warn if other else Status.ok, found, fix if other else "")
+
+
+def gpu_packages(cfg: Config) -> Iterator[Finding]:
+    """Packages with kernels are imported and compilers looked for, where the config uses GPUs and this machine has some."""
+    if not visible_gpus() or not max(cfg.parallelism.gpus, cfg.parallelism.rollout_gpus):
+        return
+    needs = [need for choice in options.chosen(cfg) for need in choice.option.needs if need.loads and need.when(cfg)]
+    there = {need.loads: need for need in needs if need.loads and has_module(need.module)}
+    broken = dict(failures(there))
+    for module, need in there.items():
+        status, fix = (Status.fail, "make setup-gpu") if module in broken else (Status.ok, "")
+        yield Finding(f"import {module}", status, broken.get(module) or from_lock(need.distribution, LOCK_GPU), fix)
+    for name, fix in (("nvcc", "install the CUDA 13 toolkit, or set CUDA_HOME"), ("ninja", "make setup-gpu")):
+        path = tool(name)
+        yield Finding(
+            name, Status.ok if path else Status.warn, path or "not found; kernels are compiled with it", "" if path else fix
+        )
 
 
 def devices(cfg: Config) -> Iterator[Finding]:
@@ -209,27 +242,13 @@ def optional_parts(cfg: Config) -> Iterator[Finding]:
     absent = []
     for distribution, module, purpose in (*parts, *OPTIONAL_PARTS):
         if has_module(module):
-            yield Finding(distribution, Status.ok, f"{version_of(distribution)}, for {purpose}")
+            yield Finding(distribution, Status.ok, f"{version_of(distribution) or 'version unknown'}, for {purpose}")
         elif distribution in needed:
             yield Finding(distribution, Status.fail, "not installed, and this config uses it", f"pip install {distribution}")
         else:
             absent.append(f"{distribution} ({purpose})")
     if absent:
         yield Finding("optional parts", Status.ok, f"not installed and not needed: {', '.join(absent)}")
-
-
-def has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent package is absent
-        return False
-
-
-def version_of(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "version unknown"
 
 
 def wandb_mode(cfg: Config) -> Iterator[Finding]:

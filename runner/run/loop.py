@@ -95,9 +95,10 @@ def _step(c: Components, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with _clock(metrics, "perf/rollout_time"):
         generated = c.rollouts.take(step)
-    rollout = generated.rollout
-    metrics |= rollout.metrics | generated.pool_metrics
-    batch = _make_batch(c.cfg, rollout)
+    with _clock(metrics, "perf/other_time"):
+        rollout = generated.rollout
+        metrics |= rollout.metrics | generated.pool_metrics
+        batch = _make_batch(c.cfg, rollout)
     if _decomposes(c.cfg, step):
         with _clock(metrics, "perf/decompose_time"):
             metrics |= _decompose(c, batch, generated)
@@ -106,13 +107,15 @@ def _step(c: Components, step: int) -> dict[str, float]:
             _keep_trainer_logprobs(c, step + 1)
     with _clock(metrics, "perf/train_time"):
         update = c.trainer.step(batch)
-    metrics |= update.metrics | mismatch.metrics(batch.samples, update)
+    with _clock(metrics, "perf/other_time"):
+        metrics |= update.metrics | mismatch.metrics(batch.samples, update)
     if c.rollouts.depth:
         metrics["perf/generation_time"] = generated.seconds
         with _clock(metrics, "perf/rollout_time"):
             c.rollouts.settle()
     metrics |= c.sync()
-    c.tracker.log_samples(step, samples.rows(batch, update, c.collector.decode))
+    with _clock(metrics, "perf/other_time"):
+        c.tracker.log_samples(step, samples.rows(batch, update, c.collector.decode))
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from runner.data import Batch, Sample, Status
@@ -36,11 +38,15 @@ class WeightSync:
 
     def __call__(self) -> dict[str, float]:
         """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises Failure naming the tensors."""
+        began = time.perf_counter()
         ours = None if self._batch is None else torch.cat(self.trainer.logprobs(self._batch, routes="own"))
+        asked = time.perf_counter()
         for attempt in range(ATTEMPTS):
             report = self.pool.update_weights(self.trainer.version, self.trainer.export("rollout"))
             if not report.problems:
-                return {**_metrics(report), **self._probe_metrics(ours)}
+                loaded = time.perf_counter()
+                metrics = {**_metrics(report), "perf/update_weights_time": loaded - asked, **self._probe_metrics(ours)}
+                return metrics | {"perf/probe_time": asked - began + time.perf_counter() - loaded}
             self.tracker.event(
                 "sync_failed",
                 f"weight sync {report.version}, attempt {attempt + 1}: {report.problems[0]}",
@@ -84,7 +90,6 @@ def _probe_batch(probe: list[torch.Tensor], images: list[PromptImage | None]) ->
 
 def _metrics(report: SyncReport) -> dict[str, float]:
     metrics = {
-        "perf/update_weights_time": report.seconds,
         "perf/update_weights_wire_bytes": float(report.wire_bytes),
         "sync/resident_checked": float(report.resident_checked),
     }

@@ -77,7 +77,15 @@ CHARTS = (
     Chart("Truncated and zero-variance", ("rollout/truncated_ratio", "rollout/zero_std"), "share"),
     Chart(
         "Time per step",
-        ("perf/rollout_time", "perf/train_time", "perf/update_weights_time", "perf/decompose_time", "perf/eval_time"),
+        (
+            "perf/rollout_time",
+            "perf/train_time",
+            "perf/update_weights_time",
+            "perf/probe_time",
+            "perf/decompose_time",
+            "perf/eval_time",
+            "perf/other_time",
+        ),
         "seconds",
         stacked=True,
     ),

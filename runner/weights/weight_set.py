@@ -6,6 +6,7 @@ next one is complete, for engines that have to be started again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -61,6 +63,7 @@ class WeightWriter:
         """`durable`: versioned folders on a disk, synced and renamed into place, with a manifest; else plain files."""
         self.root, self.durable, self.bucket_bytes = root, durable, bucket_bytes
         self._count = 0
+        self._stage = Stage(bucket_bytes)
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         for stale in (*root.glob("v[0-9]*"), *root.glob(".v[0-9]*")):
             shutil.rmtree(stale, ignore_errors=True)
@@ -87,20 +90,28 @@ class WeightWriter:
     def _fill(self, written: WeightSet, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> None:
         bucket: dict[str, torch.Tensor] = {}
         size = 0
-        for item in sealed(stream):
-            if not self._accept(item, written):
-                continue
-            _count_changes(item.exported, written, previous)
-            bucket |= {part: tensor.detach().contiguous() for part, tensor in item.exported.parts.items()}
-            size += wire_bytes(item.exported)
-            if size >= self.bucket_bytes:
+        with PartReader(previous) as before:
+            for item in sealed(map(self._on_host, stream)):
+                if not self._accept(item, written):
+                    continue
+                _count_changes(item.exported, written, before)
+                bucket |= item.exported.parts
+                size += wire_bytes(item.exported)
+                if size >= self.bucket_bytes:
+                    self._save(bucket, written)
+                    bucket, size = {}, 0
+            if bucket:
                 self._save(bucket, written)
-                bucket, size = {}, 0
-        if bucket:
-            self._save(bucket, written)
         if self.durable:
             manifest = {"version": written.version, "digests": written.digests, "files": [file.name for file in written.files]}
             (written.folder / MANIFEST).write_text(json.dumps(manifest))
+
+    def _on_host(self, item: ExportedTensor | SealedTensor) -> ExportedTensor | SealedTensor:
+        """Its parts leave the device here and nowhere else: hash, count of changes and file are taken of the same host copy."""
+        exported = item.exported if isinstance(item, SealedTensor) else item
+        parts = {name: self._stage.host(part.detach().contiguous()) for name, part in exported.parts.items()}
+        exported = ExportedTensor(exported.name, exported.format, parts)
+        return SealedTensor(exported, item.digests) if isinstance(item, SealedTensor) else exported
 
     def _accept(self, arrived: SealedTensor, written: WeightSet) -> bool:
         item = arrived.exported
@@ -115,7 +126,8 @@ class WeightWriter:
 
     def _save(self, bucket: dict[str, torch.Tensor], written: WeightSet) -> None:
         path = written.folder / f"weights-{len(written.files):05d}.safetensors"
-        write_tensors({name: tensor.cpu() for name, tensor in bucket.items()}, path, {"format": "pt"})
+        write_tensors(bucket, path, {"format": "pt"})
+        self._stage.reuse()
         path.chmod(0o600)
         written.files.append(path)
         written.location |= dict.fromkeys(bucket, path)
@@ -133,21 +145,77 @@ def shared_memory_folder(needed_bytes: int) -> Path:
     return scratch.make(PREFIX, Path(root or tempfile.gettempdir()))
 
 
+class Stage:
+    """Pinned host memory that device tensors are copied into, the same for every bucket: a copy into pageable memory goes through
+    a buffer of the driver's, and pinning anew costs as much as the copy."""
+
+    ALIGN = 64
+
+    def __init__(self, size: int) -> None:
+        """`size` bytes are pinned at the first tensor that comes from a device."""
+        self._size, self._used = size, 0
+        self._buffer: torch.Tensor | None = None
+
+    def host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same bits on the host, valid until `reuse`; a tensor that is there already as it is, one too large in memory of its
+        own."""
+        if not on_device(tensor):
+            return tensor
+        start, needed = -(-self._used // self.ALIGN) * self.ALIGN, tensor.numel() * tensor.element_size()
+        if start + needed > self._size:
+            return tensor.cpu()
+        if self._buffer is None:
+            self._buffer = torch.empty(self._size, dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        self._used = start + needed
+        place = self._buffer[start : self._used].view(tensor.dtype).view(tensor.shape)
+        return place.copy_(tensor)
+
+    def reuse(self) -> None:
+        self._used = 0
+
+
+def on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+class PartReader:
+    """Parts of a set, each of whose files is opened once; without a set there are none."""
+
+    def __init__(self, weights: WeightSet | None) -> None:
+        self.weights = weights
+        self._opened: dict[Path, Any] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> PartReader:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._opened.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        assert self.weights is not None
+        path = self.weights.location[name]
+        if path not in self._opened:
+            self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        tensor: torch.Tensor = self._opened[path].get_tensor(name)
+        return tensor
+
+
 def read_parts(weights: WeightSet, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """(part name, tensor) of some parts of a set."""
-    for name in names:
-        with safe_open(weights.location[name], framework="pt") as opened:
-            yield name, opened.get_tensor(name)
+    with PartReader(weights) as reader:
+        for name in names:
+            yield name, reader.read(name)
 
 
-def _count_changes(item: ExportedTensor, written: WeightSet, previous: WeightSet | None) -> None:
+def _count_changes(item: ExportedTensor, written: WeightSet, before: PartReader) -> None:
     """Integers and scales of a quantized tensor that differ from those of the previous set."""
-    form = spec_of(item.format)
+    form, previous = spec_of(item.format), before.weights
     if previous is None or not form.quantized or item.name not in previous.parts:
         return
-    wanted = [part for part in item.parts if part in previous.location and not part.endswith("weight_shape")]
-    for name, old in read_parts(previous, wanted):
-        new = item.parts[name].detach().cpu()
+    for name in (part for part in item.parts if part in previous.location and not part.endswith("weight_shape")):
+        old, new = before.read(name), item.parts[name]
         if old.shape != new.shape or old.dtype != new.dtype:
             continue
         kind = "scales" if "scale" in name.rpartition(".")[2] else "integers"

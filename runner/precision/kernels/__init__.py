@@ -6,6 +6,7 @@ that are no multiple of 16, and weights too small to pay for a kernel's start. T
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from runner.config.schema import Convention
 from runner.precision import int4
-from runner.precision.checks import as_bf16, check_scale
+from runner.precision.checks import WeightError, as_bf16, check_scale
 from runner.precision.kernels.threads import over_rows
 
 # Importing numba and loading its cached kernels costs 0.4 to 1.5 s once per process, compiling them 4 to 8 s once per
@@ -29,6 +30,10 @@ LOADED_ELEMENTS = 1 << 14
 _LIMITS = {Convention.exact: 0x7F80, Convention.kimi: 0x7F7F, Convention.llmcompressor: 0x7F70}
 _INFINITE = 0x7F80
 _CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}
+
+
+class BadWeights(WeightError):
+    """Some of the tensors that were quantized inside `checked_together` hold NaN, infinities or what overflows."""
 
 
 _seen = {"elements": 0}  # weights that eager torch has handled in this process
@@ -66,6 +71,16 @@ def _suits_gpu(weight: torch.Tensor, group_size: int) -> bool:
     width = weight.shape[-1] if group_size == -1 else group_size
     power_of_two = width & (width - 1) == 0
     return weight.is_cuda and power_of_two and 16 <= width <= 4096 and weight.shape[-1] % width == 0 and _has("triton")
+
+
+def checked_together() -> contextlib.AbstractContextManager[None]:
+    """While it lasts, bad weights on a GPU are not raised one tensor at a time but at its end, as BadWeights, after one wait for
+    the device."""
+    if not torch.cuda.is_available() or not _has("triton"):
+        return contextlib.nullcontext()
+    from runner.precision.kernels import gpu
+
+    return gpu.checked_together()
 
 
 def limit_of(convention: Convention, scale: torch.Tensor | None) -> int:

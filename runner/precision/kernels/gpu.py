@@ -1,20 +1,25 @@
 """INT4 on a GPU, in Triton: quantize-dequantize in place, quantize + pack and unpack, with the bits of `int4.py`.
 
 One program handles a tile of groups [GROUPS, GROUP]; a weight is read once and written once, scales are written beside.
-The arithmetic is the reference's own: IEEE fp32 divisions (`div_rn`), rounded to bf16 by integer arithmetic, so that
-no compiler setting changes a bit. Groups of a power of two from 16 to 4096 along `in`; stacked experts are rows.
+One IEEE fp32 division (`div_rn`) per group, products rounded to bf16 by integer arithmetic, so that no compiler setting
+changes a bit. Groups of a power of two from 16 to 4096 along `in`; stacked experts are rows.
 
 The kernels run on a CPU too, through Triton's interpreter (TRITON_INTERPRET=1): that is how CI tests their bits.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from runner.config.schema import Convention
-from runner.precision import int4
+from runner.precision import int4, kernels
 from runner.precision.checks import as_bf16, check_scale
 
 TILE = 4096  # weights per program
@@ -48,16 +53,24 @@ def _scale_bits(amax_bits, CONVENTION: tl.constexpr):
 
 
 @triton.jit
-def _integers(bits, scale, CONVENTION: tl.constexpr):
-    """Integers (int32) of bf16 bits [GROUPS, GROUP] with fp32 scales [GROUPS, 1]."""
-    magnitude = _from_bf16_bits(bits & 0x7FFF)
-    quotient = _from_bf16_bits(_round_to_bf16_bits(tl.div_rn(magnitude, scale + tl.zeros_like(magnitude))))
-    # half to even: below 8.5 the fp32 sum with 2^23 rounds to an integer; larger quotients are clamped first
-    count = ((tl.minimum(quotient, 8.0) + 8388608.0) - 8388608.0).to(tl.int32)
-    negative = (bits & 0x8000) != 0
-    largest = tl.where(negative, 8 if CONVENTION == 2 else 7, 7)
-    count = tl.minimum(count, largest)
-    return tl.where(negative, -count, count)
+def _quotients(bits, scale, CONVENTION: tl.constexpr):
+    """bf16(weight / scale), clamped to the integers' range, fp32: bf16 bits [GROUPS, GROUP] (int32), fp32 scales [GROUPS].
+
+    One division per group: bf16(weight * (1 / scale)) is bf16(weight / scale). Where bf16 rounds up or down is decided at numbers
+    B / 2^j with B odd and 9 bits long. A quotient of 8-bit significands m / n is never one of them (the odd part of B * n has 9
+    bits or more, m has not), so it differs from each by more than 2^-18 of itself; roundings to fp32 move it by less than 2^-22.
+    Scales far from 1 are brought near it by 2^64 or 2^-64 along with their weights, so that neither the reciprocal nor a product
+    that matters leaves fp32's normal numbers; what overflows is clamped, what underflows rounds to 0. tests/test_reciprocal.py
+    has every pair.
+    """
+    shift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # below 2^-60: 2^64
+    shift = tl.where(scale > 1152921504606846976.0, 5.421010862427522e-20, shift)  # above 2^60: 2^-64
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale * shift)
+    quotient = (_from_bf16_bits(bits) * shift[:, None]) * reciprocal[:, None]
+    rounded = quotient.to(tl.int32, bitcast=True)
+    quotient = ((rounded + 0x7FFF + ((rounded >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    low = -8.0 if CONVENTION == 2 else -7.0
+    return tl.minimum(tl.maximum(quotient, low), 7.0)
 
 
 @triton.jit
@@ -65,17 +78,21 @@ def _load_groups(weight, first, groups, GROUPS: tl.constexpr, GROUP: tl.constexp
     rows = first + tl.arange(0, GROUPS)
     offsets = rows.to(tl.int64)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (rows < groups)[:, None]
-    return tl.load(weight + offsets, mask=inside, other=0).to(tl.int32) & 0xFFFF, offsets, inside, rows
+    return tl.load(weight + offsets, mask=inside, other=0).to(tl.int32), offsets, inside, rows
 
 
 @triton.jit
-def _group_scales(bits, scales, rows, groups, CONVENTION: tl.constexpr, KEEP: tl.constexpr):
+def _group_scales(bits, scales, largest, rows, groups, limit, CONVENTION: tl.constexpr, KEEP: tl.constexpr):
+    """(fp32 scales, amax bits) of the groups; `largest` hears of bad ones only."""
+    amax = tl.max(bits & 0x7FFF, axis=1)
+    worst = tl.max(amax, axis=0)
+    tl.atomic_max(largest, worst, mask=worst >= limit, sem="relaxed")
     if KEEP:
         scale = tl.load(scales + rows, mask=rows < groups, other=0x3C00).to(tl.int32) & 0xFFFF
     else:
-        scale = _scale_bits(tl.max(bits & 0x7FFF, axis=1), CONVENTION)
+        scale = _scale_bits(amax, CONVENTION)
         tl.store(scales + rows, scale.to(tl.int16), mask=rows < groups)
-    return _from_bf16_bits(scale)[:, None]
+    return _from_bf16_bits(scale), amax
 
 
 @triton.jit
@@ -84,24 +101,24 @@ def _quantize_dequantize_kernel(
     CONVENTION: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     bits, offsets, inside, rows = _load_groups(weight, tl.program_id(0) * GROUPS, groups, GROUPS, GROUP)
-    amax = tl.max(bits & 0x7FFF, axis=1)
-    tl.atomic_max(largest, tl.max(amax, axis=0))
-    scale = _group_scales(bits, scales, rows, groups, CONVENTION, KEEP)
-    product = _integers(bits, scale, CONVENTION).to(tl.float32) * scale
-    # +0.0 where an integer is 0, and bad groups stay as they came in, so that the error can say what they hold
-    writable = inside & (amax < limit)[:, None]
-    tl.store(weight + offsets, _round_to_bf16_bits(product).to(tl.int16), mask=writable)
+    scale, amax = _group_scales(bits, scales, largest, rows, groups, limit, CONVENTION, KEEP)
+    # half to even: the sum with 1.5 * 2^23 rounds to an integer; x - x is +0.0, as in the reference
+    integers = (_quotients(bits, scale, CONVENTION) + 12582912.0) - 12582912.0
+    product = _round_to_bf16_bits(integers * scale[:, None])
+    # bad groups stay as they came in, so that the error can say what they hold
+    tl.store(weight + offsets, tl.where((amax < limit)[:, None], product, bits).to(tl.int16), mask=inside)
 
 
 @triton.jit
 def _quantize_pack_kernel(
-    weight, scales, packed, largest, groups,
+    weight, scales, packed, largest, groups, limit,
     CONVENTION: tl.constexpr, KEEP: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     bits, _offsets, _inside, rows = _load_groups(weight, tl.program_id(0) * GROUPS, groups, GROUPS, GROUP)
-    tl.atomic_max(largest, tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0))
-    scale = _group_scales(bits, scales, rows, groups, CONVENTION, KEEP)
-    nibbles = tl.reshape(_integers(bits, scale, CONVENTION) + 8, (GROUPS, GROUP // 8, 8))
+    scale, _amax = _group_scales(bits, scales, largest, rows, groups, limit, CONVENTION, KEEP)
+    # the low bits of the sum with 1.5 * 2^23 + 8 are the integer + 8
+    nibbles = (_quotients(bits, scale, CONVENTION) + 12582920.0).to(tl.int32, bitcast=True) & 15
+    nibbles = tl.reshape(nibbles, (GROUPS, GROUP // 8, 8))
     words = tl.sum(nibbles << (4 * tl.arange(0, 8))[None, None, :], axis=2)  # nibbles do not overlap: a sum is an or
     columns = rows.to(tl.int64)[:, None] * (GROUP // 8) + tl.arange(0, GROUP // 8)[None, :]
     tl.store(packed + columns, words, mask=(rows < groups)[:, None])
@@ -125,11 +142,43 @@ def _scales_for(weight: torch.Tensor, width: int, scale: torch.Tensor | None) ->
     return scale.to(torch.bfloat16).contiguous()
 
 
-def _raise_if_bad(
-    largest: torch.Tensor, limit: int, weight: torch.Tensor, group_size: int, convention: Convention, scale: torch.Tensor | None
-) -> None:
-    if int(largest) >= limit:
-        int4.quantize(weight, group_size, convention, scale)  # raises, with what is wrong
+@dataclass(frozen=True)
+class _Quantized:
+    """What a kernel was given, and where it told of the largest bad amax."""
+
+    largest: torch.Tensor
+    limit: int
+    weight: torch.Tensor
+    group_size: int
+    convention: Convention
+    scale: torch.Tensor | None
+
+
+_later: ContextVar[list[_Quantized] | None] = ContextVar("_later", default=None)
+
+
+@contextlib.contextmanager
+def checked_together() -> Iterator[None]:
+    """Bad groups of the tensors quantized inside raise BadWeights at the end: the host waits once, not per tensor."""
+    found: list[_Quantized] = []
+    token = _later.set(found)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+    if found:
+        limits = torch.tensor([item.limit for item in found])
+        bad = (torch.cat([item.largest for item in found]).cpu() >= limits).sum()
+        if bad:
+            raise kernels.BadWeights(f"{int(bad)} of {len(found)} quantized weights hold NaN, infinities or what overflows")
+
+
+def _check(item: _Quantized) -> None:
+    found = _later.get()
+    if found is not None:
+        found.append(item)
+    elif int(item.largest) >= item.limit:
+        int4.quantize(item.weight, item.group_size, item.convention, item.scale)  # raises, with what is wrong
 
 
 def quantize_dequantize_(
@@ -144,7 +193,7 @@ def quantize_dequantize_(
         weight.detach().view(torch.int16), scales.view(torch.int16), largest, groups, limit,
         CONVENTION=_CONVENTIONS[convention], KEEP=scale is not None, GROUPS=tile, GROUP=width,
     )  # fmt: skip
-    _raise_if_bad(largest, limit, weight, group_size, convention, scale)
+    _check(_Quantized(largest, limit, weight, group_size, convention, scale))
     return scales
 
 
@@ -159,10 +208,10 @@ def quantize_pack(
     largest = torch.zeros(1, dtype=torch.int32, device=source.device)
     tile = max(1, TILE // width)
     _quantize_pack_kernel[(triton.cdiv(groups, tile),)](
-        source.view(torch.int16), scales.view(torch.int16), packed, largest, groups,
+        source.view(torch.int16), scales.view(torch.int16), packed, largest, groups, limit,
         CONVENTION=_CONVENTIONS[convention], KEEP=scale is not None, GROUPS=tile, GROUP=width,
     )  # fmt: skip
-    _raise_if_bad(largest, limit, weight, group_size, convention, scale)
+    _check(_Quantized(largest, limit, weight, group_size, convention, scale))
     return packed, scales
 
 

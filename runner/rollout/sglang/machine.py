@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runner.config import preflight
+from runner.config.packages import tool
 from runner.config.schema import Config, Role
 from runner.errors import UserError
 from runner.models.config_file import CONFIG, architectures_of, read_json
-from runner.rollout.sglang.config import settings
+from runner.rollout.sglang.config import on_cpu, settings
 from runner.rollout.sglang.interface import listen_address
 from runner.weights.transports import TRANSPORTS
 
@@ -18,7 +20,8 @@ REWRITTEN_DRAFTS = ("Qwen3MoeForCausalLM", "MiMoForCausalLM", "DeepseekV3ForCaus
 
 def live_updates(cfg: Config) -> Iterator[UserError]:
     """SGLang restores the weights of experts before a load; its linear layers keep the order of their kernel (Marlin), so that a
-    live update of packed INT4 would be unpacked wrongly."""
+    live update of packed INT4 would be unpacked wrongly. Restoring them in the plugin, as its residency check does with experts,
+    needs the shapes of the checkpoint, which linear layers drop when they are repacked: not done before a GPU can show it."""
     roles = cfg.precision.roles or [Role.routed_expert if cfg.model.num_experts else Role.dense_mlp]
     dense = [role.name for role in roles if role is not Role.routed_expert]
     if cfg.precision.rollout.format == "int4" and dense and cfg.parallelism.rollout_gpus:
@@ -27,6 +30,15 @@ def live_updates(cfg: Config) -> Iterator[UserError]:
             key="precision.roles",
             fix="precision=fp8 or bf16, rollout=local, or 'precision.roles=[routed_expert]' on a mixture of experts",
         )
+
+
+def compilers(cfg: Config) -> Iterator[UserError]:
+    """SGLang compiles its Marlin kernels at the first start of an INT4 server, with nvcc and ninja."""
+    if on_cpu(cfg) or cfg.precision.rollout.format != "int4" or not preflight.visible_gpus():
+        return
+    for name, fix in (("nvcc", "install the CUDA 13 toolkit, or set CUDA_HOME"), ("ninja", "make setup-gpu")):
+        if tool(name) is None:
+            yield UserError(f"SGLang compiles its INT4 kernels with {name}, which is not here", key="rollout=sglang", fix=fix)
 
 
 def transport(cfg: Config) -> Iterator[UserError]:
@@ -88,4 +100,4 @@ def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
     return problems
 
 
-RULES = (live_updates, transport, draft, one_machine)
+RULES = (live_updates, compilers, transport, draft, one_machine)

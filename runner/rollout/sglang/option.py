@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runner.config.option import Need, Option
 from runner.rollout.sglang import machine, rules
-from runner.rollout.sglang.config import SglangRolloutConfig, layout, settings
+from runner.rollout.sglang.config import SglangRolloutConfig, layout, on_cpu, settings
 
 OPTION = Option(
     SglangRolloutConfig,
@@ -13,12 +13,21 @@ OPTION = Option(
     needs=(
         Need("sglang", "sglang", "the servers need SGLang, which is not installed", "make setup-sglang"),
         Need(
+            "sglang-kernel",
+            "sgl_kernel",
+            "SGLang's CUDA kernels (sglang-kernel) are not installed",
+            "make setup-gpu",
+            when=lambda cfg: not on_cpu(cfg),
+            loads="sgl_kernel",
+        ),
+        Need(
             "torch-memory-saver",
             "torch_memory_saver",
             "engines that take turns with the trainer need torch-memory-saver to give memory back; it is not installed",
-            "pip install torch-memory-saver, or parallelism.colocate=false with GPUs of their own",
+            "make setup-gpu, or parallelism.colocate=false with GPUs of their own",
             key="parallelism.colocate",
             when=lambda cfg: layout(cfg).shares_gpus,
+            loads="torch_memory_saver",
         ),
         Need(
             "sglang-router",

@@ -44,6 +44,8 @@ from runner.weights.stream import SealedTensor
 from runner.weights.transports import TRANSPORTS, Site, Transport
 from runner.weights.weight_set import WeightSet
 
+ON_GPUS = {"bf16": "none", "int4": "marlin"}  # rollout format -> how its kernels hold quantized weights; others: as they arrive
+
 
 class SglangPool:
     """Servers start with dummy weights from a config.json; generating or scoring before the first sync is a UserError."""
@@ -307,7 +309,7 @@ class SglangPool:
                     "engine": "sglang",
                     "device": answer["device"],
                     "attention_backend": answer["attention_backend"],
-                    "quantized_weights": "dequantized" if answer["device"] == "cpu" else "marlin",
+                    "quantized_weights": "dequantized" if answer["device"] == "cpu" else ON_GPUS.get(grid.format, grid.format),
                 },
             )
             for answer in self._info

@@ -129,6 +129,11 @@ KNOWN_FAILURES = (
 )
 
 
+NAMES_AN_ERROR = re.compile(r"\s*(\w+\.)*\w*(Error|Exception|error)\b.*: ?\S")
+CHAINS = "exception"  # "During handling of the above exception, ...", "The above exception was the direct cause ..."
+HARMLESS = "with url: /freeze_gc"
+
+
 def last_error(log: Path, start: int) -> str:
     """The last line of the log, from this byte on, that names an error; "" when there is none."""
     try:
@@ -140,8 +145,22 @@ def last_error(log: Path, start: int) -> str:
     for pattern, meaning in KNOWN_FAILURES:
         if any(pattern.search(line) for line in lines):
             return meaning
-    errors = [line.strip() for line in lines if re.match(r"\s*(\w+\.)*\w*(Error|Exception|error)\b.*: ?\S", line)]
+    errors = [line.strip() for line in without_harmless(lines) if NAMES_AN_ERROR.match(line)]
     return errors[-1] if errors else ""
+
+
+def without_harmless(lines: list[str]) -> list[str]:
+    """The lines without tracebacks, each with those that it goes on from, that end with an error known to mean nothing: SGLang
+    asks itself to freeze its garbage collector before it listens, since its own warm-up is skipped."""
+    kept: list[str] = []
+    start = 0  # in `kept`, of the chain of tracebacks that the line belongs to
+    for line in lines:
+        if line.startswith("Traceback (most recent call last)") and not any(CHAINS in said for said in kept[-3:]):
+            start = len(kept)
+        kept.append(line)
+        if NAMES_AN_ERROR.match(line) and HARMLESS in line:
+            del kept[start:]
+    return kept
 
 
 def start_problem(child: Child, seconds: float) -> UserError:

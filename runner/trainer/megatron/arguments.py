@@ -167,7 +167,7 @@ def _experts(cfg: Config) -> Arguments:
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
         "moe_grouped_gemm": cuda,
-        "moe_permute_fusion": cuda,
+        "moe_permute_fusion": cuda and trainer.permute_fusion,
         "moe_router_fusion": cuda and trainer.router_fusion,
         "moe_router_dtype": FULL_ROUTER_DTYPE,
         "moe_router_score_function": model.router_score,

@@ -17,6 +17,7 @@ class MegatronTrainerConfig(TrainerConfig):
     overlap_param_gather: bool = MISSING
     overlap_grad_reduce: bool = MISSING
     gradient_accumulation_fusion: bool = MISSING
+    permute_fusion: bool = MISSING  # Transformer Engine's fused permutation of tokens to experts
     precision_aware_optimizer: bool = MISSING
     router_fusion: bool = MISSING
     moe_token_dispatcher: str = one_of("alltoall", "allgather", "flex")

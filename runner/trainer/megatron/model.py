@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import GPTModel, gpt_model
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -25,6 +28,7 @@ from runner.trainer.megatron import arguments, names, rope
 from runner.trainer.megatron.sources import Read
 from runner.trainer.megatron.specs import decoder_spec
 
+FUSION = "fused_weight_gradient_mlp_cuda"  # APEX's extension
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -96,21 +100,41 @@ def transformer_config(cfg: Config, hf_config: dict[str, Any]) -> TransformerCon
 def build_gpt(cfg: Config, config: TransformerConfig, hf_config: dict[str, Any]) -> GPTModel:
     """This pipeline stage's layers, on the rank's device in the base dtype, weights not yet loaded."""
     RouterReplay.clear_global_router_replay_instances()  # Megatron keeps them in a class-wide list
-    model = PolicyModel(
-        config=config,
-        transformer_layer_spec=decoder_spec(
-            config, cuda=arguments.Device.of(cfg).cuda, output_bias=names.output_bias(cfg.model, family_of(cfg.model))
-        ),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **arguments.gpt_model(cfg),
-    )
+    with plain_output_layer():
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=decoder_spec(
+                config, cuda=arguments.Device.of(cfg).cuda, output_bias=names.output_bias(cfg.model, family_of(cfg.model))
+            ),
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **arguments.gpt_model(cfg),
+        )
     model.padding_idx = hf_config.get("pad_token_id")
     rope.install(model, cfg.model)
     if arguments.Device.of(cfg).cuda:
         model.cuda(torch.cuda.current_device())
     _own_expert_replicas(model)
     return model
+
+
+@contextlib.contextmanager
+def plain_output_layer() -> Iterator[None]:
+    """Megatron's own column-parallel layers, of which a GPT on CUDA has one, its output layer, do not fuse the accumulation of
+    their gradient where APEX's extension is missing: they raise otherwise. Transformer Engine's layers fuse by themselves.
+    """
+    real = gpt_model.tensor_parallel.ColumnParallelLinear
+
+    def build(*args: Any, config: TransformerConfig, **kwargs: Any) -> Any:
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion = own.gradient_accumulation_fusion and find_spec(FUSION) is not None
+        return real(*args, config=own, **kwargs)
+
+    gpt_model.tensor_parallel.ColumnParallelLinear = build
+    try:
+        yield
+    finally:
+        gpt_model.tensor_parallel.ColumnParallelLinear = real
 
 
 def _own_expert_replicas(model: GPTModel) -> None:

@@ -19,6 +19,7 @@ from runner.config.schema import ModelConfig
 from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models.family import Family
+from runner.precision import kernels
 from runner.precision.codec import Scales, encode, fused_scales, module_of, quantize_dequantize, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
@@ -101,6 +102,16 @@ class WeightQuantizer:
     @torch.no_grad()
     def quantize_(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Quantize in place every weight that the plan quantizes; `weights` hold bf16(master). Keeps the scales."""
+        try:
+            with kernels.checked_together():
+                self._quantize_each_(weights)
+        except kernels.BadWeights:  # told for all tensors at once; bad groups are as they came in, so one of these says which
+            for name in self.layout.quantized:
+                for _, view in self.layout.parts(name, weights[name]):
+                    quantize_dequantize(view, self.layout.formats[name], None, name)
+            raise
+
+    def _quantize_each_(self, weights: Mapping[str, torch.Tensor]) -> None:
         fused: dict[str, Scales] = {}
         for name in self.layout.quantized:
             if name not in fused:  # before the first of them changes

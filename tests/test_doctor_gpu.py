@@ -1,0 +1,84 @@
+"""`doctor gpu`: its parts on a CPU, its refusal without a GPU, its report. What only a GPU shows is not shown here."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from runner.doctor import gpu
+from runner.doctor.findings import Finding, Status
+from runner.errors import UserError
+from runner.precision import kernels
+from tests.configs import composed
+
+CPU = torch.device("cpu")
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=160, color_system=None)
+
+
+def test_it_refuses_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch finds none here"):
+        gpu.check_gpu(composed(), quiet())
+
+
+def test_kernels_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = gpu.kernel_bits(CPU)
+    assert finding.status is Status.ok and finding.found.startswith("45 of 45 cases")
+    real = kernels.quantize_pack
+
+    def wrong(weight: torch.Tensor, group: int, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, scale = real(weight, group, *rest)  # type: ignore[arg-type]
+        if group == 128:
+            packed.view(-1)[5] ^= 1
+        return packed, scale
+
+    monkeypatch.setattr(kernels, "quantize_pack", wrong)
+    (finding,) = gpu.kernel_bits(CPU)
+    assert finding.status is Status.fail and "group 128" in finding.found and "36 of 45" in finding.found
+
+
+def test_speeds_are_shares_of_a_copy() -> None:
+    found = {finding.name: finding for finding in gpu.kernel_speed(CPU, shape=(2, 64, 256))}
+    assert set(found) == {"INT4 quantize-dequantize", "INT4 quantize + pack", "INT4 unpack"}
+    assert all("of copy" in finding.found for finding in found.values())
+
+
+def test_the_engines_kernels_and_the_trainer() -> None:
+    (finding,) = gpu.engine_kernels(CPU)
+    assert finding.status is Status.ok, finding
+    found = {finding.name: finding.status for finding in gpu.trainer_step(gpu.trainer_config("cpu"))}
+    assert found == {"trainer step": Status.ok, "trainer sleep and wake": Status.ok}
+    (finding,) = gpu.fp8_matmuls(CPU)
+    assert "not asked" in finding.found
+
+
+def test_the_server_configs_pass_the_rules() -> None:
+    for precision in gpu.SERVED:
+        cfg = gpu.server_config(precision)
+        assert cfg.precision.name == precision and cfg.parallelism.rollout_gpus == 1
+
+
+def test_a_part_that_breaks_is_a_line_of_the_report(tmp_path: Path) -> None:
+    def fine() -> Iterator[Finding]:
+        yield Finding("a", Status.ok, "x")
+
+    def breaks() -> Iterator[Finding]:
+        raise UserError("no kernels [sm_90] here")
+        yield
+
+    console = quiet()
+    assert gpu.report({"a": fine, "b": breaks}, tmp_path, gpu.card(CPU), console) == 1
+    content = json.loads(next(tmp_path.glob("doctor-gpu-*.json")).read_text())
+    assert [line["status"] for line in content["findings"]] == ["ok", "FAIL"] and not content["passed"]
+    assert content["findings"][1]["found"] == "no kernels [sm_90] here"
+    assert content["card"] == "CPU" and content["torch"] == torch.__version__
+    assert "no kernels [sm_90] here" in next(tmp_path.glob("doctor-gpu-*.txt")).read_text()
