@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -108,7 +109,13 @@ def score_tokens(
     """
 
     def part(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(rows).float()
+        logits = head(rows)
+        if softmax is whole_vocabulary and logits.is_cuda and find_spec("triton"):
+            from runner.trainer.fused_scores import FusedScores
+
+            scores: tuple[torch.Tensor, torch.Tensor] = FusedScores.apply(logits, wanted, temperature, entropy_grad)
+            return scores
+        logits = logits.float()
         if temperature != 1.0:
             logits = logits / temperature
         return softmax(logits, wanted, entropy_grad)

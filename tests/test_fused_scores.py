@@ -1,0 +1,73 @@
+"""Fused logprobs and entropies against torch's: through Triton's interpreter on a CPU, for real wherever there is a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runner.trainer import microbatch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+runs_here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="run below, in an interpreting process")
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")
+def test_the_tests_below_pass_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "kernel"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert "skipped" not in result.stdout and "passed" in result.stdout
+
+
+@needs_triton
+@runs_here
+@pytest.mark.parametrize("columns", [37, 4096, 9001])
+@pytest.mark.parametrize("entropy_grad", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kernel_gives_the_scores_and_gradients_of_torch(columns: int, entropy_grad: bool, temperature: float) -> None:
+    from runner.trainer.fused_scores import FusedScores
+
+    generator = torch.Generator().manual_seed(columns)
+    logits = (torch.randn(5, columns + 3, generator=generator) * 6).to(DEVICE)[:, :columns]  # rows apart from each other
+    logits[1, 3] = 120.0  # one certain token: the others' exponentials vanish
+    targets = torch.tensor([0, 3, 5, columns - 1, 7], device=DEVICE)
+    weight, entropy_weight = torch.randn(2, 5, generator=generator).to(DEVICE)
+    results = []
+    for dtype, fused in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        own = logits.detach().to(dtype).requires_grad_()
+        if fused:
+            logprobs, entropy = FusedScores.apply(own, targets, temperature, entropy_grad)
+        else:
+            logprobs, entropy = microbatch.whole_vocabulary(own / temperature, targets, entropy_grad)
+        loss = (logprobs * weight).sum()
+        if entropy_grad:
+            loss = loss + (entropy * entropy_weight).sum()
+        assert entropy.requires_grad == entropy_grad
+        loss.backward()
+        results.append((logprobs.detach(), entropy.detach(), own.grad))
+    for true, eager, got in zip(*results, strict=True):
+        assert true.abs().max() > 0.1
+        worst = float((eager - true).abs().max())
+        assert float((got - true).abs().max()) <= 4 * worst + 1e-4, worst  # 1e-4: some last bits of the largest logit
+
+
+@needs_triton
+@runs_here
+def test_kernel_takes_no_rows_and_its_gradients_sum_to_nothing() -> None:
+    from runner.trainer.fused_scores import FusedScores
+
+    logits = torch.randn(3, 64, device=DEVICE, dtype=torch.float32).requires_grad_()
+    empty = FusedScores.apply(logits[:0], torch.empty(0, dtype=torch.int64, device=DEVICE), 1.0, False)
+    assert [len(scores) for scores in empty] == [0, 0]
+    FusedScores.apply(logits, torch.tensor([1, 2, 3], device=DEVICE), 1.0, False)[0].sum().backward()
+    assert logits.grad is not None and torch.allclose(logits.grad.sum(1), torch.zeros(3, device=DEVICE), atol=1e-5)
