@@ -71,3 +71,12 @@ def test_kernel_takes_no_rows_and_its_gradients_sum_to_nothing() -> None:
     assert [len(scores) for scores in empty] == [0, 0]
     FusedScores.apply(logits, torch.tensor([1, 2, 3], device=DEVICE), 1.0, False)[0].sum().backward()
     assert logits.grad is not None and torch.allclose(logits.grad.sum(1), torch.zeros(3, device=DEVICE), atol=1e-5)
+
+
+def test_they_are_refused_on_a_cpu() -> None:
+    from runner.config.option import option_of
+    from tests.configs import composed
+
+    cfg = composed(**{"trainer.fused_scores": True, "trainer.device": "cpu"})
+    (problem,) = [problem for rule in option_of(cfg.trainer).machine for problem in rule(cfg)]
+    assert problem.key == "trainer.fused_scores" and "CPU" in problem.problem

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -101,16 +100,18 @@ def score_tokens(
     chunk: int,
     entropy_grad: bool,
     softmax: Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]] = whole_vocabulary,
+    fused: bool = False,
 ) -> TokenScores:
     """Logprobs and entropies of hidden states [N, H] through the output layer, `chunk` rows of [chunk, V] fp32 at a time.
 
     With several chunks each is recomputed in the backward, so no more than one chunk of logits ever exists. `softmax`
-    turns logits into scores; where the vocabulary is divided over ranks it also communicates.
+    turns logits into scores; where the vocabulary is divided over ranks it also communicates. `fused`: by Triton kernels in its
+    place, on a GPU.
     """
 
     def part(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = head(rows)
-        if softmax is whole_vocabulary and logits.is_cuda and find_spec("triton"):
+        if fused:
             from runner.trainer.fused_scores import FusedScores
 
             scores: tuple[torch.Tensor, torch.Tensor] = FusedScores.apply(logits, wanted, temperature, entropy_grad)

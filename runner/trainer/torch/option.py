@@ -19,6 +19,7 @@ from runner.errors import UserError
 class TorchTrainerConfig(TrainerConfig):
     master_weights: bool = MISSING  # fp32 masters of bf16 weights; false: train base_dtype weights directly
     device: str = one_of("auto", "cpu", "cuda")
+    fused_scores: bool = MISSING  # logprobs and entropies by Triton kernels, runner/trainer/fused_scores.py
 
 
 def settings(cfg: Config) -> TorchTrainerConfig:
@@ -54,6 +55,9 @@ def fp8(cfg: Config) -> Iterator[UserError]:
 
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("trainer.device", settings(cfg).device)
+    if settings(cfg).fused_scores and (settings(cfg).device == "cpu" or not preflight.visible_gpus()):
+        key = "trainer.fused_scores"
+        yield UserError("fused scores are GPU kernels, the trainer runs on the CPU", key=key, fix=f"{key}=false")
 
 
 OPTION = Option(TorchTrainerConfig, rules=(one_process, fp8), machine=(device,), trainer=layout)

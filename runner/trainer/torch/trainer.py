@@ -206,7 +206,9 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         head = self.model.get_output_embeddings()
         assert isinstance(head, nn.Module)
         chunk, entropy_grad = self.config.logprob_chunk_tokens, self.cfg.algorithm.entropy_coef != 0
-        return microbatch.score_tokens(rows, head, micro.targets, temperature, chunk, entropy_grad)
+        return microbatch.score_tokens(
+            rows, head, micro.targets, temperature, chunk, entropy_grad, fused=self.config.fused_scores
+        )
 
     @contextmanager
     def _replaying(self, samples: Sequence[Sample] | None, micro: MicroBatch) -> Iterator[CurrentRoutes | None]:
