@@ -11,6 +11,8 @@ from runner.turns.context import Context, Engine
 from runner.turns.failure import Failed
 from runner.turns.transcript import Transcript
 
+SHOWN_CHARACTERS = 10_000  # of an observation that only people see
+
 
 class Environment(Protocol):
     """What `task.rollout.environment` names: made anew for every sample as `Environment(**task.rollout.arguments)`.
@@ -47,9 +49,8 @@ async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
             observation, done, info = _answer(await context.call(environment.step, turn.text))
             _reward(talk, info)
             if done:
-                talk.turns.append(
-                    {"by": "environment", "text": str(observation), "left_out": True} if observation else {"by": "end"}
-                )
+                if isinstance(observation, str) and observation:
+                    talk.turns.append({"by": "environment", "text": observation[:SHOWN_CHARACTERS], "left_out": True})
                 return talk.sample(reason="done")
             if not talk.observe(observation):
                 return talk.sample()
