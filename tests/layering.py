@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
-    "algorithms.estimators", "algorithms", "tasks", "weights", "weights.transports", "config.rules", "tracking", "rollout",
-    "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local", "rollout.sglang.plugin",
-    "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
+    "algorithms.estimators", "algorithms", "tasks", "weights", "weights.transports", "config.rules", "cluster", "tracking",
+    "rollout", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local",
+    "rollout.sglang.plugin", "rollout.sglang", "cluster.local", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",
@@ -34,6 +34,7 @@ BACK = {
     ("precision", "convert"): "the audit reads published folders",
     ("precision", "rollout"): "the audit reads what an engine says of itself",
     ("rollout.sglang.plugin", "rollout.sglang"): "names and addresses that the pool and its servers agree on",
+    ("cluster", "cluster.local"): "the launcher that a config names",
     ("weights.transports", "rollout.sglang"): "the type of the section that p2p's options stand in, for checkers only",
     ("tracking", "run"): "the name of an event",
     ("trainer", "trainer.torch"): "FP8 matmuls wrap the quantized weights of the torch trainer",

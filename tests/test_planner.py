@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from runner.cluster.placement import coordinates, place, placement_problems
 from runner.config.compose import load_config
 from runner.config.schema import Config, Convention, QatPlacement, Role
 from runner.errors import UserError
@@ -24,7 +25,6 @@ from runner.planner.memory import (
     state_shares,
 )
 from runner.planner.parameters import stage_layers, take_inventory
-from runner.planner.placement import coordinates, place, placement_problems
 from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runner.errors import UserError
 
@@ -144,7 +144,18 @@ def last_error(log: Path, start: int) -> str:
     return errors[-1] if errors else ""
 
 
-def start_problem(child: Child, seconds: float) -> UserError:
+class Started(Protocol):
+    """A process that was started here or on another node."""
+
+    title: str
+    log: Path
+
+    def alive(self) -> bool: ...
+
+    def failure(self) -> str: ...
+
+
+def start_problem(child: Started, seconds: float) -> UserError:
     """For a process that ended or did not answer while it started."""
     fix = f"look at {child.log}"
     if child.alive():

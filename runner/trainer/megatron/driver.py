@@ -10,12 +10,13 @@ from typing import Literal
 
 import torch
 
+from runner.cluster import launcher_of
+from runner.cluster.launcher import Ranks
 from runner.config.schema import Config
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError, UserErrors
 from runner.models.images import PromptImage
 from runner.trainer.megatron import arguments, untrusted
-from runner.trainer.megatron.ranks import LocalRanks
 from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 
@@ -36,7 +37,7 @@ class MegatronTrainer(PolicyTrainer):
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             initial_folder(start)  # before processes are started for nothing
         self._version = 0
-        self.ranks = LocalRanks(cfg, run_dir)
+        self.ranks = launcher_of(cfg).ranks(cfg, run_dir)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             self.ranks.call("start_from", initial_folder(start))
 
@@ -111,7 +112,7 @@ class MegatronTrainer(PolicyTrainer):
 class RankSaving:
     """`runner.trainer.protocol.Saving` of all ranks."""
 
-    def __init__(self, ranks: LocalRanks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
     def finished(self) -> bool:
