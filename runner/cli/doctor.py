@@ -16,6 +16,10 @@ def start(command: Command) -> int:
         from runner.doctor.engine import check_engine
 
         return check_engine(config, make_console())
+    if command.words == ["cluster"]:
+        from runner.doctor.cluster import check_cluster
+
+        return show("The cluster", check_cluster(config), make_console())
     from runner.doctor.machine import check_machine
 
     return show("This machine", check_machine(config), make_console())
@@ -23,18 +27,20 @@ def start(command: Command) -> int:
 
 VERB = Verb(
     name="doctor",
-    summary="check this machine; doctor engine checks what the engines really compute with",
-    usage="[machine|engine] [key=value ...]",
+    summary="check this machine; doctor engine: what the engines really compute with; doctor cluster: the nodes",
+    usage="[machine|engine|cluster] [key=value ...]",
     about="""doctor          what this machine has and lacks
 doctor engine   recover the weights that an engine really computes with, through its own kernels, and compare them with the plan
+doctor cluster  what every node of cluster=ray has, what differs between them, and how fast they talk
 Exit code 0: nothing failed; 1: something did; 2: a mistake to mend.""",
     examples=(
         ("doctor", "cores, memory, disk, GPUs, packages"),
         ("doctor engine", "the engine of the default run"),
         ("doctor engine rollout=sglang precision=fp8", "real SGLang servers, in FP8"),
+        ("doctor cluster recipe=qwen3_235b_int4 cluster.address=10.0.0.1:6379", "its eight nodes, before the run"),
     ),
     start=start,
-    words=("machine", "engine"),
+    words=("machine", "engine", "cluster"),
     groups=True,
     flags=config_flags,
 )

@@ -52,6 +52,9 @@ class EngineProcess(Protocol):
     def url(self) -> str:
         """Where it answers; known once it was started."""
 
+    def client(self, session: Any, api_key: str, *seconds: float) -> Any:
+        """Of the started server: a runner.rollout.sglang.client.Client."""
+
     def start(self) -> None:
         """Start the process; whether it answers is the client's to find out. May be called again after `kill`."""
 
@@ -70,8 +73,19 @@ class EngineProcess(Protocol):
 class Launcher(Protocol):
     """One of `cluster`'s."""
 
+    publishes: bool  # the trainer's ranks write the rollout's weights on every node, instead of streaming them to the driver
+
+    def host(self, cfg: Config) -> str:
+        """The driver's address, where the processes of every node reach it."""
+
     def ranks(self, cfg: Config, run_dir: Path | None) -> Ranks:
         """Start the trainer's ranks, as `placement` has them; returns when all have built their model."""
 
     def engines(self, cfg: Config, orders: list[EngineOrder], scratch: Path) -> list[EngineProcess]:
         """Servers that have not been started yet. `scratch`: a folder of this machine, removed by whoever made it."""
+
+    def forget_weights(self, folders: list[str]) -> None:
+        """Remove these folders of published weights on every node."""
+
+    def close(self) -> None:
+        """End everything that was started."""

@@ -74,13 +74,14 @@ def _packages(cfg: Config) -> Iterator[UserError]:
         for need in choice.option.needs:
             if need.when(cfg) and not installed(need.module):
                 yield UserError(need.problem, key=need.key or str(choice), fix=need.fix)
-    launcher = f"runner.cluster.{cfg.cluster.launcher}"
-    if cfg.cluster.plan_only or (cfg.cluster.launcher != "local" and not installed(launcher)):
+    if cfg.cluster.plan_only:
         yield UserError(
-            f"this version of runner plans for it and does not run on it yet ({launcher})",
-            key=f"cluster={cfg.cluster.name}",
-            fix="`plan` shows the run; cluster=local runs on one machine",
+            f"cluster={cfg.cluster.name} is a scheduler, which starts a job",
+            key="cluster",
+            fix=f"{command('submit', '...', f'cluster={cfg.cluster.name}')} writes the job, cluster=ray is what it runs on",
         )
+    if cfg.cluster.launcher == "ray" and not installed("ray"):
+        yield UserError("ray is not installed", key="cluster=ray", fix="pip install ray")
 
 
 def _files(cfg: Config) -> Iterator[UserError]:

@@ -18,6 +18,7 @@ import torch
 from hydra.utils import get_class
 from transformers import PreTrainedTokenizerBase
 
+from runner.cluster import opened
 from runner.config import preflight
 from runner.config.option import option_of, shares_gpus, trainer_layout
 from runner.config.overrides import command, typed
@@ -79,7 +80,11 @@ def main(cfg: Config, overrides: list[str]) -> int:
     preflight.check(cfg)
     tokenizer = load_tokenizer(cfg.model)
     ends = end_tokens(cfg.model, tokenizer, cfg.rollout.sampling.stop_token_ids)
-    with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
+    with (
+        opened(cfg),
+        open_folder(cfg, overrides) as folder,
+        StopSignal().installed() as stop,
+    ):  # Ray takes SIGTERM: ours comes after
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
 
         def begin() -> CompositeTracker:

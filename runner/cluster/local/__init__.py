@@ -10,7 +10,14 @@ from runner.config.schema import Config
 
 
 class LocalLauncher:
-    """See the protocol."""
+    """See the protocol. Trainer and pool end what they asked for."""
+
+    publishes = False
+
+    def host(self, cfg: Config) -> str:
+        from runner.rollout.sglang.interface import listen_address
+
+        return listen_address(cfg.cluster)
 
     def ranks(self, cfg: Config, run_dir: Path | None) -> Ranks:
         from runner.trainer.megatron.ranks import LocalRanks
@@ -23,3 +30,7 @@ class LocalLauncher:
         (node,) = placement(cfg).nodes
         site = Site.here(cfg, scratch, ranks=sum(place.ranks for place in node.engines))
         return [site.server(order, node.engines[order.index].device) for order in orders]
+
+    def forget_weights(self, folders: list[str]) -> None: ...
+
+    def close(self) -> None: ...

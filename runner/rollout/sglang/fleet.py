@@ -14,7 +14,7 @@ import aiohttp
 from runner.cluster.launcher import EngineProcess
 from runner.data import Sample, Status
 from runner.errors import Failure, UserError
-from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
+from runner.rollout.sglang.client import EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.delivery import Delivery
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, version_of_label
@@ -77,7 +77,7 @@ class Fleet:
             await asyncio.to_thread(engine.server.start)  # on another node it takes a moment
             assert self._session is not None
             seconds = (self.settings.request_seconds, self.settings.startup_seconds)
-            engine.client = Client(self._session, engine.server.url, self._api_key, *seconds)
+            engine.client = engine.server.client(self._session, self._api_key, *seconds)
             if await wait_until_ready(engine.client, engine.server.alive, self.settings.startup_seconds):
                 engine.up = True
                 return

@@ -31,7 +31,7 @@ from runner.rollout.sglang.client import EngineFailure, Refused
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.fleet import EngineUpdate, Fleet, Settings
-from runner.rollout.sglang.interface import listen_address, name_of
+from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
 from runner.routing.routes import RouteError
@@ -69,7 +69,7 @@ class SglangPool:
         self._logs = self._own_logs or cast(Path, run_dir) / "logs"
         self._loop = BackgroundLoop("sglang-pool")
         api_key = secrets.token_urlsafe(32)
-        self._host = listen_address(cfg.cluster)
+        self._host = launcher_of(cfg).host(cfg)
         chosen = transport or TRANSPORTS[self._rollout.weight_transport]
         self.driver = chosen.driver(self._site())
         self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self.driver, self._router(api_key))

@@ -51,7 +51,8 @@ class Child:
         raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONUNBUFFERED": "1"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # the token of a cluster
+        return {**inherited, "PYTHONUNBUFFERED": "1"}
 
     def launch(self, asked: dict[str, Any]) -> None:
         """Start the process and tell it `asked` and the key."""

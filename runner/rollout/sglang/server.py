@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from runner.cluster.launcher import EngineOrder
 from runner.config.schema import Config
 from runner.cores import available_cores
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.sglang.client import Client
 from runner.rollout.sglang.config import on_cpu
 from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import listen_address, name_of
@@ -56,6 +59,9 @@ class Server(Child):
         if group is not None:
             remove_shared_files(group)
 
+    def client(self, session: aiohttp.ClientSession, api_key: str, *seconds: float) -> Client:
+        return Client(session, self.url, api_key, *seconds)
+
     def environment(self) -> dict[str, str]:
         env = super().environment()
         if self.scratch is not None:
@@ -92,10 +98,11 @@ class Site:
     threads: int
 
     @staticmethod
-    def here(cfg: Config, scratch: Path, *, ranks: int) -> Site:
-        """This machine, which `ranks` of all its servers share; UserError when it does not have `cluster.interface`."""
+    def here(cfg: Config, scratch: Path, *, ranks: int, host: str | None = None) -> Site:
+        """This machine, which `ranks` of all its servers share; UserError when it does not have `cluster.interface`. `host`: the
+        address, where it is known."""
         write_model_folder(cfg.model, PrecisionPlan.build(cfg.model, cfg.precision, "rollout"), scratch / "model")
-        return Site(cfg, scratch, listen_address(cfg.cluster), threads_per_rank(ranks))
+        return Site(cfg, scratch, host or listen_address(cfg.cluster), threads_per_rank(ranks))
 
     def server(self, order: EngineOrder, device: int) -> Server:
         """`device`: the first of its GPUs, as an index among those that are visible here."""

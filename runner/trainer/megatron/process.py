@@ -107,17 +107,21 @@ def run(worker: Any, name: str, arguments: tuple[Any, ...]) -> Any:
 
 def parts(items: Iterator[Any]) -> Iterator[Any]:
     """Lists of items with up to PART_BYTES of tensors; a wire.Failure where the generator fails."""
-    part, size = [], 0
-    try:
-        for item in items:
-            part.append(item)
-            size += sum(tensor.numel() * tensor.element_size() for tensor in item.parts.values())
-            if size >= PART_BYTES:
-                yield part
-                part, size = [], 0
-    except BaseException as error:
-        yield failure(error)
-        return
+    part: list[Any] = []
+    size = 0
+    while True:
+        try:
+            item = next(items, None)
+        except BaseException as error:
+            yield failure(error)
+            return
+        if item is None:
+            break
+        part.append(item)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in item.parts.values())
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
     if part:
         yield part
 
