@@ -12,9 +12,9 @@ from runner.cluster.placement import Place, Placement, place, placement, placeme
 from runner.config.option import one_process
 from runner.config.schema import Config
 from runner.planner.fit import largest_max_tokens, what_would_fit
-from runner.planner.memory import MemoryPlan, Phase, plan_memory
+from runner.planner.memory import MemoryPlan, Phase, plan_memory, stream_bytes
 from runner.planner.parameters import Inventory, take_inventory
-from runner.planner.traffic import bf16_stream_bytes, step_flows, stream_bytes, sync_flows
+from runner.planner.traffic import bf16_stream_bytes, step_flows, sync_flows
 from runner.planner.workload import GIB, longest_sequence_tokens
 from runner.precision.tensor_format import TensorFormat
 

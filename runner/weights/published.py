@@ -16,8 +16,6 @@ from runner.weights.bits import Changes
 from runner.weights.stream import digest
 from runner.weights.weight_set import WeightSet
 
-ROOT = "RUNNER_NODE_WEIGHTS"  # environment variable: the folder of this node in which published sets lie
-
 
 @dataclass(frozen=True)
 class Published:

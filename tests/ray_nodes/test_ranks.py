@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from runner.errors import Failure, UserError
+from runner.routing.reference import RouteRef
 from runner.trainer.megatron import MegatronTrainer
 from runner.trainer.megatron.ranks import RankFailure
 from runner.weights.published import PublishedTensor, collect, read_back, sum_of
@@ -58,6 +59,10 @@ def strike(trainer: MegatronTrainer, harm: Callable[[], None]) -> tuple[RankFail
 
 def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     """Bit for bit, and what the ranks publish on both nodes is what the local export sends."""
+    import ray
+
+    from runner.cluster.ray.clients import Stored
+
     local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4"))
     expected = run(local, local.cfg)
     local.close()
@@ -67,6 +72,11 @@ def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     trainer = MegatronTrainer(cfg)
     found = run(trainer, cfg)
     assert torch.equal(found.logprobs, expected.logprobs) and found.metrics == expected.metrics
+    plain, referred = batch(cfg, seed=9), batch(cfg, seed=9)
+    for sample in referred.samples:
+        sample.routes = RouteRef((Stored(ray.put(sample.routes.numpy())),), len(sample.routes))
+    by_reference, whole = (torch.cat(trainer.logprobs(each)) for each in (referred, plain))
+    assert torch.equal(by_reference, whole)
     for ours, theirs in ((found.weights, expected.weights), (found.packed, expected.packed)):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     launcher.publishes = True
@@ -154,10 +164,11 @@ def test_a_lost_node_ends_its_ranks_and_is_replaced(launched: Any, connection: A
     launcher = launched(cfg)
     trainer = MegatronTrainer(cfg)
     pids, nodes = trainer.ranks.pids, launcher.nodes.all()
-    raylet = _raylet(connection, nodes[1].where["pid"])
-    error, seconds = strike(trainer, lambda: os.kill(raylet.pid, signal.SIGKILL))
+    raylets = [_raylet(node.where["pid"]) for node in nodes]
+    (lost,) = [index for index, raylet in enumerate(raylets) if "--head" not in raylet.cmdline()]  # the driver is on the other
+    error, seconds = strike(trainer, lambda: os.kill(raylets[lost].pid, signal.SIGKILL))
     assert "trainer rank" in str(error) and "was lost" in str(error)
-    assert seconds < 30 and all_gone([*pids, nodes[1].where["pid"]])
+    assert seconds < 30 and all_gone([*pids, nodes[lost].where["pid"]])
     trainer.close()
     launcher.cfg.cluster.node_wait_seconds = 1.0
     with pytest.raises(Failure, match=r"a node was lost, and there is no room within 1 s.*1 are there"):
@@ -170,7 +181,7 @@ def test_a_lost_node_ends_its_ranks_and_is_replaced(launched: Any, connection: A
     again.close()
 
 
-def _raylet(connection: Any, agent: int) -> Any:
+def _raylet(agent: int) -> Any:
     """The raylet process that started this agent."""
     import psutil
 

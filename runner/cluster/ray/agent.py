@@ -19,8 +19,7 @@ from runner.cluster.ray.report import NodeReport, report
 from runner.config.schema import Config
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.interface import listen_address, name_of
-from runner.weights.published import ROOT
-from runner.weights.weight_set import shared_memory_folder
+from runner.weights.place import ROOT, shared_memory_folder
 
 CALLS = 64  # at once: each server has one that waits for its end
 _PR_SET_PDEATHSIG = 1

@@ -14,13 +14,19 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
+
+from runner import scratch
+from runner.weights.place import PREFIX
 
 VARIABLE = "RAY_TMPDIR"
 NODE_RESOURCE = "runner_node"  # of a node without GPUs: one
 STORE_BYTES = 384 << 20  # of each node of a CPU run
 CORES = 4  # that a node says it has; nothing of ours asks for one
+LEFT = {"/dev/shm": (PREFIX,), tempfile.gettempdir(): (PREFIX, "runner-node-")}
 GRACE_SECONDS = 3.0  # in which Ray's own processes end by themselves
 
 
@@ -45,6 +51,9 @@ def end(folder: str) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
+    for place, prefixes in LEFT.items():  # of agents that were killed together with whoever removes it for them
+        for prefix in prefixes:
+            scratch.remove_abandoned(Path(place), prefix)
 
 
 def main(folder: str, nodes: int, on_gpus: bool) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from runner.config.schema import Config
 from runner.errors import Failure, UserError
 
 SAY_SECONDS = 10.0
-ANSWER_SECONDS = 60.0  # for an agent to start or answer
+ANSWER_SECONDS = 60.0  # for an agent to answer
+AGENT_SECONDS = 300.0  # ... and to start: its node may be busy, or its file system slow
 DOMAIN_LABEL = "domain"  # of a Ray node: racks or NVLink domains, whose nodes stay together
 
 
@@ -59,8 +61,8 @@ class Nodes:
         self._nodes: list[Node] = []
         try:
             self._wait(cfg.cluster.wait_seconds, lost=False)
-            for place, bundle in zip(self._places, self._order(), strict=True):
-                self._nodes.append(self._occupy(place, bundle))
+            with ThreadPoolExecutor(len(self._places)) as threads:
+                self._nodes = list(threads.map(self._occupy, self._places, self._order()))
         except BaseException:
             self.close()
             raise
@@ -120,13 +122,13 @@ class Nodes:
         """An agent in the bundle. The place on a lost node may be a moment in coming back."""
         devices = {"num_gpus": place.gpus} if self._resource == "GPU" else {"num_gpus": 0, "resources": {NODE_RESOURCE: 1}}
         variables = {"PYTHONPATH": _python_path()}
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + AGENT_SECONDS
         while True:
             agent = _actor(NodeAgent, self._group, bundle, variables, max_concurrency=CALLS, **devices).remote(
                 self.cfg, place.node, sum(engine.ranks for engine in place.engines)
             )
             try:
-                return Node(place, bundle, agent, ray.get(agent.where.remote(), timeout=ANSWER_SECONDS))
+                return Node(place, bundle, agent, ray.get(agent.where.remote(), timeout=AGENT_SECONDS))
             except RayActorError as error:
                 if time.monotonic() > deadline:
                     raise Failure(f"node {place.node}: its agent does not start: {error}", key="cluster") from None

@@ -16,13 +16,14 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from runner import scratch
+from runner.cluster.ray import numa
 from runner.cluster.ray.nodes import ANSWER_SECONDS, Node, Nodes
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.precision import cpu_matmul
 from runner.trainer.megatron import arguments, process, wire
 from runner.trainer.megatron.ranks import LOG_LINES, STACK_SECONDS, RankFailure, indented
-from runner.weights.published import ROOT
+from runner.weights.place import ROOT
 
 PARTS_AHEAD = 2  # parts of a stream that a rank makes before somebody takes them
 
@@ -47,6 +48,8 @@ class RankHost:
 
     def build(self, cfg: Config, rank: int, rendezvous: str, device: int) -> wire.Failure | None:
         try:
+            if arguments.Device.of(cfg).cuda:
+                numa.bind(device)
             process.preload()
             from runner.trainer.megatron import worker
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from runner.cluster.placement import Placement
 from runner.data import ExportedTensor
 from runner.errors import UserError
-from runner.weights.published import ROOT, Published, differing, read_back, sum_of
+from runner.weights.place import ROOT
+from runner.weights.published import Published, differing, read_back, sum_of
 from runner.weights.stream import wire_bytes
 from runner.weights.weight_set import WeightSet, WeightWriter
 

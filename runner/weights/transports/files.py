@@ -37,7 +37,7 @@ class Files(Transport):
     def receive(self, offer: Offer, rank: Rank, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         from safetensors import safe_open
 
-        from runner.weights.published import ROOT
+        from runner.weights.place import ROOT
 
         here = Path(os.environ.get(ROOT, "/"))  # of files that were published on every node; others have absolute names
         for path in offer["files"]:
