@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from runner.config.schema import Config
 from runner.doctor.findings import Finding, Status
 from runner.errors import UserError
 
+if TYPE_CHECKING:
+    from runner.cluster.ray import RayLauncher
+    from runner.cluster.ray.connect import Connection
+
 GIB = 1024**3
 
 
-def check_cluster(cfg: Config) -> Iterator[Finding]:
+def check_cluster(cfg: Config, connection: Connection | None = None) -> Iterator[Finding]:
     """A finding per node and per problem, and the rates where there is no problem. UserError for a cluster that is not there."""
     if cfg.cluster.launcher != "ray":
         raise UserError(f"cluster={cfg.cluster.name} has no nodes to ask", key="cluster", fix="cluster=ray")
     from runner.cluster.ray import RayLauncher
 
-    launcher = RayLauncher(cfg, compare=False)
+    launcher = RayLauncher(cfg, connection, compare=False)
     try:
         yield Finding("sockets", Status.ok, launcher.connection.listening())
         yield from _nodes(cfg, launcher)
@@ -25,12 +30,10 @@ def check_cluster(cfg: Config) -> Iterator[Finding]:
         launcher.close()
 
 
-def _nodes(cfg: Config, launcher: object) -> Iterator[Finding]:
-    from runner.cluster.ray import RayLauncher
+def _nodes(cfg: Config, launcher: RayLauncher) -> Iterator[Finding]:
     from runner.cluster.ray.rates import measure
     from runner.cluster.ray.report import problems, warnings
 
-    assert isinstance(launcher, RayLauncher)
     nodes, driver, canary = launcher.reports()
     for index, node in enumerate(nodes):
         room = f"{node.memory_free / GIB:.0f} GiB of memory and {node.shm_free / GIB:.0f} GiB of /dev/shm free"

@@ -136,3 +136,11 @@ def test_nothing_outlives_its_driver(tmp_path: Path, number: signal.Signals) -> 
     while (folder.exists() or _ours(str(folder)) or any(map(Path.exists, weights))) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not folder.exists() and not _ours(str(folder)) and not any(map(Path.exists, weights))
+
+
+def test_nodes_with_gpus_are_not_started_from_here() -> None:
+    from runner.config import compose
+
+    with pytest.raises(UserError, match="8 nodes with GPUs are not started from here") as caught:
+        connect.Connection(compose.load(["recipe=qwen3_235b_int4"]).config)
+    assert "submit" in str(caught.value.fix)

@@ -215,3 +215,15 @@ def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pyte
     assert (
         "has 1.0 torch" in text and "other code" in text and "off by -6" in text and "does not see what the driver writes" in text
     )
+
+
+def test_doctor_cluster_looks_at_every_node_and_measures(connection: Any, tmp_path: Path) -> None:
+    from runner.doctor.cluster import check_cluster
+    from runner.doctor.findings import Status
+
+    cfg = two_nodes()
+    cfg.outputs_dir = str(tmp_path)
+    found = list(check_cluster(cfg, connection))
+    assert [finding.name for finding in found] == ["sockets", "node 0", "node 1", "object store", "all-reduce"]
+    assert all(finding.status is Status.ok for finding in found)
+    assert "127.0.0.1 alone" in found[0].found and "64 MiB over 2 nodes" in found[-1].found
