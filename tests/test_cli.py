@@ -106,7 +106,7 @@ def test_help_of_a_verb_says_what_it_takes(verb: Verb, capsys: pytest.CaptureFix
         *(f"python -m runner {line}" for line, _ in verb.examples),
     ):
         assert word in text
-    assert ("--cfg" in text) == (verb.name in ("run", "plan", "doctor", "convert"))
+    assert ("--cfg" in text) == (verb.name in ("run", "plan", "submit", "doctor", "convert"))
 
 
 def test_own_keys_of_convert_are_the_schemas_with_the_comments_of_conf() -> None:

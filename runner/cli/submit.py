@@ -44,7 +44,7 @@ VERB = Verb(
     summary="hand a run to Slurm or Kubernetes as a job that starts Ray",
     usage="cluster=slurm|k8s [key=value ...] [--dry-run]",
     about="""Writes an sbatch script or a KubeRay RayJob around `cluster=ray` and gives it to sbatch or kubectl.
-Exit code: theirs; 2: a mistake to mend.""",
+Exit code 0: submitted, or printed; 2: a mistake to mend; others are those of sbatch and kubectl.""",
     examples=(
         ("submit recipe=qwen3_235b_int4 cluster=slurm --dry-run", "the script for 8 nodes"),
         ("submit recipe=kimi_k2_int4 cluster=k8s image=registry.example/runner:0.1.0", "a RayJob of 32 nodes"),
