@@ -188,6 +188,8 @@ def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
 COMMANDS = {  # verb -> (its command line, the function that does the work)
     "run": (["run", "steps=3"], "runner.run.supervise.main"),
     "plan": (["plan", "recipe=kimi_k2_int4"], "runner.planner.tables.show"),
+    "submit": (["submit", "recipe=kimi_k2_int4", "cluster=slurm"], "runner.cluster.jobs.render"),
+    "doctor cluster": (["doctor", "cluster", "cluster=ray"], "runner.doctor.cluster.check_cluster"),
     "sweep": (["sweep", "seed=1,2"], "runner.cli.sweep.supervise.Sweep.run"),
     "report": (["report", "RUN"], "runner.tracking.report.write_report"),
     "doctor": (["doctor"], "runner.doctor.machine.check_machine"),
