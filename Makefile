@@ -24,7 +24,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -71,7 +71,7 @@ run: setup ## The main job: the whole low-precision RL loop on this machine (two
 	$(BIN)/python -m runner
 
 test: setup ## The fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron and not night"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not sglang and not megatron and not ray and not night"
 
 test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "slow and not night"
@@ -88,6 +88,9 @@ test-night: setup-sglang ## What CI leaves out: random runs; further layouts; dr
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
 	$(BIN)/python -m pytest -m "megatron and not night"
+
+test-ray: setup ## Tests of cluster=ray on two Ray nodes of this machine (about six minutes)
+	$(BIN)/python -m pytest -m "ray and not sglang and not night"
 
 BASE ?= HEAD
 same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit

@@ -24,10 +24,11 @@ import torch
 
 from runner.data import ExportedTensor
 from runner.rollout.sglang.process import free_ports
+from runner.weights.place import shared_memory_folder
 from runner.weights.transfer_engine import Endpoint
 from runner.weights.transports.broadcast import Sender
 from runner.weights.transports.p2p import lent
-from runner.weights.weight_set import WeightSet, WeightWriter, shared_memory_folder
+from runner.weights.weight_set import WeightSet, WeightWriter
 
 HOST, READERS, ROUNDS, TENSOR_BYTES, BUCKET_BYTES = "127.0.0.1", 2, 5, 16 << 20, 128 << 20
 

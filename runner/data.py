@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from runner.models.images import PromptImage
+    from runner.routing.reference import RouteRef
 
 
 class Status(Enum):
@@ -85,7 +86,7 @@ class Sample:
     status: Status
     finish_reason: str
     raw_logprobs: torch.Tensor | None = None
-    routes: torch.Tensor | None = None
+    routes: torch.Tensor | RouteRef | None = None
     weight_spans: list[WeightSpan] = field(default_factory=list)
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)

@@ -26,7 +26,7 @@ _made: dict[Path, tuple[Lock, subprocess.Popen[bytes]]] = {}
 def make(prefix: str, root: Path | None = None) -> Path:
     """A new folder of this user alone, in `root` or the temporary folder, locked as long as this process lives."""
     parent = root or Path(tempfile.gettempdir())
-    _remove_abandoned(parent, prefix)
+    remove_abandoned(parent, prefix)
     lock: Lock | None = None
     while lock is None:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent)).absolute()
@@ -71,7 +71,7 @@ def environment(path: Path) -> dict[str, str]:
     return variables
 
 
-def _remove_abandoned(root: Path, prefix: str) -> None:
+def remove_abandoned(root: Path, prefix: str) -> None:
     """Folders of processes that were killed. Process ids would not do: shared memory may be shared with containers whose
     processes are not to be seen."""
     for folder in root.glob(f"{prefix}*"):

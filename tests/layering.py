@@ -15,12 +15,14 @@ ROOT = Path(__file__).parents[1]
 GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
-    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "tracking",
-    "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local",
-    "rollout.sglang.plugin", "rollout.sglang", "convert", "planner", "doctor", "run", "cli.sweep", "cli", "__main__",
+    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "cluster",
+    "tracking", "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local",
+    "rollout.sglang.plugin", "rollout.sglang", "cluster.local", "cluster.ray", "convert", "planner", "doctor", "run", "cli.sweep",
+    "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",
+    ("data", "routing"): "a sample's routes may be a reference, for checkers only",
     ("config", "config.rules"): "a composition ends with its rules",
     ("config", "models"): "the families that model.family may name, and the config.json that a local checkpoint has",
     ("config", "precision.formats"): "the formats that a grid may name",
@@ -34,6 +36,8 @@ BACK = {
     ("precision", "convert"): "the audit reads published folders",
     ("precision", "rollout"): "the audit reads what an engine says of itself",
     ("rollout.sglang.plugin", "rollout.sglang"): "names and addresses that the pool and its servers agree on",
+    ("cluster", "cluster.local"): "the launcher that a config names",
+    ("cluster", "cluster.ray"): "... and the other one",
     ("weights.transports", "rollout.sglang"): "the type of the section that p2p's options stand in, for checkers only",
     ("tracking", "run"): "the name of an event",
     ("trainer", "trainer.torch"): "FP8 matmuls wrap the quantized weights of the torch trainer",

@@ -106,7 +106,7 @@ def test_help_of_a_verb_says_what_it_takes(verb: Verb, capsys: pytest.CaptureFix
         *(f"python -m runner {line}" for line, _ in verb.examples),
     ):
         assert word in text
-    assert ("--cfg" in text) == (verb.name in ("run", "plan", "doctor", "convert"))
+    assert ("--cfg" in text) == (verb.name in ("run", "plan", "submit", "doctor", "convert"))
 
 
 def test_own_keys_of_convert_are_the_schemas_with_the_comments_of_conf() -> None:
@@ -188,6 +188,8 @@ def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
 COMMANDS = {  # verb -> (its command line, the function that does the work)
     "run": (["run", "steps=3"], "runner.run.supervise.main"),
     "plan": (["plan", "recipe=kimi_k2_int4"], "runner.planner.tables.show"),
+    "submit": (["submit", "recipe=kimi_k2_int4", "cluster=slurm"], "runner.cluster.jobs.render"),
+    "doctor cluster": (["doctor", "cluster", "cluster=ray"], "runner.doctor.cluster.check_cluster"),
     "sweep": (["sweep", "seed=1,2"], "runner.cli.sweep.supervise.Sweep.run"),
     "report": (["report", "RUN"], "runner.tracking.report.write_report"),
     "doctor": (["doctor"], "runner.doctor.machine.check_machine"),

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from runner.cluster.placement import coordinates, place, placement_problems
 from runner.config.compose import load_config
 from runner.config.schema import Config, Convention, QatPlacement, Role
 from runner.errors import UserError
@@ -24,7 +25,6 @@ from runner.planner.memory import (
     state_shares,
 )
 from runner.planner.parameters import stage_layers, take_inventory
-from runner.planner.placement import coordinates, place, placement_problems
 from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
@@ -369,7 +369,8 @@ def test_sync_ratio_and_transports() -> None:
     stream = stream_bytes(cfg, inventory)
     assert bf16_stream_bytes(cfg, inventory) / stream == pytest.approx(3.45, rel=0.01)
     flows = {flow.what.split(", ")[1]: flow.size for flow in sync_flows(cfg, inventory)}
-    assert flows["tensor (configured)"] == 33 * stream and flows["distributed"] == 256 * stream
+    arriving = stream * 31 // 32  # at each of 32 nodes, which keeps a copy that its engine reads
+    assert flows["tensor (configured)"] == 64 * stream + 32 * arriving and flows["distributed"] == 256 * stream
     assert flows["disk_full"] == 33 * stream
 
 

@@ -109,6 +109,13 @@ BAD: list[tuple[str, str, str, str]] = [
     ),
     ("model=qwen3_235b cluster.nodes=4", "cluster.nodes", "64 GPUs are needed", "cluster.nodes=8"),
     ("model=qwen3_235b cluster=local cluster.nodes=8", "cluster.nodes", "one machine", "cluster=ray"),
+    (
+        "cluster=ray cluster.nodes=2 rollout=sglang speculative=none",
+        "trainer",
+        "for one machine, the run has 2",
+        "trainer=megatron",
+    ),
+    ("cluster=ray cluster.nodes=2 trainer=megatron", "rollout", "for one machine, the run has 2 nodes", "rollout=sglang"),
     # Megatron
     ("model=qwen3_30b trainer.router_fusion=true", "trainer.router_fusion", "ignores replayed routes", "router_fusion=false"),
     ("model=qwen3_30b trainer.moe_token_dispatcher=allgather", "trainer.moe_token_dispatcher", "packed", "alltoall"),

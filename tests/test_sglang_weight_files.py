@@ -13,7 +13,7 @@ import torch
 
 from runner.data import ExportedTensor
 from runner.errors import UserError
-from runner.weights import weight_set
+from runner.weights import place, weight_set
 from runner.weights.stream import digest
 from runner.weights.transports import delta
 
@@ -22,12 +22,12 @@ def test_folders_of_dead_drivers_are_removed_and_those_of_living_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a lock, which ends with its process; process ids of another container would look dead."""
-    monkeypatch.setattr(weight_set.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(place.tempfile, "tempdir", str(tmp_path))
     code = """
 import sys, time
-from runner.weights import weight_set
-weight_set.tempfile.tempdir = sys.argv[1]
-print(weight_set.shared_memory_folder(1 << 60), flush=True)
+from runner.weights import place
+place.tempfile.tempdir = sys.argv[1]
+print(place.shared_memory_folder(1 << 60), flush=True)
 time.sleep(60)
 """
     drivers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -35,8 +35,8 @@ time.sleep(60)
     assert all(folder.is_dir() for folder in folders)
     drivers[0].kill()
     drivers[0].wait()
-    made = weight_set.shared_memory_folder(1 << 60)  # more than shared memory has: the temporary folder
-    again = weight_set.shared_memory_folder(1 << 60)  # this process's own is locked, too
+    made = place.shared_memory_folder(1 << 60)  # more than shared memory has: the temporary folder
+    again = place.shared_memory_folder(1 << 60)  # this process's own is locked, too
     assert made.parent == tmp_path and made.is_dir() and again.is_dir()
     assert not folders[0].exists() and folders[1].is_dir()
     drivers[1].kill()

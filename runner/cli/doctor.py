@@ -20,6 +20,10 @@ def start(command: Command) -> int:
         from runner.doctor.gpu import check_gpu
 
         return check_gpu(config, make_console())
+    if command.words == ["cluster"]:
+        from runner.doctor.cluster import check_cluster
+
+        return show("The cluster", check_cluster(config), make_console())
     from runner.doctor.machine import check_machine
 
     return show("This machine", check_machine(config), make_console())
@@ -27,19 +31,21 @@ def start(command: Command) -> int:
 
 VERB = Verb(
     name="doctor",
-    summary="check this machine; doctor engine checks what the engines really compute with",
-    usage="[machine|engine|gpu] [key=value ...]",
+    summary="check this machine; doctor engine, gpu, cluster: what engines compute with, a GPU measured, the nodes",
+    usage="[machine|engine|gpu|cluster] [key=value ...]",
     about="""doctor          what this machine has and lacks
 doctor engine   recover the weights that an engine really computes with, through its own kernels, and compare them with the plan
 doctor gpu      measure this machine's GPU: kernels, the trainer, real SGLang servers; writes a report into outputs_dir
+doctor cluster  what every node of cluster=ray has, what differs between them, and how fast they talk
 Exit code 0: nothing failed; 1: something did; 2: a mistake to mend.""",
     examples=(
         ("doctor", "cores, memory, disk, GPUs, packages"),
         ("doctor engine", "the engine of the default run"),
         ("doctor gpu", "one GPU, with everything that `make setup-gpu` installs"),
+        ("doctor cluster recipe=qwen3_235b_int4 cluster.address=10.0.0.1:6379", "its eight nodes, before the run"),
     ),
     start=start,
-    words=("machine", "engine", "gpu"),
+    words=("machine", "engine", "gpu", "cluster"),
     groups=True,
     flags=config_flags,
 )

@@ -74,13 +74,14 @@ def _packages(cfg: Config) -> Iterator[UserError]:
         need, key = to_load[module]
         problem = f"{module} does not load ({from_lock(need.distribution, LOCK_GPU)}; {from_lock('torch', LOCK_GPU)}): {error}"
         yield UserError(problem, key=key, fix="make setup-gpu")
-    launcher = f"runner.cluster.{cfg.cluster.launcher}"
-    if cfg.cluster.plan_only or (cfg.cluster.launcher != "local" and not installed(launcher)):
+    if cfg.cluster.plan_only:
         yield UserError(
-            f"this version of runner plans for it and does not run on it yet ({launcher})",
-            key=f"cluster={cfg.cluster.name}",
-            fix="`plan` shows the run; cluster=local runs on one machine",
+            f"cluster={cfg.cluster.name} is a scheduler, which starts a job",
+            key="cluster",
+            fix=f"{command('submit', '...', f'cluster={cfg.cluster.name}')} writes the job, cluster=ray is what it runs on",
         )
+    if cfg.cluster.launcher == "ray" and not installed("ray"):
+        yield UserError("ray is not installed", key="cluster=ray", fix="pip install ray")
 
 
 def _files(cfg: Config) -> Iterator[UserError]:

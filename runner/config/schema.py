@@ -337,13 +337,16 @@ class AlgorithmConfig:
 class ClusterConfig:
     name: str = MISSING
     launcher: str = one_of("local", "ray", "slurm", "k8s")
-    plan_only: bool = MISSING  # no launcher of this kind is written yet: `plan` knows it, a run is refused
+    plan_only: bool = MISSING  # a scheduler: `submit` writes a job for it, and `run` is what the job starts
     nodes: int = number(ge=1, le=2**17)
     gpus_per_node: int = number(ge=0, le=1024)  # 0: a machine without GPUs
     gpu_memory_gib: float = number(gt=0, le=1e6)
     host_memory_gib: float = number(gt=0, le=1e7)
     address: Optional[str] = MISSING
     interface: Optional[str] = MISSING  # a network interface or an IPv4 address, for servers and weight broadcasts
+    insecure: bool = MISSING  # join a Ray cluster that asks for no token
+    wait_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # for nodes with room, at the start
+    node_wait_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # for a replacement of a node that was lost
 
 
 @dataclass

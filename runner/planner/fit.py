@@ -6,12 +6,12 @@ import copy
 from collections.abc import Callable, Iterator
 from itertools import combinations
 
+from runner.cluster.placement import placement_problems
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.planner.memory import MemoryPlan, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
-from runner.planner.placement import placement_problems
 from runner.planner.workload import longest_sequence_tokens, samples_per_step
 
 TOKENS_STEP = 512  # granularity of a proposed max_tokens_per_gpu

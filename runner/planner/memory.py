@@ -25,6 +25,7 @@ from runner.planner.workload import (
     micro_batch_tokens,
     route_bytes_per_step,
 )
+from runner.precision.tensor_format import TensorFormat
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)
@@ -293,6 +294,14 @@ def kv_cache(cfg: Config, capacity: int, weights: int) -> KvCache:
     return KvCache(per_token, tokens, longest, cfg.rollout.max_concurrency)
 
 
+def stream_bytes(cfg: Config, inventory: Inventory, grid: TensorFormat | None = None) -> int:
+    """One whole copy of the weights in rollout format, or with `grid` in place of the quantized tensors' own."""
+    return sum(
+        g.count * (grid if grid and g.rollout.quantized else g.rollout).stored_bytes(g.shape, base_bytes(cfg))
+        for g in inventory.groups
+    )
+
+
 def plan_memory(cfg: Config, inventory: Inventory) -> MemoryPlan:
     """Every phase on the fullest GPU (one row per pipeline stage in training) and on a node's host memory."""
     par, cluster = cfg.parallelism, cfg.cluster
@@ -319,7 +328,7 @@ def plan_memory(cfg: Config, inventory: Inventory) -> MemoryPlan:
     elif on_cpu:
         phases = [cpu_processes(cfg, ranks, engine, routes, capacity)]
     else:
-        phases = separate_phases(cfg, ranks, engine, weights, routes, capacity, host_capacity)
+        phases = separate_phases(cfg, ranks, engine, weights, routes, capacity, host_capacity, stream_bytes(cfg, inventory))
     return MemoryPlan(tuple(phases), kv, weights, trainer_weights, tokens)
 
 
@@ -347,6 +356,7 @@ def separate_phases(
     routes: int,
     capacity: int,
     host_capacity: int,
+    published: int,
 ) -> list[Phase]:
     """Trainer and engines in their own processes: in turns on the same GPUs (colocate) or each on its own."""
     par = cfg.parallelism
@@ -371,5 +381,7 @@ def separate_phases(
         stays = ("weights", "fp32 masters", "Adam moments", "reference weights")
         node["sleeping trainer"] = per_node * max(sum(device.get(name, 0) for name in stays) for device, _ in ranks)
     node["routes of a step"] = routes
+    if cfg.cluster.nodes > 1 and getattr(cfg.rollout, "weight_transport", "") == "tensor":
+        node["published weights, old and new"] = 2 * published
     phases.append(Phase("all", "host of a node", node, host_capacity))
     return phases

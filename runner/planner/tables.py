@@ -8,13 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from runner.cluster.placement import Place, Placement, place, placement, placement_problems, placement_warnings
 from runner.config.option import one_process
 from runner.config.schema import Config
 from runner.planner.fit import largest_max_tokens, what_would_fit
-from runner.planner.memory import MemoryPlan, Phase, plan_memory
+from runner.planner.memory import MemoryPlan, Phase, plan_memory, stream_bytes
 from runner.planner.parameters import Inventory, take_inventory
-from runner.planner.placement import Place, place, placement_problems, placement_warnings
-from runner.planner.traffic import bf16_stream_bytes, step_flows, stream_bytes, sync_flows
+from runner.planner.traffic import bf16_stream_bytes, step_flows, sync_flows
 from runner.planner.workload import GIB, longest_sequence_tokens
 from runner.precision.tensor_format import TensorFormat
 
@@ -36,6 +36,8 @@ def show(cfg: Config, console: Console | None = None) -> int:
     memory = plan_memory(cfg, inventory)
     if cfg.parallelism.gpus or cfg.parallelism.rollout_gpus:
         console.print(placement_table(cfg))
+    elif not one_process(cfg):
+        console.print(processes_table(placement(cfg)))
     console.print(memory_table(memory))
     console.print(kv_line(memory), markup=False)
     console.print(traffic_table(cfg, inventory))
@@ -115,6 +117,14 @@ def placement_table(cfg: Config) -> Table:
     )
     for row in placement_rows(places):
         made.add_row(*row)
+    return made
+
+
+def processes_table(placed: Placement) -> Table:
+    """Of a run on CPUs: which node starts which ranks and engines."""
+    made = table("Placement (CPU)", "node", "ranks", "engines")
+    for node in placed.nodes:
+        made.add_row(str(node.node), ranges(rank.rank for rank in node.ranks), ranges(e.engine for e in node.engines))
     return made
 
 

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
-from runner.planner.memory import state_shares
+from runner.planner.memory import state_shares, stream_bytes
 from runner.planner.parameters import Inventory
-from runner.planner.workload import base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
+from runner.planner.workload import GIB, base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
 from runner.precision.tensor_format import TensorFormat
 from runner.weights.transports import TRANSPORTS
+
+NODE_LINK_GB = 400  # GB/s of a node with eight links of 400 Gb/s
+HOST_COPY_GB = 50  # GB/s at which a node's ranks together write, hash and read back what they publish; not measured on GPUs
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,6 @@ class Flow:
     what: str
     size: int
     how: str
-
-
-def stream_bytes(cfg: Config, inventory: Inventory, grid: TensorFormat | None = None) -> int:
-    """One whole copy of the weights in rollout format, or with `grid` in place of the quantized tensors' own."""
-    return sum(
-        g.count * (grid if grid and g.rollout.quantized else g.rollout).stored_bytes(g.shape, base_bytes(cfg))
-        for g in inventory.groups
-    )
 
 
 def bf16_stream_bytes(cfg: Config, inventory: Inventory) -> int:
@@ -43,7 +38,20 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     engines, ranks = layout.engines, layout.engines * layout.ranks
     flows = {name: transport.traffic(stream, engines, ranks) for name, transport in TRANSPORTS.items()}
     chosen = getattr(cfg.rollout, "weight_transport", None)
+    if cfg.cluster.nodes > 1 and chosen == "tensor":
+        flows["tensor"] = published(stream, cfg.cluster.nodes, engines)
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]
+
+
+def published(stream: int, nodes: int, engines: int) -> tuple[int, str]:
+    """(bytes, how) of a sync in which ranks bring a copy to every node: each receives what others own, over all its links."""
+    share = stream * (nodes - 1) // nodes
+    seconds = share / (NODE_LINK_GB * 1e9) + stream / (HOST_COPY_GB * 1e9)
+    how = (
+        f"{stream / GIB:.1f} GiB into each of {nodes} nodes' shared memory, {share / GIB:.1f} GiB of it over the node's links, "
+        f"read by {engines} engines: {seconds:.0f} s at {NODE_LINK_GB} GB/s a node and {HOST_COPY_GB} GB/s into host memory"
+    )
+    return stream * (nodes + engines) + share * nodes, how
 
 
 def step_flows(cfg: Config, inventory: Inventory) -> list[Flow]:

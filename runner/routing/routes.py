@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from runner.data import Sample
+from runner.routing.reference import RouteRef, here
 
 
 class RouteError(ValueError):
@@ -51,6 +52,10 @@ def validate(sample: Sample, num_layers: int, top_k: int, num_experts: int) -> N
     """
     where = f"sample {sample.sample_index} of prompt {sample.prompt_id}"
     routes = sample.routes
+    if isinstance(routes, RouteRef):  # its rows were checked where they were decoded
+        if len(routes) != len(sample.tokens) - 1:
+            raise RouteError(f"{where}: routes have {len(routes)} rows, expected {len(sample.tokens) - 1} (tokens - 1)")
+        return
     if routes is None:
         raise RouteError(f"{where} has no routes, although router replay is on: the engine recorded none")
     expected = [len(sample.tokens) - 1, num_layers, top_k]
@@ -58,6 +63,12 @@ def validate(sample: Sample, num_layers: int, top_k: int, num_experts: int) -> N
         raise RouteError(f"{where}: routes have shape {list(routes.shape)}, expected {expected} (tokens - 1, MoE layers, top-k)")
     if routes.is_floating_point():
         raise RouteError(f"{where}: routes are {routes.dtype}, expected integers")
+    check_rows(routes, num_experts, where)
+
+
+def check_rows(routes: torch.Tensor, num_experts: int, where: str) -> None:
+    """What `validate` finds in the values of `[rows, L, K]` routes, wherever they are a part of."""
+    top_k = routes.shape[-1]
     if not routes.numel():
         return
     wide = routes.to(torch.int64)
@@ -76,16 +87,25 @@ def validate(sample: Sample, num_layers: int, top_k: int, num_experts: int) -> N
 
 def validate_all(samples: Sequence[Sample], num_layers: int, top_k: int, num_experts: int) -> None:
     """`validate` for many samples: one vectorized pass, then the per-sample check of the first suspect for its message."""
+    if any(isinstance(sample.routes, RouteRef) for sample in samples):
+        for sample in samples:
+            validate(sample, num_layers, top_k, num_experts)
+        return
+    arrays = [sample.routes for sample in samples if isinstance(sample.routes, torch.Tensor)]
     for sample in samples:
         routes = sample.routes
-        if routes is None or list(routes.shape) != [len(sample.tokens) - 1, num_layers, top_k] or routes.is_floating_point():
+        if (
+            not isinstance(routes, torch.Tensor)
+            or list(routes.shape) != [len(sample.tokens) - 1, num_layers, top_k]
+            or routes.is_floating_point()
+        ):
             validate(sample, num_layers, top_k, num_experts)
     if top_k == 1:
         for sample in samples:
             validate(sample, num_layers, top_k, num_experts)
         return
     lengths = torch.tensor([len(sample.tokens) - 1 for sample in samples])
-    wide = torch.cat([sample.routes for sample in samples if sample.routes is not None]).to(torch.int64)
+    wide = torch.cat(arrays).to(torch.int64)
     ordered = wide.sort(dim=2).values
     bad = (ordered[..., 1:] == ordered[..., :-1]).any(dim=2) | (ordered[..., -1] >= num_experts) | (ordered[..., 0] < 0)
     if bool(bad.any()):
@@ -121,8 +141,9 @@ def packed_layout(
     routes = padding_routes(total, top_k, num_experts).unsqueeze(1).repeat(1, num_layers, 1)
     recorded = torch.zeros(total, dtype=torch.bool)
     for start, sample in zip(starts, samples, strict=True):
-        assert sample.routes is not None  # validated
-        count = len(sample.routes)
-        routes[start : start + count] = sample.routes.to(torch.int64)
+        recorded_routes = here(sample.routes)
+        assert recorded_routes is not None  # validated
+        count = len(recorded_routes)
+        routes[start : start + count] = recorded_routes.to(torch.int64)
         recorded[start : start + count] = True
     return routes.transpose(0, 1).contiguous(), recorded

@@ -22,6 +22,7 @@ from runner.data import Sample, Status, WeightSpan
 from runner.errors import UserError
 from runner.models.families.qwen3_vl import VisualTower
 from runner.models.images import PromptImage
+from runner.routing.reference import RouteRef
 from runner.run.collect import Group, Rollout
 from runner.tasks.protocol import Prompt
 
@@ -75,6 +76,8 @@ class _Writer:
             if ENUMS.get(type(value).__name__) is not type(value):
                 raise TypeError(f"a rollout with {type(value).__name__} cannot be saved (pending.py does not know it)")
             return {"enum": [type(value).__name__, value.value]}
+        if isinstance(value, RouteRef):
+            return self._once(value, lambda routes: self._array(routes.fetch()))
         if isinstance(value, (torch.Tensor, np.ndarray)):
             return self._once(value, self._array)
         if CLASSES.get(type(value).__name__) is type(value):

@@ -18,6 +18,7 @@ import torch
 from hydra.utils import get_class
 from transformers import PreTrainedTokenizerBase
 
+from runner.cluster import opened
 from runner.config import preflight
 from runner.config.option import option_of, shares_gpus, trainer_layout
 from runner.config.overrides import command, typed
@@ -87,7 +88,11 @@ def main(cfg: Config, overrides: list[str]) -> int:
         user_code(cfg)
     if problems := list(parts.check(cfg.task.rewards)):
         raise UserErrors(problems)
-    with open_folder(cfg, overrides) as folder, StopSignal().installed() as stop:
+    with (
+        opened(cfg),
+        open_folder(cfg, overrides) as folder,
+        StopSignal().installed() as stop,
+    ):  # Ray takes SIGTERM: ours comes after
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
 
         def begin() -> CompositeTracker:

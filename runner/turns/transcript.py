@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from runner.data import Sample, Status, WeightSpan
+from runner.routing.reference import here
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
 from runner.turns.failure import Failed, told
@@ -89,8 +90,9 @@ class Transcript:
         self.logprobs += piece.rollout_logprobs[:count].tolist()
         if self.raw is not None:
             self.raw = None if piece.raw_logprobs is None else self.raw + piece.raw_logprobs[:count].tolist()
-        if piece.routes is not None:
-            rows = piece.routes[: total - 1 - self.rows]
+        routes = here(piece.routes)  # a turn may be cut: they are not left where they were decoded
+        if routes is not None:
+            rows = routes[: total - 1 - self.rows]
             self.routes.append(rows)
             self.rows += len(rows)
         for span in piece.weight_spans:

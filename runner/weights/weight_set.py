@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +27,6 @@ from runner.weights.stream import SealedTensor, sealed, wire_bytes
 
 BUCKET_BYTES = 1 << 30
 MANIFEST = "manifest.json"
-PREFIX = "runner-weights-"
 
 
 @dataclass
@@ -134,15 +131,6 @@ class WeightWriter:
 
     def close(self) -> None:
         scratch.remove(self.root)
-
-
-def shared_memory_folder(needed_bytes: int) -> Path:
-    """A new folder of this user alone in shared memory, or in the temporary folder where that is too small."""
-    shared = Path("/dev/shm")
-    root: str | None = None
-    if shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 3 * needed_bytes:
-        root = str(shared)
-    return scratch.make(PREFIX, Path(root or tempfile.gettempdir()))
 
 
 class Stage:

@@ -40,6 +40,9 @@ class FakeServer:
         self.index, self.url, self.dead, self.log = index, f"engine {index}", False, Path("log")
         self.arguments = {"tp_size": 1}
 
+    def client(self, session: aiohttp.ClientSession, api_key: str, *seconds: float) -> Client:
+        return Client(session, self.url, api_key, *seconds)
+
     def alive(self) -> bool:
         return not self.dead
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runner.config.option import engine_layout
+from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
 from runner.errors import UserError
 
@@ -154,8 +154,16 @@ def cluster_has_gpus(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"cluster=local is one machine, not {cluster.nodes}",
             key="cluster.nodes",
-            fix="cluster=ray, cluster=slurm or cluster=k8s",
+            fix="cluster=ray",
         )
+    if cluster.nodes > 1:
+        for layout, key, what in (
+            (trainer_layout(cfg), "trainer", "trainer=megatron"),
+            (engine_layout(cfg), "rollout", "rollout=sglang"),
+        ):
+            if layout.in_process:
+                name = getattr(cfg, key).name
+                yield UserError(f"{key}={name} is for one machine, the run has {cluster.nodes} nodes", key=key, fix=what)
     if needed > there:
         nodes = -(-needed // max(1, cluster.gpus_per_node))
         fix = f"cluster.nodes={nodes}" if cluster.gpus_per_node else f"cluster.gpus_per_node={needed}"

@@ -16,6 +16,7 @@ from runner.config.schema import ModelConfig
 from runner.data import Request, Sample, Status, WeightSpan
 from runner.models import family_of
 from runner.rollout.sglang.client import EngineFailure
+from runner.routing.reference import RouteRef, joined
 from runner.routing.routes import RouteError, compact, select_layers
 
 Reply = dict[str, Any]
@@ -53,7 +54,7 @@ class Generation:
         self.room = min(request.sampling.max_response_tokens, context - len(request.tokens))
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-        self.routes: list[torch.Tensor] = []
+        self.routes: list[torch.Tensor | RouteRef] = []
         self.rows = request.known_routes
         self.cached = 0  # tokens of a later turn's prompt that the server did not compute again
         self.spans: list[WeightSpan] = []
@@ -115,7 +116,7 @@ class Generation:
                 return "abort"
             if encoded is None:
                 raise RouteError(f"{self.where} has no routes, although router replay is on: the engine recorded none")
-            self.routes.append(self.decoder.decode(encoded, rows, self.where))
+            self.routes.append(self._routes(encoded, rows))
             self.rows += rows
         for version, first, last in _spans(meta, len(new)):
             self._extend_span(version_of(version), start + first, start + last)
@@ -126,6 +127,15 @@ class Generation:
             self.drafts["accepted"] += int(meta["spec_num_correct_drafts"])
             self.drafts["proposed"] += int(meta["spec_num_proposed_drafts"])
         return str(reason["type"])
+
+    def _routes(self, given: str | RouteRef, rows: int) -> torch.Tensor | RouteRef:
+        """Decoded here, unless that was done where the engine is."""
+        assert self.decoder is not None
+        if isinstance(given, str):
+            return self.decoder.decode(given, rows, self.where)
+        if len(given) != rows:
+            raise RouteError(f"{self.where}: {len(given)} rows of routes came, {rows} tokens have some")
+        return given
 
     def _extend_span(self, version: int, start: int, stop: int) -> None:
         if stop <= start:
@@ -150,7 +160,7 @@ class Generation:
             raw_logprobs=logprobs.clone() if temperature in (0.0, 1.0) else None,
             status=status,
             finish_reason=finish_reason,
-            routes=torch.cat(self.routes) if self.routes else None,
+            routes=joined(self.routes) if self.routes else None,
             weight_spans=self.spans,
         )
 

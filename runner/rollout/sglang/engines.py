@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+from runner.cluster.launcher import EngineProcess
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client
-from runner.rollout.sglang.server import Server
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Settings:
 class Engine:
     """A server and what the pool knows about it. `synced`: number of the weight update that is resident; 0 is none."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: EngineProcess) -> None:
         self.server = server
         self.client: Client | None = None
         self.up = False

@@ -11,15 +11,15 @@ from typing import Any
 
 import aiohttp
 
+from runner.cluster.launcher import EngineProcess
 from runner.data import Sample, Status
 from runner.errors import Failure, UserError
-from runner.rollout.sglang.client import Client, EngineFailure, Refused, wait_until_ready
+from runner.rollout.sglang.client import EngineFailure, Refused, wait_until_ready
 from runner.rollout.sglang.decoding import Generation, finite_logprobs
 from runner.rollout.sglang.delivery import Delivery
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, version_of_label
 from runner.rollout.sglang.process import PORT_TAKEN, start_problem
 from runner.rollout.sglang.router import Router
-from runner.rollout.sglang.server import Server
 from runner.weights.transports import Driver
 from runner.weights.weight_set import WeightSet
 
@@ -35,7 +35,7 @@ class Fleet:
     """Every method runs inside the event loop."""
 
     def __init__(
-        self, servers: list[Server], api_key: str, settings: Settings, driver: Driver, router: Router | None = None
+        self, servers: list[EngineProcess], api_key: str, settings: Settings, driver: Driver, router: Router | None = None
     ) -> None:
         """`driver`: brings weights to the engines. `router`: generation goes through it; without one the fleet chooses an engine
         for every request itself."""
@@ -74,10 +74,10 @@ class Fleet:
     async def _start(self, engine: Engine) -> None:
         """One start, repeated with other ports where another program was faster."""
         for _ in range(3):
-            engine.server.start()
+            await asyncio.to_thread(engine.server.start)  # on another node it takes a moment
             assert self._session is not None
             seconds = (self.settings.request_seconds, self.settings.startup_seconds)
-            engine.client = Client(self._session, engine.server.url, self._api_key, *seconds)
+            engine.client = engine.server.client(self._session, self._api_key, *seconds)
             if await wait_until_ready(engine.client, engine.server.alive, self.settings.startup_seconds):
                 engine.up = True
                 return
@@ -91,8 +91,8 @@ class Fleet:
         self._closing = True
         for task in (*self._tasks, *(target.restarting for target in self._targets() if target.restarting)):
             task.cancel()
-        processes = [*(engine.server for engine in self.engines), *([self.router.process] if self.router else [])]
-        await asyncio.gather(*(asyncio.to_thread(process.stop) for process in processes))
+        stops = [*(engine.server.stop for engine in self.engines), *([self.router.process.stop] if self.router else [])]
+        await asyncio.gather(*map(asyncio.to_thread, stops))
         if self._session is not None:
             await self._session.close()
 

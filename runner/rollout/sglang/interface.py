@@ -27,12 +27,13 @@ def interfaces() -> dict[str, list[str]]:
     return {name: addresses for name, addresses in found.items() if addresses}
 
 
-def listen_address(cluster: ClusterConfig) -> str:
-    """The IPv4 address to listen on: loopback for a run of one machine, else of the named interface, or the given address.
-    UserError when this machine does not have it. Never the wildcard: servers must not be open on every network."""
+def listen_address(cluster: ClusterConfig, otherwise: str | None = None) -> str:
+    """The IPv4 address to listen on: loopback for a run of one machine, else of the named interface, or the given address;
+    `otherwise`, or the one that reaches other machines, where a cluster names none. UserError when this machine does not have it.
+    Never the wildcard: servers must not be open on every network."""
     wanted = cluster.interface
     if wanted is None:
-        return LOOPBACK if cluster.launcher == "local" else _towards_the_network()
+        return LOOPBACK if cluster.launcher == "local" else otherwise or _towards_the_network()
     there = interfaces()
     if wanted in there:
         return there[wanted][0]

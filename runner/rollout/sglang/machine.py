@@ -45,16 +45,22 @@ def transport(cfg: Config) -> Iterator[UserError]:
     yield from TRANSPORTS[settings(cfg).weight_transport].obstacles(cfg)
 
 
-def one_machine(cfg: Config) -> Iterator[UserError]:
-    try:
-        listen_address(cfg.cluster)
-    except UserError as error:
-        yield error
-    if cfg.cluster.nodes > 1:
+def listens(cfg: Config) -> Iterator[UserError]:
+    """Whether this machine has `cluster.interface`; the nodes of a cluster are asked when they are there."""
+    if cfg.cluster.launcher == "local":
+        try:
+            listen_address(cfg.cluster)
+        except UserError as error:
+            yield error
+
+
+def whole_engines(cfg: Config) -> Iterator[UserError]:
+    par, per_node = cfg.parallelism, cfg.cluster.gpus_per_node
+    if par.rollout_gpus and per_node and (par.gpus_per_engine > per_node or per_node % par.gpus_per_engine):
         yield UserError(
-            f"the SGLang pool starts its servers on one machine, the run has {cfg.cluster.nodes} nodes",
-            key="cluster.nodes",
-            fix="a parallelism of one node",
+            f"engines of {par.gpus_per_engine} GPUs do not lie whole on nodes of {per_node}, and a server runs on one node",
+            key="parallelism.gpus_per_engine",
+            fix=f"parallelism.gpus_per_engine={per_node}",
         )
 
 
@@ -100,4 +106,4 @@ def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
     return problems
 
 
-RULES = (live_updates, compilers, transport, draft, one_machine)
+RULES = (live_updates, compilers, transport, draft, listens, whole_engines)

@@ -19,11 +19,12 @@ from typing import Any, cast
 import torch
 
 from runner import scratch
+from runner.cluster import launcher_of
+from runner.cluster.launcher import EngineOrder, EngineProcess
 from runner.config.schema import Config, Role
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
 from runner.models.images import PromptImage
-from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.feed import WATCH_SECONDS, Feed
 from runner.rollout.protocol import EngineDescription, SyncReport
@@ -34,11 +35,9 @@ from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.decoding import Generation, RouteDecoder
 from runner.rollout.sglang.engines import EngineUpdate, Settings
 from runner.rollout.sglang.fleet import Fleet
-from runner.rollout.sglang.interface import listen_address, name_of
-from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.interface import name_of
 from runner.rollout.sglang.plugin.residency import layer_of
 from runner.rollout.sglang.router import Router, RouterProcess, router_arguments
-from runner.rollout.sglang.server import Server, threads_per_rank
 from runner.routing.routes import RouteError
 from runner.weights.stream import SealedTensor
 from runner.weights.transports import TRANSPORTS, Site, Transport
@@ -74,10 +73,9 @@ class SglangPool:
         self._run_dir = run_dir
         self._own_logs = None if run_dir else Path(tempfile.mkdtemp(prefix="runner-logs-"))
         self._logs = self._own_logs or cast(Path, run_dir) / "logs"
-        write_model_folder(cfg.model, self.plan, self._scratch / "model")
         self._loop = BackgroundLoop("sglang-pool")
         api_key = secrets.token_urlsafe(32)
-        self._host = listen_address(cfg.cluster)
+        self._host = launcher_of(cfg).host(cfg)
         chosen = transport or TRANSPORTS[self._rollout.weight_transport]
         self.driver = chosen.driver(self._site())
         self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self.driver, self._router(api_key))
@@ -90,32 +88,11 @@ class SglangPool:
             self.close(keep_logs=True)
             raise
 
-    def _servers(self, api_key: str) -> list[Server]:
-        lying = layout(self._cfg)
-        common = arguments.server_arguments(self._cfg)
-        threads = threads_per_rank(lying.engines * lying.ranks)
-        variables = cpu_matmul.environment(self._cfg.precision.cpu_matmul) if common["device"] == "cpu" else {}
-        servers = []
-        for index in range(lying.engines):
-            started_with = {**common, "model_path": str(self._scratch / "model"), "random_seed": self._cfg.seed}
-            if self._cfg.speculative.method == "mtp":
-                started_with["speculative_draft_model_path"] = started_with["model_path"]
-            if common["device"] == "cuda":
-                started_with["base_gpu_id"] = index * common["tp_size"]
-            log = self._logs / f"sglang_{index}.log"
-            servers.append(
-                Server(
-                    index,
-                    started_with,
-                    host=self._host,
-                    api_key=api_key,
-                    log=log,
-                    threads=threads,
-                    variables=variables,
-                    scratch=self._scratch,
-                )
-            )
-        return servers
+    def _servers(self, api_key: str) -> list[EngineProcess]:
+        common = {**arguments.server_arguments(self._cfg), "random_seed": self._cfg.seed}
+        logs = [self._logs / f"sglang_{index}.log" for index in range(layout(self._cfg).engines)]
+        orders = [EngineOrder(index, common, api_key, log) for index, log in enumerate(logs)]
+        return launcher_of(self._cfg).engines(self._cfg, orders, self._scratch)
 
     def _router(self, api_key: str) -> Router | None:
         if not self._rollout.use_router:

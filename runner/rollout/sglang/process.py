@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runner.errors import UserError
 
@@ -51,7 +51,8 @@ class Child:
         raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONUNBUFFERED": "1"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # the token of a cluster
+        return {**inherited, "PYTHONUNBUFFERED": "1"}
 
     def launch(self, asked: dict[str, Any]) -> None:
         """Start the process and tell it `asked` and the key."""
@@ -163,7 +164,18 @@ def without_harmless(lines: list[str]) -> list[str]:
     return kept
 
 
-def start_problem(child: Child, seconds: float) -> UserError:
+class Started(Protocol):
+    """A process that was started here or on another node."""
+
+    title: str
+    log: Path
+
+    def alive(self) -> bool: ...
+
+    def failure(self) -> str: ...
+
+
+def start_problem(child: Started, seconds: float) -> UserError:
     """For a process that ended or did not answer while it started."""
     fix = f"look at {child.log}"
     if child.alive():

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
+from runner.cluster.launcher import EngineOrder
+from runner.config.schema import Config
 from runner.cores import available_cores
+from runner.precision import cpu_matmul
+from runner.precision.plan import PrecisionPlan
+from runner.rollout.sglang.client import Client
+from runner.rollout.sglang.config import on_cpu
 from runner.rollout.sglang.entry import remove_shared_files
-from runner.rollout.sglang.interface import name_of
+from runner.rollout.sglang.interface import listen_address, name_of
+from runner.rollout.sglang.model_folder import write_model_folder
 from runner.rollout.sglang.process import Child, free_ports
 from runner.scratch import environment as temporary_files_in
 
@@ -49,6 +59,9 @@ class Server(Child):
         if group is not None:
             remove_shared_files(group)
 
+    def client(self, session: aiohttp.ClientSession, api_key: str, *seconds: float) -> Client:
+        return Client(session, self.url, api_key, *seconds)
+
     def environment(self) -> dict[str, str]:
         env = super().environment()
         if self.scratch is not None:
@@ -73,6 +86,42 @@ class Server(Child):
                 "PYTHONPATH": os.pathsep.join([str(STUBS), *filter(None, [env.get("PYTHONPATH")])]),
             }
         return env
+
+
+@dataclass(frozen=True)
+class Site:
+    """A machine that servers run on, as it sees itself: its address, its cores, a folder with the model's config.json."""
+
+    cfg: Config
+    scratch: Path
+    host: str
+    threads: int
+
+    @staticmethod
+    def here(cfg: Config, scratch: Path, *, ranks: int, host: str | None = None) -> Site:
+        """This machine, which `ranks` of all its servers share; UserError when it does not have `cluster.interface`. `host`: the
+        address, where it is known."""
+        write_model_folder(cfg.model, PrecisionPlan.build(cfg.model, cfg.precision, "rollout"), scratch / "model")
+        return Site(cfg, scratch, host or listen_address(cfg.cluster), threads_per_rank(ranks))
+
+    def server(self, order: EngineOrder, device: int) -> Server:
+        """`device`: the first of its GPUs, as an index among those that are visible here."""
+        model = str(self.scratch / "model")
+        arguments = {**order.arguments, "model_path": model}
+        if self.cfg.speculative.method == "mtp":
+            arguments["speculative_draft_model_path"] = model
+        if not on_cpu(self.cfg):
+            arguments["base_gpu_id"] = device
+        return Server(
+            order.index,
+            arguments,
+            host=self.host,
+            api_key=order.api_key,
+            log=order.log,
+            threads=self.threads,
+            variables=cpu_matmul.environment(self.cfg.precision.cpu_matmul) if on_cpu(self.cfg) else {},
+            scratch=self.scratch,
+        )
 
 
 def _threads(wanted: str | None, share: int) -> str:

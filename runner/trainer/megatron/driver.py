@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
+from runner.cluster import launcher_of
+from runner.cluster.launcher import Ranks
 from runner.config.schema import Config
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError, UserErrors
 from runner.models.images import PromptImage
 from runner.trainer.megatron import arguments, untrusted
-from runner.trainer.megatron.ranks import LocalRanks
 from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
+from runner.weights.published import Published, PublishedTensor, Session, merged, tensors
 
 MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
 
@@ -36,7 +39,8 @@ class MegatronTrainer(PolicyTrainer):
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             initial_folder(start)  # before processes are started for nothing
         self._version = 0
-        self.ranks = LocalRanks(cfg, run_dir)
+        self._launcher = launcher_of(cfg)
+        self.ranks = self._launcher.ranks(cfg, run_dir)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             self.ranks.call("start_from", initial_folder(start))
 
@@ -80,8 +84,25 @@ class MegatronTrainer(PolicyTrainer):
     # ---- weights out, checkpoints
 
     def export(self, format: Literal["rollout", "bf16"] = "rollout") -> WeightStream:
-        """See the protocol. Ranks send their parts as they are gathered, so the order of tensors is not fixed."""
+        """See the protocol. Ranks send their parts as they are gathered, so the order of tensors is not fixed.
+
+        Where the launcher says so, ranks bring the rollout's weights to every node: the stream has PublishedTensors.
+        """
+        if format == "rollout" and self._launcher.publishes:
+            return cast(WeightStream, self._published())
         return self.ranks.stream("export", format)
+
+    def _published(self) -> Iterator[PublishedTensor]:
+        found: list[Published] = self.ranks.call("publish")
+        changes, problems = merged(found)
+        if problems:
+            for part in found:
+                differ = self.ranks.call("compare_published", part.rank, part.digests, part.files)
+                problems += [f"{name}: bytes on the node of rank {r} differ" for r, names in enumerate(differ) for name in names]
+        files = [file for part in found for file in part.files]
+        folders = sorted({str(Path(file).parent) for file in files})
+        session = Session(f"version {self._version}", changes, problems, files, lambda: self._launcher.forget_weights(folders))
+        yield from tensors(found, session)
 
     def save(self, folder: Path) -> None:
         self.ranks.call("save", folder.resolve())
@@ -111,7 +132,7 @@ class MegatronTrainer(PolicyTrainer):
 class RankSaving:
     """`runner.trainer.protocol.Saving` of all ranks."""
 
-    def __init__(self, ranks: LocalRanks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
     def finished(self) -> bool:

@@ -78,7 +78,7 @@ def _start(connection: Connection) -> Any:
         worker.initialize(cfg, rank, rendezvous, local_rank)
         built = worker.Worker(cfg)
     except Exception as error:
-        wire.send(connection, _failure(error))
+        wire.send(connection, failure(error))
         return None
     wire.send(connection, None)
     return built
@@ -86,31 +86,48 @@ def _start(connection: Connection) -> Any:
 
 def _serve(connection: Connection, worker: Any, name: str, arguments: tuple[Any, ...]) -> bool:
     """One call; a generator's items come in parts, then the result. False after a failure: the ranks no longer agree."""
-    try:
-        result = getattr(worker, name)(*arguments)
-        if isinstance(result, Iterator):
-            _stream(connection, result)
-            result = None
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        wire.send(connection, _failure(error))
-        return False
+    result = run(worker, name, arguments)
+    if isinstance(result, Iterator):
+        for part in parts(result):
+            wire.send(connection, part)
+            if isinstance(part, wire.Failure):
+                return False
+        result = None
     wire.send(connection, result)
-    return True
+    return not isinstance(result, wire.Failure)
 
 
-def _stream(connection: Connection, items: Iterator[Any]) -> None:
-    part, size = [], 0
-    for item in items:
+def run(worker: Any, name: str, arguments: tuple[Any, ...]) -> Any:
+    """What the worker answers to one call, or the wire.Failure that it ended with."""
+    try:
+        return getattr(worker, name)(*arguments)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return failure(error)
+
+
+def parts(items: Iterator[Any]) -> Iterator[Any]:
+    """Lists of items with up to PART_BYTES of tensors; a wire.Failure where the generator fails."""
+    part: list[Any] = []
+    size = 0
+    while True:
+        try:
+            item = next(items, None)
+        except BaseException as error:
+            yield failure(error)
+            return
+        if item is None:
+            break
         part.append(item)
         size += sum(tensor.numel() * tensor.element_size() for tensor in item.parts.values())
         if size >= PART_BYTES:
-            wire.send(connection, part)
+            yield part
             part, size = [], 0
     if part:
-        wire.send(connection, part)
+        yield part
 
 
-def _failure(error: BaseException) -> wire.Failure:
+def failure(error: BaseException) -> wire.Failure:
+    """What the driver is told of an error."""
     if isinstance(error, UserError):
         return wire.Failure(error.problem, error.fix, error.key, None, isinstance(error, Failure))
     return wire.Failure(f"{type(error).__name__}: {error}", None, None, traceback.format_exc())

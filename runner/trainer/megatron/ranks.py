@@ -172,7 +172,7 @@ class LocalRanks:
         raise RankFailure(f"trainer rank {rank} {how} during {name}; all ranks were ended{output}")
 
     def _tail(self, rank: int) -> str:
-        return _lines(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return indented(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def _silent(self, ranks: list[int], name: str) -> None:
         shown = ", ".join(map(str, ranks))
@@ -183,7 +183,7 @@ class LocalRanks:
         self.close()
         raise RankFailure(
             f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
-            f"all were ended. Rank {ranks[0]} was in:{_lines(stack.splitlines()[1 : 1 + LOG_LINES])}",
+            f"all were ended. Rank {ranks[0]} was in:{indented(stack.splitlines()[1 : 1 + LOG_LINES])}",
             key="trainer.rank_timeout_seconds",
         )
 
@@ -213,5 +213,5 @@ def _fresh(environment: dict[str, str], connection: int, log: Path) -> subproces
         )
 
 
-def _lines(lines: list[str]) -> str:
+def indented(lines: list[str]) -> str:
     return "".join(f"\n    {line}" for line in lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -36,6 +37,17 @@ def _rebuild(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
 
 
 class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, beside: list[Any] | None, kind: type | None) -> None:
+        super().__init__(buffer, protocol=5)
+        self._beside, self._kind = beside, kind
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """A reference that must not travel as bytes goes into the list beside them."""
+        if self._beside is None or self._kind is None or not isinstance(obj, self._kind):
+            return None
+        self._beside.append(obj)
+        return len(self._beside) - 1
+
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, torch.Tensor):
             return NotImplemented
@@ -44,10 +56,25 @@ class _Pickler(pickle.Pickler):
         return _rebuild, (data, host.dtype, tuple(host.shape))
 
 
-def dumps(message: Any) -> bytes:
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: Any, beside: Sequence[Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._beside = beside
+
+    def persistent_load(self, index: Any) -> Any:
+        return self._beside[index]
+
+
+def dumps(message: Any, beside: list[Any] | None = None, kind: type | None = None) -> bytes:
+    """`beside`: takes the objects of `kind`, in whose place the bytes hold numbers."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump(message)
+    _Pickler(buffer, beside, kind).dump(message)
     return buffer.getvalue()
+
+
+def loads(data: Any, beside: Sequence[Any] = ()) -> Any:
+    """Inverse of `dumps`, of any buffer."""
+    return _Unpickler(data, beside).load() if beside else pickle.loads(data)
 
 
 def send(connection: Connection, message: Any) -> None:

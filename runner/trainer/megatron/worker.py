@@ -21,6 +21,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from runner.cluster.placement import placement
 from runner.config.schema import Config, QatPlacement
 from runner.data import Batch, ExportedTensor, Sample
 from runner.errors import UserError
@@ -32,6 +33,7 @@ from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, q
 from runner.trainer.megatron.fp8 import simulate_fp8
 from runner.trainer.megatron.masters import Masters
 from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
+from runner.trainer.megatron.publish import Publisher
 from runner.trainer.megatron.replay import Replay
 from runner.trainer.megatron.scores import response_scores
 from runner.trainer.megatron.sources import open_weights
@@ -40,6 +42,7 @@ from runner.trainer.mtp import MtpTraining, Sequences
 from runner.trainer.parking import Parking, tensors_of_optimizer
 from runner.trainer.policy import Loss, PolicyUpdates, Rows, Updated, replays
 from runner.trainer.protocol import Routes, Weights
+from runner.weights.published import Published
 
 
 class Worker(PolicyUpdates):
@@ -72,6 +75,7 @@ class Worker(PolicyUpdates):
         self.parking = Parking(self.device, self._kept, self._dropped)
         par = cfg.parallelism
         self.geometry = Geometry(par.tp, par.cp, par.sequence_parallel)
+        self.publisher: Publisher | None = None
 
     # ---- set-up
 
@@ -330,6 +334,16 @@ class Worker(PolicyUpdates):
         self.quantization.settle()
         with self.quantization.unquantized():
             yield from export.local_weights(self.cfg, self.places, self.passengers, format)
+
+    def publish(self) -> Published:
+        """Write the export in rollout format on every node, this rank's part by this rank. Collective."""
+        if self.publisher is None:
+            self.publisher = Publisher(placement(self.cfg), self.device)
+        return self.publisher.publish(self.export("rollout"))
+
+    def compare_published(self, owner: int, digests: dict[str, str], files: list[str]) -> list[str]:
+        """Parts of a rank's whose copy on this node differs."""
+        return [] if self.publisher is None else self.publisher.compare(owner, digests, files)
 
     def state(self) -> checkpoint.State:
         """All that a checkpoint holds. Weights are bf16(master) now. Collective."""

@@ -135,6 +135,7 @@ def register(transport: Transport) -> None:
 
 def in_shared_memory(site: Site) -> WeightWriter:
     """A writer of sets in shared memory, or in the temporary folder where that is too small."""
-    from runner.weights.weight_set import WeightWriter, shared_memory_folder
+    from runner.weights.place import shared_memory_folder
+    from runner.weights.weight_set import WeightWriter
 
     return WeightWriter(shared_memory_folder(site.needed_bytes), durable=False)

@@ -35,7 +35,7 @@ class DiskDelta(Files):
         return stream // 100 * (1 + engines), "for each 1% of the bytes that changed; written once, read by every engine"
 
     def driver(self, site: Site) -> FilesDriver:
-        from runner.weights.weight_set import shared_memory_folder
+        from runner.weights.place import shared_memory_folder
 
         return FilesDriver(self.name, DeltaWriter(site.disk, shared_memory_folder(site.needed_bytes)))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from runner.errors import UserError
 from runner.weights.transports.base import KEY, Ask, Offer, Rank, Site, Transport, Writer, WritesSets, in_shared_memory, register
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from runner.config.schema import Config
+    from runner.data import ExportedTensor
+    from runner.weights.stream import SealedTensor
     from runner.weights.weight_set import WeightSet, WeightWriter
 
 
@@ -32,8 +37,11 @@ class Files(Transport):
     def receive(self, offer: Offer, rank: Rank, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         from safetensors import safe_open
 
+        from runner.weights.place import ROOT
+
+        here = Path(os.environ.get(ROOT, "/"))  # of files that were published on every node; others have absolute names
         for path in offer["files"]:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(here / path, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
                     if wanted(name):
                         yield name, opened.get_tensor(name)
@@ -69,6 +77,16 @@ class FilesDriver(WritesSets):
     def __init__(self, transport: str, writer: Writer) -> None:
         super().__init__(writer)
         self.transport = transport
+
+    def write(self, version: int, stream: Iterable[ExportedTensor | SealedTensor], previous: WeightSet | None) -> WeightSet:
+        """Nothing is written of a stream that was published on every node."""
+        from runner.weights.published import PublishedTensor, collect
+
+        items = iter(stream)
+        first = next(items, None)
+        if isinstance(first, PublishedTensor):
+            return collect(version, cast("Iterable[PublishedTensor]", itertools.chain([first], items)))
+        return super().write(version, itertools.chain([] if first is None else [first], items), previous)
 
     async def carry(self, weights: WeightSet, names: list[str], engines: int, ranks: int, ask: Ask) -> str:
         files = [str(file) for file in weights.files]

@@ -1,4 +1,4 @@
-"""Which GPU of which node holds which parallel coordinates and which engine.
+"""Which node holds which ranks and engines: `placement` is what `plan` prints and what a run starts. Torch-free.
 
 Megatron-core's rank order is tp-cp-ep-dp-pp, fastest first. Dense layers see tp-cp-dp-pp; expert layers see etp-ep-edp-pp, where
 edp is the data-parallel group of one expert shard.
@@ -6,9 +6,10 @@ edp is the data-parallel group of one expert shard.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runner.config.option import engine_layout
+from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
 
 
@@ -74,6 +75,81 @@ def place(cfg: Config) -> list[Place]:
         engine, engine_rank = divmod(position, layout.ranks) if served else (None, None)
         places.append(Place(gpu, gpu // per_node, gpu % per_node, rank, at, engine, engine_rank))
     return places
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A trainer rank on its node. `device`: index among the devices that the run has there; of a CPU rank, its place in line."""
+
+    rank: int
+    device: int
+
+
+@dataclass(frozen=True)
+class EnginePlace:
+    """An engine, or its part on this node: ranks [first_rank, first_rank + ranks), on devices from `device` on."""
+
+    engine: int
+    first_rank: int
+    ranks: int
+    device: int
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """What one node holds. `gpus`: how many of its GPUs, 0 on a CPU."""
+
+    node: int
+    gpus: int
+    ranks: tuple[RankPlace, ...]
+    engines: tuple[EnginePlace, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Every node of a run, in order."""
+
+    nodes: tuple[NodePlace, ...]
+
+    def ranks(self) -> Iterator[tuple[NodePlace, RankPlace]]:
+        """Ranks 0, 1, ... with their nodes."""
+        found = {place.rank: (node, place) for node in self.nodes for place in node.ranks}
+        return (found[rank] for rank in sorted(found))
+
+    def engine(self, index: int) -> list[tuple[NodePlace, EnginePlace]]:
+        """The nodes that an engine lies on, its first rank first."""
+        return [(node, place) for node in self.nodes for place in node.engines if place.engine == index]
+
+
+def placement(cfg: Config) -> Placement:
+    """On GPUs as `place` has it. On CPUs ranks and engines are dealt out in equal blocks, the first node's first."""
+    trainer, engines, nodes = trainer_layout(cfg), engine_layout(cfg), cfg.cluster.nodes
+    on_gpus = place(cfg)
+    ranks = 0 if trainer.in_process or cfg.parallelism.gpus else cfg.parallelism.ranks
+    servers = 0 if engines.in_process or engines.on_gpu else engines.engines
+    made = []
+    for node in range(nodes):
+        here = [p for p in on_gpus if p.node == node]
+        trained = [RankPlace(p.rank, p.local) for p in here if p.rank is not None and not trainer.in_process]
+        trained += [RankPlace(rank, device) for device, rank in enumerate(_block(ranks, nodes, node))]
+        served = [] if engines.in_process else list(_engines(here))
+        for server in _block(servers, nodes, node):
+            served.append(EnginePlace(server, 0, engines.ranks, len(served)))
+        made.append(NodePlace(node, len(here), tuple(trained), tuple(served)))
+    return Placement(tuple(made))
+
+
+def _block(count: int, nodes: int, node: int) -> range:
+    """The node's share of range(count): equal blocks, the first ones larger by one where they do not divide."""
+    share, left = divmod(count, nodes)
+    start = node * share + min(node, left)
+    return range(start, start + share + (node < left))
+
+
+def _engines(here: list[Place]) -> Iterator[EnginePlace]:
+    for engine in sorted({p.engine for p in here if p.engine is not None}):
+        parts = [p for p in here if p.engine == engine]
+        yield EnginePlace(engine, parts[0].engine_rank or 0, len(parts), parts[0].local)
 
 
 def placement_problems(cfg: Config) -> list[str]:

@@ -1,0 +1,88 @@
+"""Whole runs under Ray, as a user starts them: the metrics of cluster=local, and SIGTERM to the whole process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+SMALL = [
+    "tracking=none", "trainer.threads=1", "warm_start.enabled=false", "algorithm.prompts_per_step=2",
+    "algorithm.samples_per_prompt=2", "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=0",
+]  # fmt: skip
+ONE_NODE = [*SMALL, "trainer=megatron", "parallelism=cpu2", "rollout=local", "speculative=none"]
+TWO_NODES = [
+    *SMALL, "scale=laptop", "cluster=ray", "cluster.nodes=2", "trainer=megatron", "parallelism=cpu2", "rollout=sglang",
+    "rollout.cpu_engines=2", "speculative=none", "rollout.startup_timeout_seconds=600",
+]  # fmt: skip
+
+
+def _start(outputs: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "runner", *overrides, f"outputs_dir={outputs}", f"run_name={name}"]
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+def test_a_run_has_the_metrics_of_one_without_ray(tmp_path: Path) -> None:
+    for name, cluster in (("local", "cluster=local"), ("ray", "cluster=ray")):
+        run = _start(tmp_path, name, *ONE_NODE, cluster, "steps=2")
+        said, _ = run.communicate(timeout=400)
+        assert run.returncode == 0, said[-3000:]
+    ours, theirs = _metrics(tmp_path / "ray"), _metrics(tmp_path / "local")
+    assert len(ours) == 2 and ours == theirs
+
+
+def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    run = _start(tmp_path, "stopped", *ONE_NODE, "cluster=ray", "steps=1000")
+    rows, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 300
+    while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGTERM)
+    said, _ = run.communicate(timeout=200)
+    assert run.returncode == 130 and "Traceback" not in said, said[-3000:]
+    assert "is complete. Continue with:" in said and list((tmp_path / "stopped" / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.sglang
+@pytest.mark.parametrize(
+    "recipe", ["qwen3_30b_int4", *(pytest.param(name, marks=pytest.mark.night) for name in ("kimi_k2_int4", "qwen3_4b_fp8"))]
+)
+def test_a_recipe_on_two_nodes_survives_a_killed_server(tmp_path: Path, recipe: str) -> None:
+    """A Megatron rank and an SGLang server on each node; one server is killed after the first step, and no sample is missing."""
+    import psutil
+
+    run = _start(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, "steps=3")
+    folder, deadline = tmp_path / recipe, time.monotonic() + 700
+    rows = folder / "metrics.jsonl"
+    while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    servers = []
+    for process in psutil.process_iter():
+        try:
+            if "runner.rollout.sglang.entry" in process.cmdline() and str(folder) in str(process.open_files()):
+                servers.append(process)
+        except psutil.Error:
+            continue
+    parents = [server for server in servers if "NodeAgent" in " ".join(psutil.Process(server.ppid()).cmdline())]
+    assert len(parents) == 2
+    parents[0].kill()
+    said, _ = run.communicate(timeout=700)
+    assert run.returncode == 0, said[-3000:]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(found) == 3 and sum(row["rollout/engine_restarts"] for row in found) >= 1
+    assert all(row["train/nan_steps"] == 0 and row["sync/resident_checked"] > 0 for row in found)
