@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -26,6 +26,7 @@ from runner.errors import Failure, UserError
 SAY_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # for an agent to answer
 AGENT_SECONDS = 300.0  # ... and to start: its node may be busy, or its file system slow
+NOTICE_SECONDS = 30.0  # until Ray itself knows that a node is dead
 DOMAIN_LABEL = "domain"  # of a Ray node: racks or NVLink domains, whose nodes stay together
 
 
@@ -77,8 +78,7 @@ class Nodes:
             for index, node in enumerate(self._nodes):
                 if not self._lives(node):
                     print(f"{node.who} was lost; waiting for a replacement", file=sys.stderr, flush=True)
-                    self._wait(self.cfg.cluster.node_wait_seconds, lost=True)
-                    self._nodes[index] = new = self._occupy(node.place, node.bundle)
+                    self._nodes[index] = new = self._occupy(node.place, node.bundle, lost=True)
                     self._bring_weights(new)
             return list(self._nodes)
 
@@ -118,22 +118,32 @@ class Nodes:
             return False
         return True
 
-    def _occupy(self, place: NodePlace, bundle: int) -> Node:
-        """An agent in the bundle. The place on a lost node may be a moment in coming back."""
+    def _occupy(self, place: NodePlace, bundle: int, *, lost: bool = False) -> Node:
+        """An agent in the bundle, once it has a place. Of a lost node Ray says for up to 14 s that it is alive: an agent that was
+        sent there is taken back when it is known to be dead."""
         devices = {"num_gpus": place.gpus} if self._resource == "GPU" else {"num_gpus": 0, "resources": {NODE_RESOURCE: 1}}
         variables = {"PYTHONPATH": _python_path()}
-        deadline = time.monotonic() + AGENT_SECONDS
+        deadline = time.monotonic() + self.cfg.cluster.node_wait_seconds
         while True:
+            if lost:
+                self._wait(max(0.0, deadline - time.monotonic()), lost=True)
             agent = _actor(NodeAgent, self._group, bundle, variables, max_concurrency=CALLS, **devices).remote(
                 self.cfg, place.node, sum(engine.ranks for engine in place.engines)
             )
+            answer, began = agent.where.remote(), time.monotonic()
+            while not ray.wait([answer], timeout=1.0)[0] and self._ready() and time.monotonic() - began < AGENT_SECONDS:
+                pass
             try:
-                return Node(place, bundle, agent, ray.get(agent.where.remote(), timeout=AGENT_SECONDS))
-            except RayActorError as error:
-                if time.monotonic() > deadline:
-                    raise Failure(f"node {place.node}: its agent does not start: {error}", key="cluster") from None
-                time.sleep(1.0)
+                return Node(place, bundle, agent, ray.get(answer, timeout=0.0))
             except RayError as error:
+                ray.kill(agent)
+                if lost and time.monotonic() < deadline + NOTICE_SECONDS:
+                    time.sleep(1.0)
+                    continue
+                if lost:
+                    raise Failure(
+                        f"node {place.node} was lost, and its agent does not start again: {error}", key="cluster"
+                    ) from None
                 fix = "runner must be installed on every node, in the environment that Ray was started in"
                 raise UserError(f"node {place.node}: its agent does not start: {error}", key="cluster", fix=fix) from None
 
@@ -144,7 +154,7 @@ class Nodes:
         while not self._ready():
             now = time.monotonic()
             if now > deadline:
-                problem = f"no room within {seconds:g} s: {self._room()}"
+                problem = f"no room within {self.cfg.cluster.node_wait_seconds if lost else seconds:g} s: {self._room()}"
                 key = "cluster.node_wait_seconds" if lost else "cluster.wait_seconds"
                 if lost:
                     raise Failure(f"a node was lost, and there is {problem}", key=key)
