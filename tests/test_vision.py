@@ -29,13 +29,14 @@ from runner.models.images import ImageProcessor, PromptImage, image_processor, r
 from runner.models.visual import ImageFeatures, hidden_states
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
+from runner.run import samples as kept
 from runner.run.collect import Collector
-from runner.run.loop import _row
 from runner.run.sync import _probe_batch
 from runner.tasks.geo3k import Geo3kTask
 from runner.tasks.pictures import open_rgb, resized
 from runner.tasks.protocol import Prompt
 from runner.tasks.visual_count import VisualCountTask, draw
+from runner.trainer.protocol import StepResult
 from runner.trainer.torch.trainer import TorchTrainer
 from tests.configs import problems
 
@@ -341,7 +342,10 @@ def test_prompts_with_images_become_rewarded_samples_and_no_row_of_a_log_holds_p
     samples = collector.generate(prompts, 2, params, 0, capture_routes=False)
     assert [sample.image for sample in samples] == [prompt.image for prompt in prompts for _ in range(2)]
     assert all(sample.reward == 0.0 and sample.info["prompt"].startswith("<image>how many") for sample in samples)
-    assert all(len(json.dumps(_row(sample))) < 400 for sample in samples)
+    advantages = [torch.zeros(sample.response_length) for sample in samples]
+    update = StepResult({}, [sample.rollout_logprobs for sample in samples], old_version=0)
+    rows = kept.rows(Batch(samples, advantages, 1.0), update, tokenizer.decode)
+    assert len(rows) == len(samples) and all(len(json.dumps(row)) < 400 for row in rows)
 
 
 # -- task=visual_count -------------------------------------------------------------------------------------------------------

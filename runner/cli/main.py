@@ -10,7 +10,8 @@ from runner.cli.show import asks_for_completion, complete, shown, with_info
 from runner.cli.verb import columns, examples, help_of, parse
 from runner.errors import UserError
 
-VERBS = {module.VERB.name: module.VERB for module in (run, plan, submit, sweep, report, read, doctor, convert, export, audit)}
+MODULES = (run, plan, submit, sweep, report, read, doctor, convert, export, audit)
+VERBS = {module.VERB.name: module.VERB for module in MODULES}
 
 
 def dispatch(argv: list[str]) -> int:
