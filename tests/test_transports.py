@@ -70,9 +70,10 @@ class Server:
 def test_a_pool_brings_weights_by_it(pigeon: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's half in a real pool, the engine's half behind a client that only pretends."""
     pytest.importorskip("aiohttp", reason="make setup-sglang")
+    from runner.cluster.launcher import EngineOrder
     from runner.data import ExportedTensor
     from runner.models.build import build_model, disk_tensors, named_weights
-    from runner.rollout.sglang import fleet, pool
+    from runner.rollout.sglang import pool, server
     from runner.weights.stream import digest
 
     cfg = load("rollout.weight_transport=tensor")
@@ -97,8 +98,12 @@ def test_a_pool_brings_weights_by_it(pigeon: Transport, monkeypatch: pytest.Monk
 
             return done
 
-    monkeypatch.setattr(pool, "Server", Server)
-    monkeypatch.setattr(fleet, "Client", Client)
+    def served(_: object, order: EngineOrder, device: int | None) -> Server:
+        made = Server(order.index, order.arguments)
+        made.client = lambda *_: Client()  # type: ignore[attr-defined]
+        return made
+
+    monkeypatch.setattr(server.Site, "server", served)
     made = pool.SglangPool(cfg, transport=pigeon)
     built = build_model(cfg.model, dtype=torch.float32, seed=1)
     tensors = disk_tensors(family_of(cfg.model), cfg.model, named_weights(cfg.model, built))
