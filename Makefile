@@ -87,7 +87,7 @@ test-night: setup-sglang ## What CI leaves out: random runs; further layouts; dr
 	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
-	$(BIN)/python -m pytest -m "megatron and not night"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "megatron and not night"
 
 test-ray: setup ## Tests of cluster=ray on two Ray nodes of this machine (about six minutes)
 	$(BIN)/python -m pytest -m "ray and not sglang and not night"
