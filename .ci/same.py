@@ -1,10 +1,10 @@
 """`make same BASE=<commit>`: short runs of the working tree and of another commit must leave equal metrics, bit for bit.
 
-    python .ci/same.py BASE [--runs default,megatron,sglang] [--keep FOLDER]
+    python .ci/same.py BASE [--runs default,megatron,sglang] [--keep FOLDER] [--both KEY=VALUE ...]
 
 A refactor changes where things stand and nothing that is computed. Each run is made twice, once with the code of this
 checkout and once with that of BASE (in a worktree of its own), and their `metrics.jsonl` are compared key by key;
-`perf/*` is left out, because it is time. Exit 0: all equal; 1: the first differences are printed.
+`perf/*` is left out, because it is time. A default that changed on purpose is given to both with --both. Exit 0: all equal; 1: the first differences are printed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("base", help="the commit to compare with")
     parser.add_argument("--runs", default=",".join(RUNS), help=f"some of {','.join(RUNS)}")
     parser.add_argument("--keep", type=Path, help="leave the runs here")
+    parser.add_argument("--both", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of both runs")
     options = parser.parse_args()
     names = options.runs.split(",")
     if unknown := set(names) - set(RUNS):
@@ -50,14 +51,14 @@ def main() -> int:
         _git("worktree", "add", "--detach", str(base), options.base)
         try:
             outputs = options.keep or Path(scratch) / "outputs"
-            return max([_compare(name, base, outputs) for name in names])
+            return max([_compare(name, base, outputs, options.both) for name in names])
         finally:
             _git("worktree", "remove", "--force", str(base))
 
 
-def _compare(name: str, base: Path, outputs: Path) -> int:
-    before = _run(name, base, outputs / "base")
-    after = _run(name, ROOT, outputs / "here")
+def _compare(name: str, base: Path, outputs: Path, both: list[str]) -> int:
+    before = _run(name, base, outputs / "base", both)
+    after = _run(name, ROOT, outputs / "here", both)
     problems = [f"{len(before)} steps, now {len(after)}"] if len(before) != len(after) else []
     compared = 0
     for step, (old, new) in enumerate(zip(before, after, strict=False)):
@@ -75,9 +76,9 @@ def _compare(name: str, base: Path, outputs: Path) -> int:
     return int(bool(problems))
 
 
-def _run(name: str, tree: Path, outputs: Path) -> list[dict[str, object]]:
+def _run(name: str, tree: Path, outputs: Path, both: list[str]) -> list[dict[str, object]]:
     """The rows of metrics.jsonl of one run with the code of `tree`."""
-    command = [sys.executable, "-m", "runner", *COMMON, *RUNS[name], f"outputs_dir={outputs}", f"run_name={name}"]
+    command = [sys.executable, "-m", "runner", *COMMON, *RUNS[name], *both, f"outputs_dir={outputs}", f"run_name={name}"]
     environment = os.environ | {"PYTHONPATH": str(tree), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
