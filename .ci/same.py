@@ -4,7 +4,8 @@
 
 A refactor changes where things stand and nothing that is computed. Each run is made twice, once with the code of this
 checkout and once with that of BASE (in a worktree of its own), and their `metrics.jsonl` are compared key by key;
-`perf/*` is left out, because it is time. A default that changed on purpose is given to both with --both. Exit 0: all equal; 1: the first differences are printed.
+`perf/*` is left out, because it is time. A default that changed on purpose is given to both with --both. Exit 0: all equal;
+1: the first differences are printed.
 """
 
 from __future__ import annotations
