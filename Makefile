@@ -83,7 +83,7 @@ test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's
 	$(BIN)/python -m pytest -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
-test-night: setup-sglang ## What CI leaves out: random runs; further layouts; drafts, the router and p2p with real SGLang servers (about twenty minutes)
+test-night: setup-sglang test-gptq ## What CI leaves out: GPTQ, random runs, further layouts, whole runs; drafts, the router, p2p and Ray with SGLang servers
 	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)

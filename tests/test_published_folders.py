@@ -273,7 +273,7 @@ def runner(*words: str, expect: int = 0) -> str:
     return result.stdout + result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.night  # forty seconds each
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_starts_from_it_and_is_exported(tmp_path: Path, kind: str) -> None:
     """Plan, run, resume, export and audit, as a user types them."""

@@ -59,6 +59,7 @@ def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(tmp_path: Path) 
 
 
 @pytest.mark.sglang
+@pytest.mark.night  # eight minutes: a rank and a server on each node
 @pytest.mark.parametrize(
     "recipe", ["qwen3_30b_int4", *(pytest.param(name, marks=pytest.mark.night) for name in ("kimi_k2_int4", "qwen3_4b_fp8"))]
 )
