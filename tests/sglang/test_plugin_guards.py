@@ -32,3 +32,17 @@ def test_on_cuda_the_plugin_registers_what_every_device_needs_alone(monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plugin.register()
     assert called == ["common", "weights"]
+
+
+def test_every_batch_has_a_seed_per_request() -> None:
+    """A score or SGLang's health check samples nothing and names no seed; merged with samples it must not leave fewer seeds."""
+    pytest.importorskip("sglang", reason="make setup-sglang")
+    from types import SimpleNamespace
+
+    from runner.rollout.sglang.plugin import common
+
+    for seeds in ([7, 2**62], [None], [5, None]):
+        requests = [SimpleNamespace(sampling_params=SimpleNamespace(sampling_seed=seed)) for seed in seeds]
+        info = SimpleNamespace()
+        common._seeds(info, None, SimpleNamespace(reqs=requests, device="cpu"))
+        assert info.sampling_seed.tolist() == [seed or 0 for seed in seeds]
