@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from runner.errors import Failure, UserError
-from runner.routing.reference import RouteRef
 from runner.trainer.megatron import MegatronTrainer
 from runner.trainer.megatron.ranks import RankFailure
 from runner.weights.published import PublishedTensor, collect, read_back, sum_of
@@ -59,10 +58,6 @@ def strike(trainer: MegatronTrainer, harm: Callable[[], None]) -> tuple[RankFail
 
 def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     """Bit for bit, and what the ranks publish on both nodes is what the local export sends."""
-    import ray
-
-    from runner.cluster.ray.clients import Stored
-
     local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4"))
     expected = run(local, local.cfg)
     local.close()
@@ -72,11 +67,6 @@ def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     trainer = MegatronTrainer(cfg)
     found = run(trainer, cfg)
     assert torch.equal(found.logprobs, expected.logprobs) and found.metrics == expected.metrics
-    plain, referred = batch(cfg, seed=9), batch(cfg, seed=9)
-    for sample in referred.samples:
-        sample.routes = RouteRef((Stored(ray.put(sample.routes.numpy())),), len(sample.routes))
-    by_reference, whole = (torch.cat(trainer.logprobs(each)) for each in (referred, plain))
-    assert torch.equal(by_reference, whole)
     for ours, theirs in ((found.weights, expected.weights), (found.packed, expected.packed)):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     launcher.publishes = True
