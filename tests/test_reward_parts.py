@@ -28,6 +28,8 @@ def length(prompt: Prompt, text: str, sample: Sample) -> float:
 async def slow(prompt: Prompt, text: str, sample: Sample) -> float:
     if text == "bad":
         raise ValueError("no")
+    if text == "exit":
+        raise SystemExit(3)
     return 2.0
 
 
@@ -52,6 +54,12 @@ def test_parts_are_weighed_and_add_up() -> None:
     first, second = (sample for *_, sample in rows)
     assert first.rewards == {"task": 0.5, "length": pytest.approx(0.3), "slow": 2.0} and first.reward == pytest.approx(2.8)
     assert second.reward is None and "slow failed for 1 of 2 samples; first: ValueError: no" in warning
+
+
+def test_a_part_that_exits_costs_its_own_sample_alone() -> None:
+    rows = items("exit", "abc")
+    (warning,) = parts.add({"slow": RewardConfig(_target_=f"{HERE}.slow")}, rows)
+    assert [sample.reward for *_, sample in rows] == [None, 3.0] and "SystemExit" in warning
 
 
 class Judge(http.server.BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -306,6 +307,28 @@ def test_what_cannot_be_imported_is_a_mistake_of_the_user() -> None:
     ):
         with pytest.raises(UserErrors, match=message):
             compose.load(overrides)
+
+
+class Wants(Talker):
+    def __init__(self, discount: float) -> None:
+        self.discount = discount
+
+
+def test_code_that_cannot_be_called_so_is_said_before_the_run() -> None:
+    with pytest.raises(UserError, match="too many positional") as caught:
+        conversations.user_code(conversation("os.getcwd"))
+    assert caught.value.key == "task.rollout._target_"
+    with pytest.raises(UserError, match="discount") as caught:
+        conversations.user_code(conversation(environment=f"{HERE}.Wants"))
+    assert caught.value.key == "task.rollout.arguments"
+    conversations.user_code(conversation(environment=f"{HERE}.Wants", arguments={"discount": 0.5}))
+
+
+def test_a_module_that_exits_when_it_is_imported_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaves_at_once.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="leaves_at_once"):
+        conversations.user_code(conversation("leaves_at_once.rollout"))
 
 
 def test_the_collector_grades_and_leaves_out_what_failed() -> None:

@@ -112,6 +112,13 @@ class Collector:
             kept += [group for group in generated if algorithm.dynamic_sampling and group.is_flat][: wanted - len(kept)]
         kept = kept[:wanted]
         if not kept:
+            first = next((sample.finish_reason for sample in everything if "failed" in sample.info), None)
+            if first is not None:
+                raise UserError(
+                    f"step {step}: no conversation came back with a reward; the first failed because {first}",
+                    key="task.rollout",
+                    fix="mend the rollout function or the environment",
+                )
             raise UserError(
                 f"step {step}: no sample of the rollout came back with a reward",
                 key="rollout",

@@ -94,6 +94,12 @@ def main(cfg: Config, overrides: list[str]) -> int:
         StopSignal().installed() as stop,
     ):  # Ray takes SIGTERM: ours comes after
         first_step = checkpoint.read_state(folder.resumed_from)["step"] if folder.resumed_from else 0
+        if first_step > cfg.steps:
+            raise UserError(
+                f"{folder.path.name} has {first_step} steps already: {cfg.steps} leave nothing to do",
+                key="steps",
+                fix=f"steps={first_step + 1} or more",
+            )
 
         def begin() -> CompositeTracker:
             folder.keep_overrides(overrides)

@@ -71,7 +71,7 @@ def function_of(name: str, part: RewardConfig) -> Callable[..., Any]:
     key = f"task.rewards.{name}._target_"
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise UserError(
             f"{part._target_} cannot be imported: {error}", key=key, fix="package.module.name on Python's path"
         ) from None
@@ -96,9 +96,15 @@ def check(configured: dict[str, RewardConfig]) -> Iterator[UserError]:
 
 
 async def _together(function: Callable[..., Any], items: Sequence[Item], seconds: float) -> tuple[list[float | None], list[str]]:
+    async def called(item: Item) -> Any:
+        try:
+            return await function(*item)
+        except SystemExit as error:  # out of a task it would end the event loop, and every other sample's reward with it
+            raise RuntimeError(f"SystemExit: {error}") from None
+
     async def one(item: Item) -> float | str:
         try:
-            value = float(await asyncio.wait_for(function(*item), seconds))
+            value = float(await asyncio.wait_for(called(item), seconds))
         except TimeoutError:
             return f"no answer within {seconds:g} s"
         except Exception as error:

@@ -267,10 +267,33 @@ def user_code(cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any] | Non
         raise UserError(
             f"{section._target_} is no function", key="task.rollout._target_", fix="async def rollout(engine, prompt, context)"
         )
+    if problem := _unfit(function, (None, None, None), {}):
+        raise UserError(
+            f"{section._target_} is not called with (engine, prompt, context): {problem}",
+            key="task.rollout._target_",
+            fix="async def rollout(engine, prompt, context)",
+        )
     environment = named(section.environment, "task.rollout.environment") if section.environment else None
     if environment is not None and not callable(environment):
         raise UserError(f"{section.environment} is no class", key="task.rollout.environment", fix="a class with reset and step")
+    if environment is not None and (problem := _unfit(environment, (), dict(section.arguments))):
+        raise UserError(
+            f"{section.environment} does not take these arguments: {problem}",
+            key="task.rollout.arguments",
+            fix="+task.rollout.arguments.NAME=VALUE, for each that its __init__ wants",
+        )
     return function, environment
+
+
+def _unfit(called: Callable[..., Any], arguments: tuple[Any, ...], named_arguments: dict[str, Any]) -> str:
+    """Why it cannot be called so; "" where it can, or where nobody can tell before."""
+    try:
+        inspect.signature(called).bind(*arguments, **named_arguments)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # written in C, without a signature
+        return ""
+    return ""
 
 
 def named(path: str, key: str) -> Any:
@@ -278,7 +301,7 @@ def named(path: str, key: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         fix = "package.module.name of something on Python's path; the folder you start in is, PYTHONPATH names others"
         raise UserError(f"{path} cannot be imported: {told(error)}", key=key, fix=fix) from None
 
