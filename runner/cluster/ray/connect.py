@@ -34,6 +34,7 @@ class Connection:
     def __init__(self, cfg: Config) -> None:
         self._holder: subprocess.Popen[str] | None = None  # of nodes that were started here
         self._set: list[str] = []
+        self._joined = False
         address = cfg.cluster.address
         try:
             if address is None:
@@ -117,11 +118,14 @@ class Connection:
             raise UserError("this process is in a Ray cluster already", key=KEY)
         with _own_handlers():
             ray.init(address=address, namespace="runner", log_to_driver=False, logging_level=logging.ERROR)
+        self._joined = True
 
     def close(self) -> None:
         """Safe to call again."""
-        if "ray" in sys.modules:
+        if self._joined:  # a connection that failed must not end another one of this process
             import ray
+
+            self._joined = False
 
             with contextlib.suppress(Exception), _own_handlers():
                 ray.shutdown()
