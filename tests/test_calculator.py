@@ -90,8 +90,12 @@ def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) 
     whole = _metrics(tmp_path / "whole")
     assert len(whole) == 4 and _metrics(tmp_path / "killed") == whole
     assert all(row["rollout/turns/mean"] > 1 and row["rollout/observation_tokens"] > 0 for row in whole)
-    shown = _run([sys.executable, "-m", "runner", "show", str(tmp_path / "whole"), "4", "0"])
+    shown = _run(
+        [sys.executable, "-m", "runner", "show", str(tmp_path / "whole"), "4"]
+    )  # of some samples the first turn ends all
     assert "environment" in shown and "reward/answer" in shown and "engine" in shown
+    one = _run([sys.executable, "-m", "runner", "show", str(tmp_path / "whole"), "4", "0"])
+    assert one.strip() in shown and one.count("sample ") == 1
     page = tmp_path / "step.html"
     _run([sys.executable, "-m", "runner", "show", str(tmp_path / "whole"), "4", "--out", str(page)])
     assert "environment" in page.read_text() and "http" not in page.read_text().replace("http://www.w3.org", "")
