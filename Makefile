@@ -86,10 +86,10 @@ test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's
 test-night: setup-sglang test-gptq ## What CI leaves out: GPTQ, random runs, further layouts, whole runs; drafts, the router, p2p and Ray with SGLang servers
 	$(BIN)/python -m pytest -m night
 
-test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about nine minutes)
+test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "megatron and not night"
 
-test-ray: setup ## Tests of cluster=ray on two Ray nodes of this machine (about six minutes)
+test-ray: setup ## Tests of cluster=ray on two Ray nodes of this machine (ten minutes on two busy cores)
 	$(BIN)/python -m pytest -m "ray and not sglang and not night"
 
 BASE ?= HEAD
