@@ -22,7 +22,7 @@ from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.precision import cpu_matmul
 from runner.trainer.megatron import arguments, process, wire
-from runner.trainer.megatron.ranks import LOG_LINES, STACK_SECONDS, RankFailure, indented
+from runner.trainer.megatron.ranks import LOG_LINES, STACK_SECONDS, RankFailure, indented, silence
 from runner.weights.place import ROOT
 
 PARTS_AHEAD = 2  # parts of a stream that a rank makes before somebody takes them
@@ -209,7 +209,6 @@ class RayRanks:
         raise RankFailure(f"trainer rank {rank} was lost during {name}: {what}; all ranks were ended{tail}")
 
     def _silent(self, ranks: list[int], name: str) -> NoReturn:
-        shown = ", ".join(map(str, ranks))
         lines: list[str] = []
         try:
             for rank in ranks:
@@ -218,13 +217,8 @@ class RayRanks:
             lines = self._nodes[ranks[0]].ask("tail", str(self.log(ranks[0])), 4 * LOG_LINES)
         except (RayError, IndexError):  # its node is silent as well, or it never said where it is
             pass
-        stack = "\n".join(lines).rpartition("(most recent call first):")[2].splitlines()[1 : 1 + LOG_LINES]
         self.close()
-        raise RankFailure(
-            f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
-            f"all were ended. Rank {ranks[0]} was in:{indented(stack)}",
-            key="trainer.rank_timeout_seconds",
-        )
+        raise silence(ranks, name, self.timeout, "\n".join(lines))
 
     def _need_open(self) -> None:
         if not self._hosts:

@@ -175,17 +175,12 @@ class LocalRanks:
         return indented(self.log(rank).read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def _silent(self, ranks: list[int], name: str) -> None:
-        shown = ", ".join(map(str, ranks))
         for rank in ranks:
             self._processes[rank].send_signal(signal.SIGUSR1)  # it writes its stack into its log
         time.sleep(STACK_SECONDS)
-        stack = self.log(ranks[0]).read_text(errors="replace").rpartition("(most recent call first):")[2]
+        log = self.log(ranks[0]).read_text(errors="replace")
         self.close()
-        raise RankFailure(
-            f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {self.timeout:g} s; "
-            f"all were ended. Rank {ranks[0]} was in:{indented(stack.splitlines()[1 : 1 + LOG_LINES])}",
-            key="trainer.rank_timeout_seconds",
-        )
+        raise silence(ranks, name, self.timeout, log)
 
     def close(self) -> None:
         """End every rank; safe to call again."""
@@ -211,6 +206,17 @@ def _fresh(environment: dict[str, str], connection: int, log: Path) -> subproces
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C and a scheduler's SIGTERM reach the whole group
         )
+
+
+def silence(ranks: list[int], name: str, seconds: float, log: str) -> RankFailure:
+    """That these ranks did not answer a call. `log`: of the first, which ends with its stack."""
+    shown = ", ".join(map(str, ranks))
+    stack = log.rpartition("(most recent call first):")[2].splitlines()[1 : 1 + LOG_LINES]
+    return RankFailure(
+        f"trainer rank{'s' * (len(ranks) > 1)} {shown} gave no answer to {name} within {seconds:g} s; "
+        f"all were ended. Rank {ranks[0]} was in:{indented(stack)}",
+        key="trainer.rank_timeout_seconds",
+    )
 
 
 def indented(lines: list[str]) -> str:
