@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from runner.config.schema import Convention
 from runner.precision import int4
 from runner.precision.checks import WeightError
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-runs_here = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="run below, in an interpreting process")
+from tests.interpreter import DEVICE, interpret, needs_triton, runs_here, starts_it
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="this is the interpreting process")
+@starts_it
 def test_the_tests_below_pass_in_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so a process of its own; it must have run every test."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "kernel"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert "skipped" not in result.stdout and "passed" in result.stdout
+    interpret(__file__)
 
 
 def weight_of(kind: str) -> torch.Tensor:
