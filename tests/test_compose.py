@@ -269,3 +269,22 @@ def test_sweeps_come_from_the_flag_or_from_a_recipe() -> None:
     swept = sweep_overrides(["recipe=laptop_group_size", "steps=3"], multirun=False)
     assert swept == ["recipe=laptop_group_size", "steps=3", "precision.group_size=32,64", "seed=1,2,3", "hydra.mode=RUN"]
     assert sweep_overrides(["recipe=laptop_group_size", "hydra.mode=RUN"], multirun=False) is None  # a job of it
+
+
+def test_an_entry_of_a_typed_dictionary_is_added_key_by_key() -> None:
+    part = ["+task.rewards.short.weight=0.5", "+task.rewards.short._target_=json.dumps"]
+    rule = ["+watch.rules.mine={metric: a, above: 1}", "+watch.rules.mine.patience_steps=2"]
+    cfg = compose.load([*part, *rule]).config
+    assert cfg.task.rewards["short"].weight == 0.5 and cfg.task.rewards["short"]._target_ == "json.dumps"
+    assert cfg.watch.rules["mine"].metric == "a" and cfg.watch.rules["mine"].patience_steps == 2
+    with pytest.raises(UserErrors, match="weigth"):
+        compose.load(["+task.rewards.short.weigth=0.5"])
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["recipe=kimi_k2_int4"], ["recipe=qwen3_235b_int4", "scale=laptop"], ["task=calculator"]]
+)
+def test_the_replay_composes_what_hydra_does(overrides: list[str]) -> None:
+    raw, composed_from = compose._with_twin(overrides)
+    found = compose.diagnosed(composed_from)
+    assert found.problems == [] and OmegaConf.to_container(found.raw, resolve=True) == OmegaConf.to_container(raw, resolve=True)
