@@ -89,7 +89,7 @@ test-night: setup-sglang test-gptq ## What CI leaves out: GPTQ, random runs, fur
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "megatron and not night"
 
-test-ray: setup ## Tests of cluster=ray on two Ray nodes of this machine (ten minutes on two busy cores)
+test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine (ten minutes on two busy cores)
 	$(BIN)/python -m pytest -m "ray and not sglang and not night"
 
 BASE ?= HEAD

@@ -1,4 +1,4 @@
-"""Trainer and engines that share GPUs: who is awake when. Fakes: tests/sglang has real engines that sleep."""
+"""Trainer and engines that share GPUs: who is awake when. Fakes: tests/sglang_servers has real engines that sleep."""
 
 from __future__ import annotations
 

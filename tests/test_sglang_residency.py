@@ -1,5 +1,5 @@
 """The residency check over ranks: what a loader may do with a tensor, and what it must not. Needs torch alone; real engines are
-in tests/sglang."""
+in tests/sglang_servers."""
 
 from __future__ import annotations
 

@@ -269,8 +269,13 @@ def test_an_environment_that_hangs_ends_its_sample() -> None:
     assert sample.info["failed"] == "timeout" and sample.finish_reason == "not done within 1 s"
 
 
+class Unbuilt(Talker):
+    def __init__(self) -> None:
+        raise ValueError("no tables")
+
+
 def test_a_constructor_that_raises_and_a_function_that_returns_nothing() -> None:
-    (sample,) = run(conversation(environment=f"{HERE}.Talker", arguments={"nonsense": 1}), ["hello"])
+    (sample,) = run(conversation(environment=f"{HERE}.Unbuilt"), ["hello"])
     assert sample.info["failed"] == "environment" and "constructor" in sample.finish_reason
     (sample,) = run(conversation(f"{HERE}.returns_nothing"), ["hello"])
     assert sample.info["failed"] == "rubbish" and "NoneType" in sample.finish_reason

@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-import aiohttp
 import numpy as np
 import psutil
 import pytest
 import torch
+
+pytest.importorskip("aiohttp", reason="make setup-sglang")
+
+import aiohttp
 from aiohttp import web
 
 from runner.config import compose

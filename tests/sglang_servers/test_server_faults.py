@@ -18,6 +18,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+
+pytest.importorskip("aiohttp", reason="make setup-sglang")
+
 from cases import Running, by_key, config, exported, reference_logprobs, requests
 
 from runner.errors import UserError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sglang.test_end_to_end_sglang import SMALL
+from tests.sglang_servers.test_end_to_end_sglang import SMALL
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
 STEPS = 6

@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+
+pytest.importorskip("aiohttp", reason="make setup-sglang")
+
 from cases import by_key, reference_logprobs, requests
 from test_server_faults import _failing
 
