@@ -25,6 +25,7 @@ def register() -> None:
     )
     HookRegistry.register("sglang.srt.managers.load_snapshot.shm_path_for", _shared_file, HookType.AROUND)
     HookRegistry.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seeds, HookType.AFTER)
+    HookRegistry.register("sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch", _truncated, HookType.AROUND)
     for module in ("device_communicators.shm_broadcast", "parallel_state"):
         HookRegistry.register(f"sglang.srt.distributed.{module}.make_shm_name", _shared_segment, HookType.AROUND)
     _local_store()
@@ -69,3 +70,37 @@ def _seeds(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None
     has them would leave fewer seeds than requests, and the next filter ends the scheduler."""
     seeds = [request.sampling_params.sampling_seed or 0 for request in batch.reqs]
     result.sampling_seed = torch.tensor(seeds, dtype=torch.int64).to(batch.device, non_blocking=True)
+
+
+def _truncated(
+    original: Any,
+    probs: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    need_min_p_sampling: bool,
+    sampling_seed: torch.Tensor | None,
+    positions: torch.Tensor,
+    **others: Any,
+) -> Any:
+    """A token drawn with noise by vocabulary id, whatever else is in the batch.
+
+    SGLang takes this way for every row of a batch in which one request truncates (its own health check is greedy, an evaluation
+    is), and numbers the noise by rank there: the same request would then get other tokens than in a batch of its own kind."""
+    if sampling_seed is None or others.get("return_filtered_probs"):
+        return original(probs, top_ks, top_ps, min_ps, need_min_p_sampling, sampling_seed, positions, **others)
+    from sglang.srt.layers.sampler import sampling_from_probs_torch
+
+    kept = _kept(probs, top_ks, top_ps, min_ps if need_min_p_sampling else None)
+    return sampling_from_probs_torch(kept, sampling_seed=sampling_seed, positions=positions)
+
+
+def _kept(probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor | None) -> torch.Tensor:
+    """[N, V] like `probs`, 0 where a row's top-k, top-p or min-p leaves a token out; the same bits elsewhere."""
+    ordered, ids = probs.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    cut = torch.arange(probs.shape[-1], device=probs.device) >= top_ks[:, None]
+    cut |= (before > top_ps[:, None]) & (top_ps[:, None] < 1)  # rounding can take the sum of all above 1
+    if min_ps is not None:
+        cut |= ordered < ordered[:, :1] * min_ps[:, None]
+    return torch.zeros_like(probs).scatter_(-1, ids, ordered.masked_fill(cut, 0.0))
