@@ -1,4 +1,5 @@
-"""Why the Triton kernels may multiply by a group's reciprocal: bf16(w * (1 / s)) is bf16(w / s), for every pair that can meet.
+"""Why the Triton kernels divide nowhere: bf16(w * (1 / s)) is bf16(w / s) for every pair that can meet, and the scale that comes
+from amax * (1 / 7) is that of amax / 7 for every amax.
 
 The formula here is that of `kernels.gpu._quotients` in torch on the CPU; tests/test_precision_triton.py holds the kernels
 themselves against the reference.
@@ -12,11 +13,12 @@ from runner.config.schema import Convention
 from runner.precision import int4
 
 
-def quotients(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As the kernels do it: bf16(weight * shift * (1 / (scale * shift)))."""
+def quotients(weight: torch.Tensor, scale: torch.Tensor, off: int = 0) -> torch.Tensor:
+    """As the kernels do it: bf16(weight * shift * (1 / (scale * shift))), the reciprocal `off` units in the last place away."""
     scale = scale.float()
     shift = torch.where(scale < 2.0**-60, 2.0**64, torch.where(scale > 2.0**60, 2.0**-64, 1.0))
-    return ((weight.float() * shift) * (1.0 / (scale * shift))).to(torch.bfloat16)
+    reciprocal = ((1.0 / (scale * shift)).view(torch.int32) + off).view(torch.float32)
+    return ((weight.float() * shift) * reciprocal).to(torch.bfloat16)
 
 
 def test_every_pair_of_significands() -> None:
@@ -26,7 +28,8 @@ def test_every_pair_of_significands() -> None:
     assert torch.equal(weight.float()[:, 0], significands)
     for exponent in range(-6, 7):
         w = (weight.float() * 2.0**exponent).bfloat16()
-        assert torch.equal(quotients(w, scale), w / scale)
+        for off in range(-3, 4):  # a GPU's fast 1 / x is within 2 units
+            assert torch.equal(quotients(w, scale, off), w / scale)
 
 
 def test_no_quotient_is_where_bf16_turns_and_each_is_far_from_it() -> None:
@@ -51,3 +54,22 @@ def test_integers_for_every_scale() -> None:
             q = quotients(weight, scale).float().clamp(-8, 7).round().to(torch.int8)
             reference, _ = int4.quantize(weight, -1, Convention.llmcompressor, scale)
             assert torch.equal(q, reference), (int(part[0]), offset)
+
+
+def test_the_scale_of_every_amax() -> None:
+    """bf16 numbers from 0 to the largest: the product with the rounded reciprocal rounds to the scale that division gives."""
+    amax = torch.arange(0x7F80, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)[:, None]
+    for convention, divisor, reciprocal in (
+        (Convention.exact, 7.0, 0.1428571492433548),
+        (Convention.kimi, 7.0, 0.1428571492433548),
+        (Convention.llmcompressor, 7.5, 0.13333334028720856),
+    ):
+        assert float(torch.tensor(1.0) / torch.tensor(divisor)) == reciprocal
+        product = (amax.float() * reciprocal).view(torch.int32)
+        quotient = (amax.float() / divisor).view(torch.int32)
+        keep = 19 if convention is Convention.exact else 16  # bits below the scale's last
+
+        def rounded(bits: torch.Tensor, keep: int = keep) -> torch.Tensor:
+            return (bits + (1 << (keep - 1)) - 1 + ((bits >> keep) & 1)) >> keep
+
+        assert torch.equal(rounded(product), rounded(quotient))

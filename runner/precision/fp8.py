@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from runner.precision import kernels
 from runner.precision.checks import as_bf16, check_amax, check_scale
 from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
 from runner.precision.formats.fp8 import scale_shape
@@ -65,6 +66,13 @@ def quantize(
     return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
+def regrid(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e4m3 [..., out, in], the scales) of a weight that lies on the 128 x 128 grid of `scale` already: as `quantize`, but
+    nothing is checked, so the host does not wait for a GPU."""
+    quotient = weight.detach().float() / expand_scale(scale, tuple(weight.shape), "block")
+    return quotient.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
 def dequantize(
     q: torch.Tensor, scale: torch.Tensor, strategy: str = "block", block: int = FP8_BLOCK, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
@@ -86,6 +94,10 @@ def quantize_activations(x: torch.Tensor, group: int = FP8_BLOCK) -> tuple[torch
     Each token's groups of 128 features share a scale (1 x 128). Activations may be infinite in a diverging run: that
     gives NaN outputs, which the trainer's own NaN handling sees, so nothing is raised here.
     """
+    on_gpu = kernels.for_fp8(x)
+    if on_gpu is not None and group == FP8_BLOCK and on_gpu.suits(x):
+        found: tuple[torch.Tensor, torch.Tensor] = on_gpu.quantize_activations(x)
+        return found
     features = x.shape[-1]
     values = x.float()
     padded = torch.nn.functional.pad(values, (0, -features % group)).unflatten(-1, (-1, group))
@@ -103,5 +115,9 @@ def dequantize_activations(
 
 def quantize_dequantize_activations(x: torch.Tensor, group: int = FP8_BLOCK) -> torch.Tensor:
     """Activations as an FP8 matmul sees them, in the dtype of `x`."""
+    on_gpu = kernels.for_fp8(x)
+    if on_gpu is not None and group == FP8_BLOCK and on_gpu.suits(x):
+        found: torch.Tensor = on_gpu.quantize_dequantize_activations(x)
+        return found
     q, scale = quantize_activations(x, group)
     return dequantize_activations(q, scale, group, x.dtype)

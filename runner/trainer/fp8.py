@@ -89,22 +89,16 @@ class Fp8Weight:
         have no FP8 form (logprobs with weights="master")."""
         if weight._version == self._version:
             return self._operand
-        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for rows, view in self._layout.parts(self.name, weight):
-            kept = self._quantizer.scales.get((self.name, rows))
-            if kept is None:
-                return None
-            values, scale = fp8.quantize(view, scale=kept.scale)
-            if not torch.equal(fp8.dequantize(values, scale, dtype=view.dtype), view):
-                parts = []
-                break
-            parts.append((values, scale))
-        self._version = weight._version
-        self._operand = None
-        if parts:
-            # values are joined as bytes: not every build of torch concatenates FP8
-            values = torch.cat([part[0].view(torch.uint8) for part in parts], -2).view(torch.float8_e4m3fn)
-            self._operand = values, torch.cat([part[1] for part in parts], -2)
+        self._version, self._operand = weight._version, None
+        if not self._quantizer.holds_effective(self.name, weight):
+            return None
+        parts = [
+            fp8.regrid(view, self._quantizer.scales[self.name, rows].scale)
+            for rows, view in self._layout.parts(self.name, weight)
+        ]
+        # values are joined as bytes: not every build of torch concatenates FP8
+        values = torch.cat([part[0].view(torch.uint8) for part in parts], -2).view(torch.float8_e4m3fn)
+        self._operand = values, torch.cat([part[1] for part in parts], -2)
         return self._operand
 
 

@@ -79,6 +79,14 @@ class Fp8(FormatSpec):
         values, scale = fp8.quantize_dequantize(weight, tensor_format.strategy, kept and kept.scale)
         return values, Scales(scale)
 
+    def quantize_dequantize_(self, weight: torch.Tensor, tensor_format: TensorFormat, kept: Scales | None) -> Scales:
+        from runner.precision import kernels
+
+        on_gpu = kernels.for_fp8(weight) if tensor_format.strategy == "block" else None
+        if on_gpu is None or not on_gpu.suits_weight(weight):
+            return super().quantize_dequantize_(weight, tensor_format, kept)
+        return Scales(on_gpu.quantize_dequantize_(weight, kept and kept.scale))
+
     def quantization_config(self, tensor_format: TensorFormat, ignored: list[str]) -> dict[str, Any]:
         if tensor_format.strategy != "block":
             return super().quantization_config(tensor_format, ignored)

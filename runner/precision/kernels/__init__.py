@@ -1,7 +1,8 @@
-"""Fast INT4 kernels that give the bits of the torch reference, and the choice between them.
+"""Fast INT4 and FP8 kernels that give the bits of the torch reference, and the choice between them.
 
 `cpu.py` (numba) serves CPU tensors, `gpu.py` (Triton) CUDA tensors; the reference in `int4.py` everything else: INT8, widths
-that are no multiple of 16, and weights too small to pay for a kernel's start. The result never depends on the choice.
+that are no multiple of 16, and weights too small to pay for a kernel's start. FP8 has kernels on a GPU (gpu_fp8.py). The result
+never depends on the choice.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ def checked_together() -> contextlib.AbstractContextManager[None]:
     from runner.precision.kernels import gpu
 
     return gpu.checked_together()
+
+
+def for_fp8(tensor: torch.Tensor) -> Any:
+    """The module of FP8 kernels (gpu_fp8.py) that a tensor's device has; None where eager torch serves it."""
+    if not tensor.is_cuda or not _has("triton"):
+        return None
+    from runner.precision.kernels import gpu_fp8
+
+    return gpu_fp8
 
 
 def limit_of(convention: Convention, scale: torch.Tensor | None) -> int:

@@ -1,8 +1,9 @@
 """INT4 on a GPU, in Triton: quantize-dequantize in place, quantize + pack and unpack, with the bits of `int4.py`.
 
 One program handles a tile of groups [GROUPS, GROUP]; a weight is read once and written once, scales are written beside.
-One IEEE fp32 division (`div_rn`) per group, products rounded to bf16 by integer arithmetic, so that no compiler setting
-changes a bit. Groups of a power of two from 16 to 4096 along `in`; stacked experts are rows.
+There is one reciprocal per group and no division, and no product is followed by a sum that a compiler could fuse with it:
+20 to 22 instructions per weight (tests/test_triton_compiles.py), where 24 fit into the time of a copy. Groups of a power of two
+from 16 to 4096 along `in`; stacked experts are rows.
 
 The kernels run on a CPU too, through Triton's interpreter (TRITON_INTERPRET=1): that is how CI tests their bits.
 """
@@ -10,7 +11,7 @@ The kernels run on a CPU too, through Triton's interpreter (TRITON_INTERPRET=1):
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -22,15 +23,21 @@ from runner.config.schema import Convention
 from runner.precision import int4, kernels
 from runner.precision.checks import as_bf16, check_scale
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE = 4096  # weights per program
 _CONVENTIONS = {Convention.exact: 0, Convention.kimi: 1, Convention.llmcompressor: 2}
 
 
 @triton.jit
-def _round_to_bf16_bits(values):
-    """fp32 -> bf16 bits (int32, low 16 used), half to even; finite inputs."""
-    bits = values.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+def round_to_bf16_bits(values):
+    """fp32 -> bf16 bits (int32, low 16 used), half to even; finite inputs. A GPU rounds two at once in one instruction
+    (cvt.rn.bf16x2.f32); the interpreter cuts off instead of rounding, so there integers do it."""
+    if INTERPRETED:
+        bits = values.to(tl.int32, bitcast=True)
+        found = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+    else:
+        found = values.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return found
 
 
 @triton.jit
@@ -40,15 +47,14 @@ def _from_bf16_bits(bits):
 
 @triton.jit
 def _scale_bits(amax_bits, CONVENTION: tl.constexpr):
-    """bf16 bits of each group's scale from the bits of its amax."""
-    amax = _from_bf16_bits(amax_bits)
-    divisor = tl.full(amax.shape, 7.5 if CONVENTION == 2 else 7.0, tl.float32)
-    quotient = tl.div_rn(amax, divisor)
+    """bf16 bits of each group's scale from the bits of its amax. A product with the rounded 1 / 7 or 1 / 7.5 rounds to the same
+    scale as the quotient for every bf16 number (tests/test_reciprocal.py goes through them)."""
+    quotient = _from_bf16_bits(amax_bits) * (0.13333334028720856 if CONVENTION == 2 else 0.1428571492433548)
     if CONVENTION == 0:
         bits = quotient.to(tl.int32, bitcast=True)
         scale = ((bits + 0x3FFFF + ((bits >> 19) & 1)) & -0x80000) >> 16
     else:
-        scale = _round_to_bf16_bits(quotient)
+        scale = round_to_bf16_bits(quotient)
     return tl.where(scale == 0, 0x3C00, scale)
 
 
@@ -56,19 +62,19 @@ def _scale_bits(amax_bits, CONVENTION: tl.constexpr):
 def _quotients(bits, scale, CONVENTION: tl.constexpr):
     """bf16(weight / scale), clamped to the integers' range, fp32: bf16 bits [GROUPS, GROUP] (int32), fp32 scales [GROUPS].
 
-    One division per group: bf16(weight * (1 / scale)) is bf16(weight / scale). Where bf16 rounds up or down is decided at numbers
-    B / 2^j with B odd and 9 bits long. A quotient of 8-bit significands m / n is never one of them (the odd part of B * n has 9
-    bits or more, m has not), so it differs from each by more than 2^-18 of itself; roundings to fp32 move it by less than 2^-22.
+    One reciprocal per group: bf16(weight * (1 / scale)) is bf16(weight / scale). Where bf16 rounds up or down is decided at
+    numbers B / 2^j with B odd and 9 bits long. A quotient of 8-bit significands m / n is never one of them (the odd part of B * n
+    has 9 bits or more, m has not), so it differs from each by more than 2^-18 of itself; the roundings here (1 / x within 2 units
+    in the last place, as a GPU's fast division has it, and one product) move it by less than 2^-21.
     Scales far from 1 are brought near it by 2^64 or 2^-64 along with their weights, so that neither the reciprocal nor a product
     that matters leaves fp32's normal numbers; what overflows is clamped, what underflows rounds to 0. tests/test_reciprocal.py
     has every pair.
     """
     shift = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # below 2^-60: 2^64
     shift = tl.where(scale > 1152921504606846976.0, 5.421010862427522e-20, shift)  # above 2^60: 2^-64
-    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale * shift)
+    reciprocal = 1.0 / (scale * shift)
     quotient = (_from_bf16_bits(bits) * shift[:, None]) * reciprocal[:, None]
-    rounded = quotient.to(tl.int32, bitcast=True)
-    quotient = ((rounded + 0x7FFF + ((rounded >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    quotient = _from_bf16_bits(round_to_bf16_bits(quotient))
     low = -8.0 if CONVENTION == 2 else -7.0
     return tl.minimum(tl.maximum(quotient, low), 7.0)
 
@@ -104,9 +110,9 @@ def _quantize_dequantize_kernel(
     scale, amax = _group_scales(bits, scales, largest, rows, groups, limit, CONVENTION, KEEP)
     # half to even: the sum with 1.5 * 2^23 rounds to an integer; x - x is +0.0, as in the reference
     integers = (_quotients(bits, scale, CONVENTION) + 12582912.0) - 12582912.0
-    product = _round_to_bf16_bits(integers * scale[:, None])
+    product = round_to_bf16_bits(integers * scale[:, None])
     # bad groups stay as they came in, so that the error can say what they hold
-    tl.store(weight + offsets, tl.where((amax < limit)[:, None], product, bits).to(tl.int16), mask=inside)
+    tl.store(weight + offsets, product.to(tl.int16), mask=inside & (amax < limit)[:, None])
 
 
 @triton.jit
@@ -143,24 +149,21 @@ def _scales_for(weight: torch.Tensor, width: int, scale: torch.Tensor | None) ->
 
 
 @dataclass(frozen=True)
-class _Quantized:
-    """What a kernel was given, and where it told of the largest bad amax."""
+class Quantized:
+    """Where a kernel told of the largest bad amax (bits, from `limit` on), and the reference that raises with what is wrong."""
 
     largest: torch.Tensor
     limit: int
-    weight: torch.Tensor
-    group_size: int
-    convention: Convention
-    scale: torch.Tensor | None
+    explain: Callable[[], object]
 
 
-_later: ContextVar[list[_Quantized] | None] = ContextVar("_later", default=None)
+_later: ContextVar[list[Quantized] | None] = ContextVar("_later", default=None)
 
 
 @contextlib.contextmanager
 def checked_together() -> Iterator[None]:
     """Bad groups of the tensors quantized inside raise BadWeights at the end: the host waits once, not per tensor."""
-    found: list[_Quantized] = []
+    found: list[Quantized] = []
     token = _later.set(found)
     try:
         yield
@@ -173,12 +176,13 @@ def checked_together() -> Iterator[None]:
             raise kernels.BadWeights(f"{int(bad)} of {len(found)} quantized weights hold NaN, infinities or what overflows")
 
 
-def _check(item: _Quantized) -> None:
+def check(item: Quantized) -> None:
+    """Bad groups raise WeightError now, or BadWeights at the end of `checked_together`."""
     found = _later.get()
     if found is not None:
         found.append(item)
     elif int(item.largest) >= item.limit:
-        int4.quantize(item.weight, item.group_size, item.convention, item.scale)  # raises, with what is wrong
+        item.explain()
 
 
 def quantize_dequantize_(
@@ -193,7 +197,7 @@ def quantize_dequantize_(
         weight.detach().view(torch.int16), scales.view(torch.int16), largest, groups, limit,
         CONVENTION=_CONVENTIONS[convention], KEEP=scale is not None, GROUPS=tile, GROUP=width,
     )  # fmt: skip
-    _check(_Quantized(largest, limit, weight, group_size, convention, scale))
+    check(Quantized(largest, limit, lambda: int4.quantize(weight, group_size, convention, scale)))
     return scales
 
 
@@ -211,7 +215,7 @@ def quantize_pack(
         source.view(torch.int16), scales.view(torch.int16), packed, largest, groups, limit,
         CONVENTION=_CONVENTIONS[convention], KEEP=scale is not None, GROUPS=tile, GROUP=width,
     )  # fmt: skip
-    _check(_Quantized(largest, limit, weight, group_size, convention, scale))
+    check(Quantized(largest, limit, lambda: int4.quantize(weight, group_size, convention, scale)))
     return packed, scales
 
 

@@ -98,6 +98,11 @@ class WeightQuantizer:
     def __init__(self, layout: WeightLayout) -> None:
         self.layout = layout
         self.scales: dict[tuple[str, tuple[int, int] | None], Scales] = {}
+        self._quantized: dict[str, int] = {}  # the version of each weight when it was quantized in place
+
+    def holds_effective(self, name: str, weight: torch.Tensor) -> bool:
+        """Whether `weight` was last written by `quantize_`, so that it lies on the grid of the kept scales."""
+        return self._quantized.get(name) == weight._version
 
     @torch.no_grad()
     def quantize_(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -120,6 +125,7 @@ class WeightQuantizer:
                 scales = quantize_dequantize_(view, self.layout.formats[name], name, fused.pop(name, None))
                 assert scales is not None
                 self.scales[name, rows] = scales
+            self._quantized[name] = weights[name]._version
 
     def effective(self, name: str, weight: torch.Tensor, weight_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """qdq(bf16(weight)) in the dtype of `weight`, out of place; `weight_of` finds those that share a global scale with it."""
