@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from runner.precision import fp8
-from runner.precision.formats.fp8 import BLOCK, scale_shape
 from runner.precision.kernels.gpu import INTERPRETED, Quantized, check, round_to_bf16_bits
 
+GROUP_SIZE = fp8.FP8_BLOCK  # 128
 ROWS = 32  # groups of 128 activations per program
 INFINITE = 0x7F800000  # fp32 bits
 BLOCKS = 65535  # CUDA's limit of a grid's second and third side
@@ -33,8 +33,8 @@ def _scale_of(largest):
 
 @triton.jit
 def _rounded(quotient, HARDWARE: tl.constexpr):
-    """(e4m3 codes, their fp32 values): fp32 quotients, clamped to 448, half to even; NaN stays NaN, the sign of 0 stays. Two at once
-    in one instruction where there is one (cvt.rn.satfinite.e4m3x2.f32)."""
+    """(e4m3 codes, their fp32 values): fp32 quotients, clamped to 448, half to even; NaN stays NaN, the sign of 0 stays. Two
+    at once in one instruction where there is one (cvt.rn.satfinite.e4m3x2.f32)."""
     if HARDWARE:
         e4m3 = quotient.to(tl.float8e4nv)
         code, value = e4m3.to(tl.uint8, bitcast=True).to(tl.int32), e4m3.to(tl.float32)
@@ -143,19 +143,19 @@ def suits(x: torch.Tensor) -> bool:
 
 def _activations(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, dequantize: bool) -> None:
     features = x.shape[-1]
-    groups = -(-features // BLOCK)
+    groups = -(-features // GROUP_SIZE)
     count = x.numel() // features * groups
     _activations_kernel[(triton.cdiv(count, ROWS),)](
         _bits(x.detach()), values, scales, count, groups, features,
-        BF16=x.dtype is torch.bfloat16, DEQUANTIZE=dequantize, ROWS=ROWS, GROUP=BLOCK, HARDWARE=_hardware(x.device),
+        BF16=x.dtype is torch.bfloat16, DEQUANTIZE=dequantize, ROWS=ROWS, GROUP=GROUP_SIZE, HARDWARE=_hardware(x.device),
     )  # fmt: skip
 
 
 def quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(e4m3 [..., features], fp32 scales [..., ceil(features / 128)]) of bf16 or fp32 activations, as fp8.quantize_activations."""
+    """(e4m3 [..., features], fp32 scales [..., ceil(features / 128)]) of bf16 or fp32 activations."""
     x = x.contiguous()
     q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    scales = torch.empty((*x.shape[:-1], -(-x.shape[-1] // BLOCK)), dtype=torch.float32, device=x.device)
+    scales = torch.empty((*x.shape[:-1], -(-x.shape[-1] // GROUP_SIZE)), dtype=torch.float32, device=x.device)
     _activations(x, q, scales, dequantize=False)
     return q.view(torch.float8_e4m3fn), scales
 
@@ -170,7 +170,7 @@ def quantize_dequantize_activations(x: torch.Tensor) -> torch.Tensor:
 
 def suits_weight(weight: torch.Tensor) -> bool:
     """Whether a weight can be quantized in place: bf16 [out, in] or [experts, out, in] whose rows lie whole in memory."""
-    blocks = scale_shape(tuple(weight.shape), "block")
+    blocks = fp8.scale_shape(tuple(weight.shape), "block")
     return (
         weight.dtype is torch.bfloat16
         and weight.dim() in (2, 3)
@@ -183,14 +183,15 @@ def suits_weight(weight: torch.Tensor) -> bool:
 def quantize_dequantize_(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """A weight's effective values in its place, by 128 x 128 blocks, kept scales or new ones -> fp32 scales. NaN and infinities
     are an error, told at once or at the end of `kernels.checked_together`."""
-    shape = scale_shape(tuple(weight.shape), "block")
+    shape = fp8.scale_shape(tuple(weight.shape), "block")
     kept = scale is not None
     scales = torch.empty(shape, dtype=torch.float32, device=weight.device) if scale is None else scale.contiguous()
     largest = torch.zeros(1, dtype=torch.int32, device=weight.device)
     matrices = weight.shape[0] if weight.dim() == 3 else 1
     _weight_kernel[(shape[-1], shape[-2], matrices)](
         _bits(weight.detach()), scales, largest, weight.shape[-2], weight.shape[-1],
-        weight.stride(0) if weight.dim() == 3 else 0, weight.stride(-2), KEEP=kept, GROUP=BLOCK, HARDWARE=_hardware(weight.device),
+        weight.stride(0) if weight.dim() == 3 else 0, weight.stride(-2),
+        KEEP=kept, GROUP=GROUP_SIZE, HARDWARE=_hardware(weight.device),
     )  # fmt: skip
     check(Quantized(largest, INFINITE, lambda: fp8.quantize(weight, scale=scale)))
     return scales
