@@ -14,9 +14,10 @@ import torch
 
 from runner.precision import kernels
 from runner.precision.checks import as_bf16, check_amax, check_scale
-from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
-from runner.precision.formats.fp8 import scale_shape
+from runner.precision.formats.fp8 import BLOCK
+from runner.precision.formats.fp8 import scale_shape as scale_shape
 
+FP8_BLOCK = BLOCK
 E4M3_MAX = 448.0
 ZERO_BLOCK_SCALE = 2.0**-23
 FP32_MAX = float(torch.finfo(torch.float32).max)

@@ -20,7 +20,9 @@ STEPS = 6
 
 def test_samples_go_on_over_updates_and_a_kill_loses_and_doubles_nothing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = [f"steps={STEPS}", "algorithm.schedule=async", "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=2"]
+    # two at a time: a rollout takes longer than a step of the trainer, so requests are on their way when weights come
+    options = [f"steps={STEPS}", "algorithm.schedule=async", "rollout.max_concurrency=2"]
+    options += ["evaluation.interval_steps=0", "mismatch.decompose_interval_steps=2"]
     start = [sys.executable, "-m", "runner", *SMALL, f"outputs_dir={tmp_path}", "run_name=run", "precision=int4_qat", *options]
     process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = run / "metrics.jsonl"
