@@ -19,6 +19,14 @@ RUNS = {
     "kimi_k2_int4": ["recipe=kimi_k2_int4"],
     "qwen3_30b_int4": ["recipe=qwen3_30b_int4"],
     "two_nodes": [*TWO_NODES, "parallelism=cpu4", "rollout.cpu_engines=2"],
+    "engine_over_nodes": [
+        *TWO_NODES,
+        "cluster.nodes=4",
+        "parallelism=cpu4",
+        "rollout.cpu_engines=2",
+        "rollout.cpu_tp=4",
+        "rollout.cpu_nodes=2",
+    ],
     "uneven": [*TWO_NODES, "parallelism.ranks=3", "rollout.cpu_engines=1"],
 }
 

@@ -133,8 +133,10 @@ def placement(cfg: Config) -> Placement:
         trained = [RankPlace(p.rank, p.local) for p in here if p.rank is not None and not trainer.in_process]
         trained += [RankPlace(rank, device) for device, rank in enumerate(_block(ranks, nodes, node))]
         served = [] if engines.in_process else list(_engines(here))
-        for server in _block(servers, nodes, node):
-            served.append(EnginePlace(server, 0, engines.ranks, len(served)))
+        group, part = divmod(node, engines.nodes)  # of nodes that share engines
+        for server in _block(servers, nodes // engines.nodes, group):
+            own = engines.ranks // engines.nodes
+            served.append(EnginePlace(server, part * own, own, len(served)))
         made.append(NodePlace(node, len(here), tuple(trained), tuple(served)))
     return Placement(tuple(made))
 

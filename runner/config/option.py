@@ -31,6 +31,7 @@ class EngineLayout:
     ranks: int  # tensor-parallel processes of each engine; 1 for one inside the trainer's process
     ranks_key: str  # the config key that decides `ranks`
     on_gpu: bool
+    nodes: int = 1  # that each engine lies on, with equal parts of its ranks
     in_process: bool = False  # computes in the process of the loop
     shares_gpus: bool = False  # other processes on the trainer's GPUs, which share them in turns
     prefill_tokens: int = 0  # of one forward

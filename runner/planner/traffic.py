@@ -39,19 +39,20 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     flows = {name: transport.traffic(stream, engines, ranks) for name, transport in TRANSPORTS.items()}
     chosen = getattr(cfg.rollout, "weight_transport", None)
     if cfg.cluster.nodes > 1 and chosen == "tensor":
-        flows["tensor"] = published(stream, cfg.cluster.nodes, engines)
+        flows["tensor"] = published(stream, cfg.cluster.nodes, engines, layout.nodes)
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]
 
 
-def published(stream: int, nodes: int, engines: int) -> tuple[int, str]:
+def published(stream: int, nodes: int, engines: int, nodes_per_engine: int = 1) -> tuple[int, str]:
     """(bytes, how) of a sync in which ranks bring a copy to every node: each receives what others own, over all its links."""
     share = stream * (nodes - 1) // nodes
     seconds = share / (NODE_LINK_GB * 1e9) + stream / (HOST_COPY_GB * 1e9)
+    over = f" on {nodes_per_engine} nodes each" if nodes_per_engine > 1 else ""
     how = (
         f"{stream / GIB:.1f} GiB into each of {nodes} nodes' shared memory, {share / GIB:.1f} GiB of it over the node's links, "
-        f"read by {engines} engines: {seconds:.0f} s at {NODE_LINK_GB} GB/s a node and {HOST_COPY_GB} GB/s into host memory"
+        f"read by {engines} engines{over}: {seconds:.0f} s at {NODE_LINK_GB} GB/s a node and {HOST_COPY_GB} GB/s into host memory"
     )
-    return stream * (nodes + engines) + share * nodes, how
+    return stream * (nodes + engines * nodes_per_engine) + share * nodes, how
 
 
 def step_flows(cfg: Config, inventory: Inventory) -> list[Flow]:

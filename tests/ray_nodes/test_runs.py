@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,21 @@ def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(tmp_path: Path) 
     assert "is complete. Continue with:" in said and list((tmp_path / "stopped" / "checkpoints").glob("step_*"))
 
 
+def _servers(folder: Path) -> list[Any]:
+    """The processes that a run's agents started for its engines."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = "runner.rollout.sglang.entry" in process.cmdline() and str(folder) in str(process.open_files())
+            if mine and "NodeAgent" in " ".join(psutil.Process(process.ppid()).cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
 @pytest.mark.sglang
 @pytest.mark.night  # eight minutes: a rank and a server on each node
 @pytest.mark.parametrize(
@@ -65,21 +81,12 @@ def test_sigterm_to_the_whole_group_saves_and_says_how_to_go_on(tmp_path: Path) 
 )
 def test_a_recipe_on_two_nodes_survives_a_killed_server(tmp_path: Path, recipe: str) -> None:
     """A Megatron rank and an SGLang server on each node; one server is killed after the first step, and no sample is missing."""
-    import psutil
-
     run = _start(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, "steps=3")
     folder, deadline = tmp_path / recipe, time.monotonic() + 700
     rows = folder / "metrics.jsonl"
     while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.5)
-    servers = []
-    for process in psutil.process_iter():
-        try:
-            if "runner.rollout.sglang.entry" in process.cmdline() and str(folder) in str(process.open_files()):
-                servers.append(process)
-        except psutil.Error:
-            continue
-    parents = [server for server in servers if "NodeAgent" in " ".join(psutil.Process(server.ppid()).cmdline())]
+    parents = _servers(folder)
     assert len(parents) == 2
     parents[0].kill()
     said, _ = run.communicate(timeout=700)
@@ -87,3 +94,27 @@ def test_a_recipe_on_two_nodes_survives_a_killed_server(tmp_path: Path, recipe: 
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     assert len(found) == 3 and sum(row["rollout/engine_restarts"] for row in found) >= 1
     assert all(row["train/nan_steps"] == 0 and row["sync/resident_checked"] > 0 for row in found)
+
+
+@pytest.mark.sglang
+@pytest.mark.night
+def test_an_engine_of_two_nodes_survives_the_death_of_its_second_part(tmp_path: Path) -> None:
+    """One server of two tensor-parallel ranks, one on each node, as an engine that is larger than a node. Each part loads the
+    weights that its own node has; the end of one part is the end of the server, which is started again on both."""
+    wide = ["model=tiny_moe", "precision=int4_qat", "rollout.cpu_engines=1", "rollout.cpu_tp=2", "rollout.cpu_nodes=2"]
+    run = _start(tmp_path, "wide", *TWO_NODES, *wide, "steps=3", "algorithm.samples_per_prompt=4")
+    folder, deadline = tmp_path / "wide", time.monotonic() + 700
+    rows = folder / "metrics.jsonl"
+    while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    parts = _servers(folder)
+    second = [part for part in parts if any("_part1" in opened.path for opened in part.open_files())]
+    assert len(parts) == 2 and len(second) == 1, run.communicate(timeout=700)[0][-3000:]
+    second[0].kill()
+    said, _ = run.communicate(timeout=700)
+    assert run.returncode == 0, said[-3000:]
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert len(found) == 3 and sum(row["rollout/engine_restarts"] for row in found) >= 1
+    for row in found:
+        assert row["train/nan_steps"] == 0 and row["sync/resident_checked"] > 0
+        assert row["train/train_rollout_logprob_abs_diff"] < 0.03 and row["router_replay/disagreement"] < 0.05

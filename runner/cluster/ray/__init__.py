@@ -54,8 +54,11 @@ class RayLauncher:
     def engines(self, cfg: Config, orders: list[EngineOrder], scratch: Path) -> list[EngineProcess]:
         from runner.cluster.ray.engine import RemoteServer
 
-        at = {engine.engine: (node.place.node, engine.device) for node in self.nodes.all() for engine in node.place.engines}
-        return [RemoteServer(self.nodes, *at[order.index], order) for order in orders]
+        at: dict[int, list[tuple[int, int]]] = {}
+        for node in self.nodes.all():
+            for engine in node.place.engines:
+                at.setdefault(engine.engine, []).append((node.place.node, engine.device))
+        return [RemoteServer(self.nodes, at[order.index], order) for order in orders]
 
     def forget_weights(self, folders: list[str]) -> None:
         self.nodes.tell("forget_weights", folders)

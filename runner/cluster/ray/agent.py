@@ -95,6 +95,12 @@ class NodeAgent:
 
     # servers
 
+    def free_port(self) -> int:
+        """Of this node's address, where the parts of a server of several nodes meet."""
+        from runner.rollout.sglang.process import free_ports
+
+        return free_ports(self.address, 1)[0]
+
     def start_server(self, order: EngineOrder, device: int) -> str:
         """Start it, with address and free ports of this node; returns its URL. One that runs already is killed first."""
         from runner.rollout.sglang.server import Site

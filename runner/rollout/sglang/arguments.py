@@ -83,6 +83,8 @@ def server_arguments(cfg: Config) -> Arguments:
         "tp_size": layout(cfg).ranks,
         "trust_remote_code": False,
     }
+    if layout(cfg).nodes > 1:
+        decided["nnodes"] = layout(cfg).nodes
     if par.engine_ep > 1:
         decided["ep_size"] = par.engine_ep
     if rollout.pause_mode == "in_place":
@@ -101,8 +103,6 @@ def server_arguments(cfg: Config) -> Arguments:
             "mem_fraction_static": rollout.memory_fraction,
             "sampling_backend": "pytorch",  # the one whose every way of sampling takes a request's seed
         }
-        if par.gpus_per_engine > cfg.cluster.gpus_per_node > 0:
-            decided["nnodes"] = -(-par.gpus_per_engine // cfg.cluster.gpus_per_node)
     decided |= _speculation(cfg)
     return dict(sorted({**decided, **rollout.server_args}.items()))
 

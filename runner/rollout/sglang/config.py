@@ -32,6 +32,7 @@ class SglangRolloutConfig(RolloutConfig):
     health_interval_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # between looks at whether an engine still works; 0: never
     cpu_engines: int = number(ge=1, le=1024)  # servers on this machine's CPU, where parallelism.rollout_gpus is 0
     cpu_tp: int = number(ge=1, le=1024)  # tensor-parallel ranks of each of them
+    cpu_nodes: int = number(ge=1, le=1024)  # nodes of the cluster that each of them lies on
     max_retries: int = number(ge=0, le=1000)
     use_router: bool = MISSING
     cuda_graph_max_batch: int = number(ge=1, le=2**16)
@@ -61,6 +62,7 @@ def layout(cfg: Config) -> EngineLayout:
             ranks=rollout.cpu_tp,
             ranks_key="rollout.cpu_tp",
             on_gpu=False,
+            nodes=rollout.cpu_nodes,
             prefill_tokens=rollout.chunked_prefill_tokens,
         )
     ranks = max(1, par.gpus_per_engine)
@@ -70,6 +72,7 @@ def layout(cfg: Config) -> EngineLayout:
         ranks=ranks,
         ranks_key="parallelism.gpus_per_engine",
         on_gpu=True,
+        nodes=-(-ranks // cfg.cluster.gpus_per_node) if cfg.cluster.gpus_per_node else 1,
         shares_gpus=par.colocate and min(par.gpus, par.rollout_gpus) > 0,
         prefill_tokens=rollout.chunked_prefill_tokens,
         memory_fraction=rollout.memory_fraction,

@@ -54,16 +54,6 @@ def listens(cfg: Config) -> Iterator[UserError]:
             yield error
 
 
-def whole_engines(cfg: Config) -> Iterator[UserError]:
-    par, per_node = cfg.parallelism, cfg.cluster.gpus_per_node
-    if par.rollout_gpus and per_node and (par.gpus_per_engine > per_node or per_node % par.gpus_per_engine):
-        yield UserError(
-            f"engines of {par.gpus_per_engine} GPUs do not lie whole on nodes of {per_node}, and a server runs on one node",
-            key="parallelism.gpus_per_engine",
-            fix=f"parallelism.gpus_per_engine={per_node}",
-        )
-
-
 def draft(cfg: Config) -> Iterator[UserError]:
     """What SGLang would load and then draft badly with, or not at all."""
     folder, method = cfg.speculative.draft_model, cfg.speculative.method
@@ -106,4 +96,4 @@ def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
     return problems
 
 
-RULES = (live_updates, compilers, transport, draft, listens, whole_engines)
+RULES = (live_updates, compilers, transport, draft, listens)

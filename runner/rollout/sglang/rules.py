@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.rollout.sglang import arguments
-from runner.rollout.sglang.config import on_cpu, settings
+from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
 from runner.weights.transports import TRANSPORTS
 
@@ -61,6 +61,46 @@ def formats(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def whole_engines(cfg: Config) -> Iterator[UserError]:
+    par, per_node = cfg.parallelism, cfg.cluster.gpus_per_node
+    if par.rollout_gpus and per_node and par.gpus_per_engine % per_node and per_node % par.gpus_per_engine:
+        yield UserError(
+            f"engines of {par.gpus_per_engine} GPUs lie neither whole on a node of {per_node} GPUs nor on whole nodes",
+            key="parallelism.gpus_per_engine",
+            fix=f"parallelism.gpus_per_engine={max(per_node, par.gpus_per_engine // per_node * per_node)}",
+        )
+
+
+def over_nodes(cfg: Config) -> Iterator[UserError]:
+    """An engine of several nodes reads its weights from each node's own memory."""
+    rollout, nodes = settings(cfg), layout(cfg).nodes
+    if nodes == 1:
+        return
+    key = "rollout.cpu_nodes" if on_cpu(cfg) else "parallelism.gpus_per_engine"
+    if on_cpu(cfg) and rollout.cpu_tp % nodes:
+        yield UserError(
+            f"{rollout.cpu_tp} ranks do not divide over {nodes} nodes", key="rollout.cpu_tp", fix=f"rollout.cpu_tp={nodes}"
+        )
+    if cfg.cluster.nodes % nodes:
+        yield UserError(
+            f"engines of {nodes} nodes do not divide the cluster's {cfg.cluster.nodes}", key=key, fix=f"cluster.nodes={nodes}"
+        )
+    elif on_cpu(cfg) and rollout.cpu_engines % (cfg.cluster.nodes // nodes):
+        groups = cfg.cluster.nodes // nodes
+        yield UserError(
+            f"{rollout.cpu_engines} engines do not divide over {groups} groups of {nodes} nodes",
+            key="rollout.cpu_engines",
+            fix=f"rollout.cpu_engines={groups}",
+        )
+    if rollout.weight_transport != "tensor":
+        yield UserError(
+            f"engines of {nodes} nodes read weights that every node has (rollout.weight_transport=tensor), not by "
+            f"{rollout.weight_transport}",
+            key="rollout.weight_transport",
+            fix="rollout.weight_transport=tensor",
+        )
+
+
 def limits(cfg: Config) -> Iterator[UserError]:
     rollout = settings(cfg)
     if cfg.algorithm.schedule == "async" and rollout.pause_mode != "abort":
@@ -93,4 +133,4 @@ def limits(cfg: Config) -> Iterator[UserError]:
         yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
 
 
-RULES = (options, speculation, formats, limits)
+RULES = (options, speculation, formats, limits, whole_engines, over_nodes)

@@ -82,7 +82,7 @@ class Server(Child):
                 "TORCHDYNAMO_DISABLE": "1",
                 "OMP_NUM_THREADS": _threads(env.get("OMP_NUM_THREADS"), self.threads),
                 "OMP_WAIT_POLICY": "PASSIVE",  # trainer and servers share the cores: waiting threads must not spin
-                "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(self.arguments["tp_size"]),
+                "SGLANG_CPU_OMP_THREADS_BIND": _cores_of_ranks(self.arguments["tp_size"], self.arguments.get("nnodes", 1)),
                 "PYTHONPATH": os.pathsep.join([str(STUBS), *filter(None, [env.get("PYTHONPATH")])]),
             }
         return env
@@ -135,9 +135,11 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, available_cores() // ranks)
 
 
-def _cores_of_ranks(ranks: int) -> str:
-    """Cores by rank in SGLang's notation; "all" for one rank. Without it, SGLang wants a NUMA node for every rank."""
+def _cores_of_ranks(ranks: int, nodes: int) -> str:
+    """Cores by rank of this node in SGLang's notation; "all" for a server of one rank. Without it, SGLang wants a NUMA node for
+    every rank of a server, other nodes' included."""
     if ranks == 1:
         return "all"
+    ranks //= nodes
     cores = sorted(os.sched_getaffinity(0))  # SGLang's CPU engine exists on Linux only
     return "|".join(",".join(map(str, cores[rank::ranks] or cores)) for rank in range(ranks))
