@@ -237,15 +237,14 @@ def test_a_multi_token_prediction_layer_that_is_not_used_is_left_out_by_name(tmp
     assert not [name for name in written if name.startswith("model.layers.2.")]
     assert json.loads((tmp_path / "int4" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     # a quantized source with a quantized layer there
-    packed = {"model.layers.2.mlp.experts.0.up_proj.weight_packed": torch.ones(64, 8, dtype=torch.int32)}
+    packed = {f"model.layers.2.{name}.weight_packed": torch.ones(64, 8, dtype=torch.int32) for name in ("eh_proj", "mlp.up_proj")}
     save_file(
         load_file(tmp_path / "int4" / "model.safetensors") | packed, tmp_path / "int4" / "model.safetensors", {"format": "pt"}
     )
     convert(tmp_path / "int4", tmp_path / "back", TensorFormat.bf16(), lambda _: (), workers=1)
     assert read_all(tmp_path / "back").keys() == weights.keys()
     plan = PrecisionPlan.with_format(config, TensorFormat.bf16(), ())
-    family = FAMILIES["deepseek"]
-    assert audit_checkpoint(plan, tmp_path / "source", unused=lambda name: family.unused(config, name)) == []
+    assert audit_checkpoint(plan, tmp_path / "source", unused=FAMILIES["deepseek"].unused(config, list(load_file(path)))) == []
     assert len(audit_checkpoint(plan, tmp_path / "source")) == 1
     built = build_model(config, dtype=torch.float32, seed=0)
     assert len(built.model.layers) == 2 and checkpoint_config(config).num_nextn_predict_layers == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +12,6 @@ from runner.convert.grid import with_groups_of
 from runner.convert.source import model_of, open_source, without_unused
 from runner.convert.stored import problems
 from runner.errors import UserError
-from runner.models import family_of
 from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.quantization_config import nested_quantization_config
@@ -59,8 +57,9 @@ def against_config(folder: Path, precision: PrecisionConfig, overrides: list[str
     tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
     title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
-    broken = _broken(folder, model)
-    return title, broken or audit_checkpoint(plan, folder, str(folder), partial(family_of(model).unused, model))
+    opened = open_source(folder)
+    unused = opened.tensors.keys() - without_unused(opened, model)[0].tensors.keys()
+    return title, _broken(folder, model) or audit_checkpoint(plan, folder, str(folder), unused)
 
 
 def _broken(folder: Path, model: ModelConfig) -> list[str]:

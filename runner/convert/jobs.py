@@ -139,7 +139,7 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
 
 def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
     part = Part(stored.name, stored.dtype, stored.shape)
-    role = parameter.role.name if parameter else "not in the family's table"
+    role = parameter.role.name if parameter else "tied lm_head"
     return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), (part,), role)
 
 
@@ -150,11 +150,8 @@ def reader_notes(plan: PrecisionPlan) -> list[str]:
 
 
 def _notes(source: Source, plan: PrecisionPlan, jobs: Jobs) -> list[str]:
-    """What was copied although no family knows it, what was left out, and weights in another dtype than the rest."""
-    notes = []
-    extra = [job.name for job in jobs if job.action is Action.copy and job.name not in plan.parameters]
-    if extra:
-        notes.append(f"{len(extra)} tensors that the family's table does not have were copied: {shorten(sorted(extra))}")
+    """A copied lm_head, what was left out, and weights in another dtype than the rest."""
+    notes = [f"{name}, which is tied to the embedding, was copied" for name in source.tensors if plan.ties(name)]
     if stray := source.stray_shards():
         notes.append(f"{len(stray)} safetensors files that the index does not name were left out: {shorten(stray)}")
     if others := source.other_weights():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from runner.config.schema import ModelConfig, Role
+from runner.config.schema import ModelConfig
 from runner.convert.source import Source, open_shard, open_source, without_unused
 from runner.convert.stored import check, inputs_of, is_plain
 from runner.data import ExportedTensor
@@ -19,35 +19,20 @@ from runner.precision.quantization_config import nested_quantization_config
 KEY = "model.hf_checkpoint"
 
 
-def open_checkpoint(model: ModelConfig) -> tuple[Source, PrecisionPlan]:
-    """(the folder of `model.hf_checkpoint`, the plan that its quantization_config gives). Nothing but headers has been read.
+def open_checkpoint(model: ModelConfig, key: str = KEY) -> tuple[Source, PrecisionPlan]:
+    """(the folder of `model.hf_checkpoint`, the plan that its quantization_config gives). Nothing but headers has been read, and
+    a tied lm_head.
 
+    `key`: the option that named the folder.
     UserError when it cannot be read, holds another architecture or other sizes than `model`, or tensors that its config.json
     does not explain.
     """
     assert model.hf_checkpoint is not None
-    source, _ = without_unused(open_source(local_folder(model.hf_checkpoint), KEY), model)
+    source, _ = without_unused(open_source(local_folder(model.hf_checkpoint), key), model)
     check_model(model, source.config, source.folder)
     plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
-    check(source, plan, KEY)
-    _check_tied_head(model, source, plan)
+    check(source, plan, key)
     return source, plan
-
-
-def _check_tied_head(model: ModelConfig, source: Source, plan: PrecisionPlan) -> None:
-    """UserError for a tied lm_head that lies there with other values: libraries differ in which of the two they take."""
-    head = source.tensors.get("lm_head.weight")
-    if head is None or not model.tied_embeddings:
-        return
-    embedding = next(name for name, parameter in plan.parameters.items() if parameter.role is Role.embedding)
-    with open_shard(source.folder / head.shard) as handle:
-        same = torch.equal(handle.get_tensor(head.name), read_weight(source, plan, embedding))
-    if not same:
-        raise UserError(
-            f"'{source.folder}' ties lm_head to the embedding, but holds another lm_head.weight",
-            key=KEY,
-            fix="set tie_word_embeddings in its config.json to what the weights are",
-        )
 
 
 def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 SKIPPED_FOLDERS = (".git", ".cache")  # a version store and a downloader's state, not parts of a model
+ROTARY = re.compile(r"(^|\.)rotary(_pos)?_emb\.inv_freq$")  # a buffer that older programs saved
 MAX_INDEX_BYTES = 1 << 30
 MAX_NAME_BYTES = 200
 # the same weights in another form: beside a converted checkpoint they would be unquantized weights that some loaders prefer
@@ -127,6 +128,12 @@ def open_source(folder: Path, key: str = "convert.source") -> Source:
     if indexed:
         weight_map = _weight_map(folder)
         shards = tuple(sorted(set(weight_map.values())))
+        if SINGLE not in shards and (folder / SINGLE).is_file():
+            raise UserError(
+                f"{folder} holds {SINGLE} and an index of other files: libraries differ in which of the two they read",
+                key=key,
+                fix=f"keep the weights that are meant, and move {SINGLE} or {INDEX} away",
+            )
     elif (folder / SINGLE).is_file():
         shards = (SINGLE,)
     else:
@@ -142,14 +149,12 @@ def open_source(folder: Path, key: str = "convert.source") -> Source:
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for tensor in _header(folder, shard):
-            if weight_map is not None and weight_map.get(tensor.name, shard) != shard:
-                continue
             if tensor.name in tensors:
                 raise UserError(f"{tensor.name} lies in {tensors[tensor.name].shard} and in {shard}", fix="download them again")
             tensors[tensor.name] = tensor
     if weight_map is not None:
         for name, shard in weight_map.items():
-            if name not in tensors:
+            if name not in tensors or tensors[name].shard != shard:
                 raise UserError(f"{INDEX} says that {shard} holds {name}, but it does not", fix="download that shard again")
     return Source(folder, config, shards, tensors, indexed, named)
 
@@ -215,15 +220,19 @@ def model_of(source: Source) -> ModelConfig:
 
 
 def without_unused(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
-    """The source without the tensors of parts that nothing here computes (DeepSeek-V3's multi-token-prediction layer), and with a
-    config.json that does not promise them; a note about them."""
-    family = FAMILIES[model.family]
-    left_out = [name for name in source.tensors if family.unused(model, name)]
-    if not left_out:
-        return source, []
-    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in set(left_out)}
-    config = source.config | {"num_nextn_predict_layers": model.num_mtp_layers}
-    note = (
-        f"{len(left_out)} tensors of multi-token-prediction layers, which runner does not use, were left out, first {left_out[0]}"
-    )
-    return replace(source, tensors=tensors, config=config), [note]
+    """The source without what published checkpoints hold and nothing here computes, and notes about it: multi-token-prediction
+    layers that the model does not use (DeepSeek-V3's), which its config.json then does not promise any more, and rotary
+    frequencies, which follow from config.json. Whatever else no weight claims, `stored.check` refuses."""
+    layers = sorted(FAMILIES[model.family].unused(model, source.tensors.keys()))
+    rotary = sorted(name for name in source.tensors if ROTARY.search(name) and name not in set(layers))
+    notes = []
+    if layers:
+        notes.append(
+            f"{len(layers)} tensors of multi-token-prediction layers, which runner does not use, were left out, first {layers[0]}"
+        )
+    if rotary:
+        notes.append(f"{len(rotary)} rotary frequencies, which follow from config.json, were left out, first {rotary[0]}")
+    left_out = {*layers, *rotary}
+    tensors = {name: tensor for name, tensor in source.tensors.items() if name not in left_out}
+    config = source.config | ({"num_nextn_predict_layers": model.num_mtp_layers} if layers else {})
+    return replace(source, tensors=tensors, config=config), notes

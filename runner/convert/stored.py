@@ -1,8 +1,9 @@
-"""What lies on the disk of a checkpoint folder, held against what its config.json says: from headers alone.
+"""What lies on the disk of a checkpoint folder, held against what its config.json says: from headers alone, but for a tied head.
 
 Values of a quantized weight mean nothing without their scales, and scales of another shape mean other values. So a folder is
-read only where every stored dtype and shape is one that the plan of its own quantization_config explains, and where no part of
-a weight is left over. The converter, the audit and the trainers all read folders through `check`.
+read only where every stored dtype and shape is one that the plan of its own quantization_config explains, and where no tensor is
+left over: neither a part of a weight nor a weight that the model does not have. The converter, the audit, the trainers and draft
+models all read folders through `check`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Iterator
 import torch
 
 from runner.config.schema import Role
-from runner.convert.source import Source, StoredTensor
+from runner.convert.source import Source, StoredTensor, open_shard
 from runner.errors import UserError, UserErrors
 from runner.precision.codec import module_of
 from runner.precision.formats import FLOATS, part_names
-from runner.precision.plan import PrecisionPlan, shorten
+from runner.precision.plan import HEAD, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
 
 UNQUANTIZED_DTYPES = tuple(getattr(torch, name) for name in FLOATS)
@@ -74,7 +75,8 @@ def problems(source: Source, plan: PrecisionPlan, key: str) -> list[UserError]:
                 found.setdefault((text, fix), []).append(name)
     errors = _missing(source, plan, missing, key)
     errors += [_error(text, names, key, fix) for (text, fix), names in found.items()]
-    return errors + _left_over(source, plan, used, key)
+    errors += _left_over(source, plan, used, key)
+    return errors or _other_head(source, plan, key)
 
 
 def _error(text: str, names: list[str], key: str, fix: str | None) -> UserError:
@@ -144,10 +146,11 @@ def _missing(source: Source, plan: PrecisionPlan, missing: list[str], key: str) 
 
 
 def _left_over(source: Source, plan: PrecisionPlan, used: set[str], key: str) -> list[UserError]:
-    """Parts of weights that no weight claims, and tensors that cannot be weights."""
+    """Parts of weights that no weight claims, and weights that no part of the model has."""
     quantized = any(stored.dtype not in UNQUANTIZED_DTYPES for name, stored in source.tensors.items() if name in used)
     parts: list[str] = []
     others: dict[torch.dtype, list[str]] = {}
+    unused: list[str] = []
     for name, stored in source.tensors.items():
         module, _, last = name.rpartition(".")
         if name in used or (last in CACHE_PARTS and quantized):
@@ -158,6 +161,8 @@ def _left_over(source: Source, plan: PrecisionPlan, used: set[str], key: str) ->
             parts.append(name)
         elif name not in plan.parameters and stored.dtype not in UNQUANTIZED_DTYPES:
             others.setdefault(stored.dtype, []).append(name)
+        elif name not in plan.parameters and not plan.ties(name):
+            unused.append(name)
     errors = []
     if parts:
         errors.append(
@@ -176,7 +181,30 @@ def _left_over(source: Source, plan: PrecisionPlan, used: set[str], key: str) ->
                 fix="start from a bf16 checkpoint",
             )
         )
+    if unused:
+        errors.append(
+            UserError(
+                f"{source.folder} has weights that the model does not use: {len(unused)} weights, first {min(unused)}",
+                key=key,
+                fix=f"{INCOMPLETE}; weights that a model has are never left out",
+            )
+        )
     return errors
+
+
+def _other_head(source: Source, plan: PrecisionPlan, key: str) -> list[UserError]:
+    """A tied lm_head that lies there with other values: libraries differ in which of the two they take."""
+    if HEAD not in source.tensors or not plan.ties(HEAD):
+        return []
+    embedding = next(name for name, parameter in plan.parameters.items() if parameter.role is Role.embedding)
+    tensors = []
+    for stored in (source.tensors[HEAD], source.tensors[embedding]):
+        with open_shard(source.folder / stored.shard) as handle:
+            tensors.append(handle.get_tensor(stored.name).float())
+    if torch.equal(*tensors):
+        return []
+    problem = f"'{source.folder}' ties lm_head to the embedding, but holds another {HEAD}"
+    return [UserError(problem, key=key, fix="set tie_word_embeddings in its config.json to what the weights are")]
 
 
 def _quantized_here(source: Source, plan: PrecisionPlan, module: str) -> bool:

@@ -97,7 +97,8 @@ def _from_checkpoint(
         )
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load '{model.hf_checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
-    unexpected = [name for name in report["unexpected_keys"] if not family.unused(model, name)]
+    # a second look by transformers; the first one, of headers, was open_checkpoint's
+    unexpected = [name for name in report["unexpected_keys"] if name in source.tensors]
     for kind, found in (("lacks", report["missing_keys"]), ("has weights that the model does not use:", unexpected)):
         if found:
             raise UserError(
@@ -124,6 +125,7 @@ def _weight_by_weight(
     """
     with no_init_weights():
         built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+    built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would stay unwritten memory
     _check_table(model, family, built)
     with torch.no_grad():
         for name, view in disk_tensors(family, model, named_weights(model, built)):

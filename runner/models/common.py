@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from runner.config.schema import ModelConfig, Role
@@ -53,8 +53,8 @@ class KnownFamily:
     def register(self) -> None:
         return
 
-    def unused(self, model: ModelConfig, name: str) -> bool:
-        return False
+    def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
+        return set()
 
 
 class DenseFamily(KnownFamily):

@@ -5,7 +5,7 @@ Torch-free, so that rules, the planner and the precision plan read the same tabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -91,9 +91,9 @@ class Family(Protocol):
         """Global ids of the layers with routed experts, ascending."""
         ...
 
-    def unused(self, model: ModelConfig, name: str) -> bool:
-        """Whether a stored tensor belongs to a part that published checkpoints have and nothing here computes: it is left out by
-        name, where another tensor that the table does not have would be an error or a note."""
+    def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
+        """Those of a folder's tensors that belong to a part that published checkpoints have and nothing here computes: they are
+        left out, where any other tensor that the table does not have is an error."""
         ...
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Every function returns a list of differences in words, [] when the sides agree; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,11 @@ def quantization_config_of(folder: Path) -> dict[str, Any] | None:
     return nested_quantization_config(read_json(folder / CONFIG))
 
 
-def audit_checkpoint(
-    plan: PrecisionPlan, folder: Path, label: str = "checkpoint", unused: Callable[[str], bool] | None = None
-) -> list[str]:
+def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint", unused: Container[str] = ()) -> list[str]:
     """A plan against a folder: its quantization_config, and what its tensors really are.
 
-    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor. `unused`: names
-    that belong to no parameter, and to no error (Family.unused).
+    The config may say one thing and the tensors another: both are compared with the plan, tensor by tensor. `unused`: stored
+    tensors that belong to no parameter, and to no error.
     """
     found: list[str] = []
     try:
@@ -136,7 +134,7 @@ def audit_checkpoint(
     fused: dict[str, set[float]] = {}
     for exported in read_checkpoint(folder):
         seen.add(exported.name)
-        if exported.name not in plan.tensors and unused is not None and unused(exported.name):
+        if plan.ties(exported.name) or exported.name not in plan.tensors and all(part in unused for part in exported.parts):
             continue
         if exported.name not in plan.tensors:
             groups.setdefault("not a parameter of this model", []).append(exported.name)

@@ -20,6 +20,7 @@ from runner.precision.tensor_format import TensorFormat
 Side = Literal["train", "rollout"]
 
 # a quantized router gave gibberish; the others are few and sensitive, or glue whose matrices engines keep in bf16
+HEAD = "lm_head.weight"
 NEVER_QUANTIZED = (Role.router, Role.norm, Role.embedding, Role.lm_head, Role.mtp, Role.vision)
 _SHOWN = 3  # names listed per difference
 
@@ -119,6 +120,10 @@ class PrecisionPlan:
             if parameter.fused is not None:
                 found.setdefault(parameter.fused, []).append(name)
         return found
+
+    def ties(self, name: str) -> bool:
+        """Whether a stored tensor is an lm_head beside the embedding that it is tied to, as in some published folders."""
+        return name == HEAD and name not in self.parameters
 
     def format_of(self, name: str) -> TensorFormat:
         """Format of one on-disk weight; raises UserError for a name the family's table does not have."""

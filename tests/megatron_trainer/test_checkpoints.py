@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.models import family_of
+from runner.models.build import build_model, disk_tensors, named_weights, save_config
 from runner.precision import int4
 from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.trainer.megatron import MegatronTrainer
+from runner.trainer.megatron.sources import open_weights
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch, exported, megatron
 
@@ -107,6 +111,44 @@ def test_a_run_may_start_from_another_runs_weights(tmp_path: Path) -> None:
     cfg.trainer.initial_checkpoint = str(tmp_path / "elsewhere")  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="no checkpoint of a run"):
         MegatronTrainer(cfg)
+
+
+def test_a_checkpoint_with_more_or_less_than_the_model_is_refused(tmp_path: Path) -> None:
+    """Layers that are not all alike lie in the checkpoint one by one: those that no rank asks for would be left out silently."""
+    cfg = megatron_config("moe", "single", format="int4", **{"algorithm.kl_coef": 0.1})
+    cfg.model.num_layers, cfg.model.num_dense_layers = 2, 1
+    with megatron(cfg) as trainer:
+        trainer.save(tmp_path / "two")
+    cfg.algorithm.kl_coef = 0.0
+    with megatron(cfg) as without_reference:
+        without_reference.load(tmp_path / "two")
+    cfg.model.num_layers = 3
+    with megatron(cfg) as deeper, pytest.raises(UserError, match="does not fit this model"):
+        deeper.load(tmp_path / "two")
+    cfg.model.num_layers = 1
+    with (
+        megatron(cfg) as shallower,
+        pytest.raises(UserError, match="weights that the model does not use: .* first decoder.layers"),
+    ):
+        shallower.load(tmp_path / "two")
+
+
+def test_a_folder_with_more_than_the_model_is_no_start(tmp_path: Path) -> None:
+    """Ranks read published folders through the check that trainer=torch and the converter use."""
+    cfg = megatron_config("moe", "single", format="int4")
+    built = build_model(cfg.model, dtype=torch.bfloat16, seed=0)
+    family = family_of(cfg.model)
+    weights = {name: t.clone() for name, t in disk_tensors(family, cfg.model, named_weights(cfg.model, built))}
+    save_config(cfg.model, tmp_path)
+    save_file(
+        weights | {"model.layers.9.input_layernorm.weight": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    cfg.model.hf_checkpoint = str(tmp_path)
+    with pytest.raises(UserError, match=r"does not use: 1 weights, first model\.layers\.9"):
+        open_weights(cfg, family)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    read, _ = open_weights(cfg, family)
+    assert all(torch.equal(read(name), tensor) for name, tensor in weights.items())
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_its_name(tmp_path: Path) -> None:

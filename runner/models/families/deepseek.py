@@ -4,7 +4,7 @@ sigmoid router, a selection bias, and shared experts fused into one mlp."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from runner.config.schema import ModelConfig, Role
@@ -42,10 +42,12 @@ class DeepSeek(common.SparseFamily):
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
 
-    def unused(self, model: ModelConfig, name: str) -> bool:
-        """Multi-token-prediction layers, which lie behind the last layer of the model (DeepSeek-V3: model.layers.61)."""
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        return layer is not None and int(layer[1]) >= model.num_layers
+    def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
+        """Multi-token-prediction layers, which lie behind the last layer of the model (DeepSeek-V3: model.layers.61) and have a
+        projection of two states; a layer without one is a decoder layer of a longer model."""
+        layers = [(name, match) for name in names if (match := re.match(r"model\.layers\.(\d+)\.(.*)", name))]
+        drafting = {match[1] for _, match in layers if match[2].startswith("eh_proj.") and int(match[1]) >= model.num_layers}
+        return {name for name, match in layers if match[1] in drafting}
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

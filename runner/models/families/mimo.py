@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,11 @@ class MiMo(common.DenseFamily):
         yield from common.final_norm_and_head(model)
         for index in range(model.num_mtp_layers):
             yield from _mtp_layer(model, f"{self.mtp.prefix}{index}", model.num_layers + index)
+
+    def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
+        """Multi-token-prediction layers that config.json does not name."""
+        layers = {name: re.match(r"model\.mtp_layers\.(\d+)\.", name) for name in names}
+        return {name for name, match in layers.items() if match and int(match[1]) >= model.num_mtp_layers}
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

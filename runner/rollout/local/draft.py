@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import torch
 
 from runner.config.schema import Config, ModelConfig
 from runner.errors import UserError
 from runner.models.build import build_model
-from runner.models.config_file import CONFIG, family_fields, read_json
+from runner.models.draft_folder import KEY, check_whole, draft_model
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION
@@ -19,16 +16,17 @@ from runner.rollout.local.model import EngineModel
 
 def load_draft(cfg: Config, dtype: torch.dtype, device: torch.device) -> EngineModel:
     """Raises UserError when the folder is not named, cannot be read, or holds another vocabulary."""
-    key, folder = "speculative.draft_model", cfg.speculative.draft_model
+    folder = cfg.speculative.draft_model
     if not folder:
-        raise UserError("speculative=draft needs a draft model", key=key, fix=f"{key}=<folder in HF format>")
-    model = _model_config(cfg.model, folder, key)
+        raise UserError("speculative=draft needs a draft model", key=KEY, fix=f"{KEY}=<folder in HF format>")
+    model = draft_model(cfg.model, folder)
     if model.vocab_size != cfg.model.vocab_size:
         raise UserError(
             f"'{folder}' has {model.vocab_size} tokens, model {cfg.model.name} has {cfg.model.vocab_size}",
-            key=key,
+            key=KEY,
             fix="use a draft model of the same vocabulary, or speculative=ngram",
         )
+    check_whole(cfg.model, folder)
     return draft_from_module(model, build_model(model, dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager"))
 
 
@@ -38,12 +36,3 @@ def draft_from_module(model: ModelConfig, module: torch.nn.Module) -> EngineMode
     return EngineModel(
         model, PrecisionPlan.with_format(model, TensorFormat.bf16(), ()), parameter.dtype, parameter.device, module
     )
-
-
-def _model_config(policy: ModelConfig, folder: str, key: str) -> ModelConfig:
-    path = Path(folder).expanduser()
-    try:
-        _, fields = family_fields(read_json(path / CONFIG), path)
-    except UserError as error:
-        raise UserError(error.problem, key=key, fix=f"use a draft model of a family that runner reads ({error.fix})") from None
-    return replace(policy, **fields, hf_checkpoint=folder)

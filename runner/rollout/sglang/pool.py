@@ -24,6 +24,7 @@ from runner.cluster.launcher import EngineOrder, EngineProcess
 from runner.config.schema import Config, Role
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
+from runner.models.draft_folder import check_folder
 from runner.models.images import PromptImage
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.feed import WATCH_SECONDS, Feed
@@ -55,6 +56,7 @@ class SglangPool:
         Logs and weights on disk lie in the run's folder. Outside of a run, logs that tell of a failure stay in one of their own.
         `transport`: in place of the one that `rollout.weight_transport` names.
         """
+        check_folder(cfg)
         rollout = settings(cfg)
         self.version = -1
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")

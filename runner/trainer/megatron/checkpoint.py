@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from runner.config.schema import ModelConfig
@@ -33,6 +34,7 @@ from runner.trainer.megatron.sharded import Sharded
 
 FORMAT = 1
 COUNTERS = "trainer.json"
+OPTIONAL = ("reference.", "mtp.")  # of a KL term and of online training, which a run that starts from here may do without
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,26 @@ def _first_line(error: BaseException) -> str:
 
 
 def load(tensors: dict[str, Sharded], folder: Path) -> dict[str, Any]:
-    """The content of what `tensors` names, under the same names. Collective."""
+    """The content of what `tensors` names, under the same names; UserError unless they are all that the checkpoint holds, but for
+    OPTIONAL. Collective."""
     untrusted.check(folder / untrusted.FOLDER)
     untrusted.guard()
     try:
-        return dict(dist_checkpointing.load(tensors, str(folder / untrusted.FOLDER)))
+        loaded, left_over, absent = dist_checkpointing.load(
+            tensors, str(folder / untrusted.FOLDER), strict=StrictHandling.RETURN_ALL
+        )
     except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} does not fit this model: {_first_line(error)}",
-            key="model",
-            fix="resume with the model that the run was started with",
-        ) from None
+        raise _misfit(folder, _first_line(error)) from None
+    unused = sorted(name for name in left_over if not name.startswith(OPTIONAL))
+    for problem, names in (("it lacks", sorted(absent)), ("it has weights that the model does not use:", unused)):
+        if names:
+            raise _misfit(folder, f"{problem} {len(names)} tensors, first {names[0]}")
+    return dict(loaded)
+
+
+def _misfit(folder: Path, reason: str) -> UserError:
+    fix = "resume with the model that the run was started with"
+    return UserError(f"{folder} does not fit this model: {reason}", key="model", fix=fix)
 
 
 def read_counters(folder: Path) -> dict[str, Any]:
