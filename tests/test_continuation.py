@@ -133,6 +133,31 @@ def test_a_run_made_longer_keeps_its_learning_rate_plan(schedule: str, tmp_path:
     assert planned_steps(new_plan) == 8
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("warmup", [0, 2, 4, 10])
+def test_a_run_made_longer_never_raises_its_rate_beyond_its_plan(
+    schedule: str, ratio: float, warmup: int, tmp_path: Path
+) -> None:
+    """A warm-up that the first steps did not finish is not gone on with: the plan of four updates is over."""
+    given = [
+        f"trainer.optimizer.{key}" for key in (f"lr_schedule={schedule}", f"lr_min_ratio={ratio}", f"lr_warmup_steps={warmup}")
+    ]
+    begun, longer = config(*given, "steps=4"), config(*given, "steps=16")
+    saved = checkpoint.save(
+        tmp_path, 4, continuation.remembered(begun, collector(begun, Plain()), 4), lambda folder: None, keep=1
+    )
+    continuation.keep_schedule(longer, saved)
+    rates = [learning_rate(longer.trainer.optimizer, step, planned_steps(longer)) for step in range(16)]
+    assert rates[:4] == [learning_rate(begun.trainer.optimizer, step, planned_steps(begun)) for step in range(4)]
+    notes = continuation.go_on(longer, collector(longer, Plain()), checkpoint.read_state(saved))
+    if schedule == "constant":  # whose plan has no end: it warms up, and stays
+        assert rates == sorted(rates) and rates[-1] == begun.trainer.optimizer.lr and notes == []
+    else:
+        assert max(rates[4:]) <= rates[3] and len(set(rates[4:])) == 1
+        assert f"keeps its plan of 4 updates, after which it is {rates[-1]:g}; the run now has 16" in notes[0]
+
+
 def test_changed_options_are_named_and_unchanged_ones_are_not() -> None:
     before = config("steps=4")
     state = {"step": 4} | json.loads(json.dumps(continuation.remembered(before, collector(before, Plain()), 4)))

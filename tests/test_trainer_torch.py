@@ -301,6 +301,14 @@ def test_learning_rate_schedules() -> None:
     )
     optimizer.lr_schedule = "cosine"
     assert learning_rate(optimizer, 9, 14) == pytest.approx(0.55)
+    for optimizer.lr_schedule in ("linear", "cosine"):  # a plan that ends in its warm-up goes no further up
+        assert [learning_rate(optimizer, step, 2) for step in (0, 1, 2, 3, 4, 99)] == pytest.approx([0.25, 0.5, *[0.1] * 4])
+        assert learning_rate(optimizer, 4, 4) == 0.1
+        optimizer.lr_min_ratio = 0.8
+        assert [learning_rate(optimizer, step, 2) for step in (1, 2, 99)] == pytest.approx([0.5, 0.5, 0.5])
+        optimizer.lr_min_ratio = 0.1
+    optimizer.lr_schedule = "constant"
+    assert [learning_rate(optimizer, step, 2) for step in (0, 1, 2, 3, 4, 99)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
     optimizer.lr_schedule = "steps"
     with pytest.raises(UserError):
         learning_rate(optimizer, 9, 14)
@@ -312,6 +320,11 @@ def test_a_run_that_ends_in_its_warmup_is_told_so_and_not_refused() -> None:
     (text,) = unfinished_warmup(config(**{"steps": 3, "trainer.optimizer.lr_warmup_steps": 10}))
     assert "10 updates and the run has 3" in text
     assert unfinished_warmup(config(**{"steps": 10, "trainer.optimizer.lr_warmup_steps": 10})) == []
+    changes = {"steps": 12, "trainer.optimizer.lr_warmup_steps": 10, "trainer.optimizer.lr_decay_steps": 4}
+    falling = {"trainer.optimizer.lr_schedule": "linear", "trainer.optimizer.lr_min_ratio": 0.0}
+    (text,) = unfinished_warmup(config(**changes, **falling))
+    assert "10 updates and its plan has 4; from then on it is 0" in text
+    assert unfinished_warmup(config(**changes, **{"trainer.optimizer.lr_schedule": "constant"})) == []
     assert rules.check(composed(**{"steps": 3, "trainer.optimizer.lr_warmup_steps": 10})) == []
 
 

@@ -14,7 +14,7 @@ from runner.config.schema import Config
 from runner.run import checkpoint
 from runner.run.collect import Collector
 from runner.tracking.folder import plain_config
-from runner.trainer.optimizer import planned_steps
+from runner.trainer.optimizer import learning_rate, planned_steps
 
 DECAY = "trainer.optimizer.lr_decay_steps"
 # Where a run lies and what it writes: a change of these changes nothing that is trained.
@@ -45,9 +45,10 @@ def go_on(cfg: Config, collector: Collector, state: dict[str, Any] | None) -> li
     optimizer, all_steps = cfg.trainer.optimizer, cfg.steps * cfg.algorithm.updates_per_rollout
     planned = planned_steps(cfg)
     if optimizer.lr_schedule != "constant" and planned != all_steps and state.get("lr_decay_steps") == planned:
+        end = learning_rate(optimizer, planned, planned)
         notes.append(
-            f"the {optimizer.lr_schedule} learning rate keeps its plan of {planned} updates, the run now has {all_steps}; "
-            f"{DECAY}={all_steps} plans it anew, with a jump"
+            f"the {optimizer.lr_schedule} learning rate keeps its plan of {planned} updates, after which it is {end:g}; the run now "
+            f"has {all_steps}; {DECAY}={all_steps} plans it anew, with a jump"
         )
     data = collector.continue_at(state["step"], state.get("data"))
     return [*notes, *([data] if data else [])]

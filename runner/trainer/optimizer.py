@@ -17,6 +17,7 @@ from runner.errors import UserError
 from runner.trainer.parking import tensors_of_optimizer
 
 CLIP_EPSILON = 1e-6
+FALLING = ("linear", "cosine")  # schedules whose plan has an end
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -28,21 +29,30 @@ def planned_steps(cfg: Config) -> int:
 
 def unfinished_warmup(cfg: Config) -> list[str]:
     """What to tell of a run that ends before its learning rate is up: no mistake in a first look of a few steps."""
-    steps, warmup = cfg.steps * cfg.algorithm.updates_per_rollout, cfg.trainer.optimizer.lr_warmup_steps
-    return [f"the learning rate warms up over {warmup} updates and the run has {steps}"] if warmup > steps else []
+    optimizer, steps = cfg.trainer.optimizer, cfg.steps * cfg.algorithm.updates_per_rollout
+    planned, warmup = planned_steps(cfg) if optimizer.lr_schedule != "constant" else steps, optimizer.lr_warmup_steps
+    if warmup > steps:
+        return [f"the learning rate warms up over {warmup} updates and the run has {steps}"]
+    if warmup > planned:
+        end = learning_rate(optimizer, planned, planned)
+        return [f"the learning rate warms up over {warmup} updates and its plan has {planned}; from then on it is {end:g}"]
+    return []
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of optimizer step `step` (from 0): linear warm-up over lr_warmup_steps, then the schedule down to lr_min_ratio * lr.
 
-    Steps at and beyond `total_steps` (a run that was made longer) stay at the end value.
+    Steps at and beyond `total_steps` (a run that was made longer) stay at the end value, or at the last rate of a warm-up that
+    was not over by then where that is lower: a plan that has ended never goes up. `constant` has no end.
     """
-    if step < config.lr_warmup_steps:
-        return config.lr * (step + 1) / config.lr_warmup_steps
+    warmup = config.lr_warmup_steps
+    if config.lr_schedule in FALLING and step >= total_steps:
+        return config.lr * min(config.lr_min_ratio, total_steps / max(warmup, total_steps, 1))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.lr_schedule == "constant":
         return config.lr
-    span = max(total_steps - config.lr_warmup_steps, 1)
-    progress = min((step - config.lr_warmup_steps) / span, 1.0)
+    progress = (step - warmup) / (total_steps - warmup)
     if config.lr_schedule == "linear":
         share = 1.0 - progress
     elif config.lr_schedule == "cosine":

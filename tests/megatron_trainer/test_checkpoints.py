@@ -117,6 +117,7 @@ def test_a_checkpoint_with_more_or_less_than_the_model_is_refused(tmp_path: Path
     """Layers that are not all alike lie in the checkpoint one by one: those that no rank asks for would be left out silently."""
     cfg = megatron_config("moe", "single", format="int4", **{"algorithm.kl_coef": 0.1})
     cfg.model.num_layers, cfg.model.num_dense_layers = 2, 1
+    (tmp_path / "two").mkdir()
     with megatron(cfg) as trainer:
         trainer.save(tmp_path / "two")
     cfg.algorithm.kl_coef = 0.0
