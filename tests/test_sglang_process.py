@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from runner.cluster.launcher import EngineOrder
+from runner.config import compose
+from runner.precision import cpu_matmul
 from runner.rollout.sglang.process import Child, last_error, start_problem
 
 OLD = "RuntimeError: address already in use\n"
@@ -74,3 +79,22 @@ def test_a_process_that_ends_at_once_says_why_and_can_be_started_again(tmp_path:
         assert "took its port" not in str(problem) and "secret" not in child.log.read_text()
         child.kill()
         assert not child.alive()
+
+
+@pytest.mark.parametrize("way", ["native", "widened"])
+def test_a_server_multiplies_bf16_as_its_driver_does(tmp_path: Path, way: str) -> None:
+    """The plugin's first call in a process that has the environment of a CPU server."""
+    pytest.importorskip("aiohttp", reason="make setup-sglang")
+    from runner.rollout.sglang.server import Site
+
+    words = ["model=tiny_moe", "rollout=sglang", "speculative=none", "precision=bf16", f"precision.cpu_matmul={way}"]
+    cfg = compose.load_config(words)
+    order = EngineOrder(0, {"device": "cpu", "tp_size": 1}, "secret", tmp_path / "log")
+    server = Site.here(cfg, tmp_path, ranks=1).server(order, device=0)
+    code = (
+        "from runner.config.schema import CpuMatmul; from runner.precision import cpu_matmul as m\n"
+        "print(m.install(CpuMatmul.auto)[0].name, m.widened())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], env=server.environment(), capture_output=True, text=True, timeout=120)
+    assert server.environment()[cpu_matmul.VARIABLE] == way
+    assert shown.stdout.split() == [way, str(way == "widened")], shown.stderr

@@ -47,8 +47,8 @@ def go_on(cfg: Config, collector: Collector, state: dict[str, Any] | None) -> li
     if optimizer.lr_schedule != "constant" and planned != all_steps and state.get("lr_decay_steps") == planned:
         end = learning_rate(optimizer, planned, planned)
         notes.append(
-            f"the {optimizer.lr_schedule} learning rate keeps its plan of {planned} updates, after which it is {end:g}; the run now "
-            f"has {all_steps}; {DECAY}={all_steps} plans it anew, with a jump"
+            f"the {optimizer.lr_schedule} learning rate keeps its plan of {planned} updates, after which it is {end:g}; the run "
+            f"now has {all_steps}; {DECAY}={all_steps} plans it anew, with a jump"
         )
     data = collector.continue_at(state["step"], state.get("data"))
     return [*notes, *([data] if data else [])]

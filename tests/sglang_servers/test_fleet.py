@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,10 +20,13 @@ from aiohttp import web
 
 from runner.data import Status
 from runner.errors import UserError
+from runner.rollout.sglang import SglangPool
 from runner.rollout.sglang import fleet as fleets
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation
 from runner.rollout.sglang.fleet import Fleet, Settings
+from runner.run.loop import tell_notices
+from runner.tracking.tracker import JsonlTracker
 from runner.weights.transports import Driver, Site, broadcast
 from runner.weights.transports.files import FilesDriver
 from runner.weights.weight_set import WeightSet
@@ -362,6 +366,53 @@ def test_an_engine_that_hangs_in_an_update_is_started_again(tmp_path: Path) -> N
 
     fleet = asyncio.run(run())
     assert [engine.synced for engine in fleet.engines] == [fleet.updates] * 2 and fleet.counters["restarts"] == 1
+
+
+@pytest.mark.parametrize("lost", ["engine", "router"])
+def test_a_server_that_is_started_again_is_an_event_of_the_run(tmp_path: Path, lost: str) -> None:
+    """With its number and the reason, in the step in which it happened, once."""
+
+    class FakeRouter:
+        up, broken, restarting = True, None, None
+
+        class process:
+            dead = True
+            alive = staticmethod(lambda: False)
+            failure = staticmethod(lambda: "Killed (see sglang_router.log)")
+            kill = staticmethod(lambda: None)
+
+        async def start(self, session: Any) -> None:
+            self.up = True
+
+    async def run() -> Fleet:
+        fleet = ready_fleet(FakeClient(), FakeClient())
+        fleet._start = fleet._register = fleet._notify = anything  # type: ignore[method-assign,assignment]
+        fleet._session = object()  # type: ignore[assignment]
+        if lost == "engine":
+            dead: Any = fleet.engines[1].server
+            dead.dead, dead.failure = True, lambda: "Killed (see sglang_1.log)"
+            fleet._suspect(fleet.engines[1])
+            fleet._suspect(fleet.engines[1])
+        else:
+            fleet.router = FakeRouter()  # type: ignore[assignment]
+            fleet._suspect(fleet.router)  # type: ignore[arg-type]
+            fleet._suspect(fleet.router)  # type: ignore[arg-type]
+        return fleet
+
+    async def anything(*given: Any) -> None:
+        pass
+
+    pool: Any = object.__new__(SglangPool)
+    pool._fleet = asyncio.run(run())
+    assert pool._fleet.counters["restarts"] == 1
+    tracker = JsonlTracker(tmp_path)
+    for step in (4, 5):
+        tell_notices(pool, tracker, step)
+    (event,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    expected = {"engine": "SGLang server 1 is started again: it ended: Killed (see sglang_1.log)"}.get(
+        lost, "sglang-router is started again: Killed (see sglang_router.log)"
+    )
+    assert (event["kind"], event["message"], event["data"]) == ("engine", expected, {"step": 4})
 
 
 @pytest.mark.promise("a hanging server is started again")

@@ -99,6 +99,7 @@ def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: 
         torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(other, sample), atol=1e-4, rtol=0)
     metrics = pool.metrics()
     assert metrics["rollout/engine_restarts"] == 1 and metrics["rollout/requests_retried"] >= 1
+    assert ["SGLang server 0 is started again: " in notice for notice in pool.notices()] == [True]
     assert gone(processes), "the dead engine's scheduler outlived it"
     wait_for(lambda: victim.synced == pool._fleet.updates)
     victim_only = [pool._loop.submit(_direct(victim, request)) for request in wanted[:3]]

@@ -473,7 +473,8 @@ def initialize(cfg: Config, rank: int, rendezvous: str, local_rank: int = 0) -> 
 
         torch.set_num_threads(max(arguments.trainer_config(cfg).threads, 1))
         cpu_shim.install()
-        cpu_matmul.install(cfg.precision.cpu_matmul)
+        way, reason = cpu_matmul.install(cfg.precision.cpu_matmul)
+        print(f"bf16 matrices on this CPU: {way.name}, {reason}", flush=True)
     timeout = timedelta(seconds=arguments.trainer_config(cfg).rank_timeout_seconds)
     dist.init_process_group(device.backend, init_method=rendezvous, rank=rank, world_size=cfg.parallelism.ranks, timeout=timeout)
     parallel_state.initialize_model_parallel(

@@ -15,7 +15,8 @@ from runner.precision import cpu_matmul
 def register() -> None:
     if torch.cuda.is_available():
         raise RuntimeError("runner's CPU twin of SGLang does not load where CUDA is present")
-    cpu_matmul.install(CpuMatmul.auto)  # what the driver took stands in the environment
+    way, reason = cpu_matmul.install(CpuMatmul.auto)  # what the driver took stands in the environment
+    print(f"bf16 matrices on this CPU: {way.name}, {reason}", flush=True)
     _host_memory()
     _speculative_attention()
     _latent_attention()
