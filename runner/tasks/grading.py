@@ -48,6 +48,9 @@ _UNSURE = re.compile(
     r"approximately|roughly|nearly|almost|maybe|perhaps|un(?:known|clear|sure)|cannot|hundred|thousand|million|billion|dozen)\b|n't\b",
     re.IGNORECASE,
 )
+_RETRACTED = re.compile(
+    r"\b(?:no|wait|actually|sorry|apologi[sz]e|mistake|instead|rather|correction|but|however|oops)\b", re.IGNORECASE
+)
 _NAME = re.compile(r"^\s*(?:\\?[a-zA-Z]+(?:_\{?\w+\}?|\([a-z]\)|')?|\\text\s*\{[^{}]*\})\s*=\s*(?=[^=]+$)")
 _SIDE_BY_SIDE = re.compile(r"\d\s+[\d.]|\d\s*,\s+\d{3}(?!\d)")  # two numbers that a reader of LaTeX would join or multiply
 
@@ -282,7 +285,16 @@ def _stated(line: str) -> str:
     """The answer of a line: what is left without `the answer is`, or the one number of a sentence."""
     line = _PREFIX.sub("", line)
     told = number_told(line) if quantity(line) is None else None
-    return line if told is None else told
+    return _before_remark(line) if told is None else told
+
+
+def _before_remark(line: str) -> str:
+    r"""`$20\%$` of `$20\%$. I hope it is correct.`: without sentences that say nothing about the answer."""
+    end = re.search(r"[.!?]\s+(?=[^\W\d_]|<)", line)
+    if end is None or not re.search(r"[\d$\\]", line[: end.start()]):
+        return line
+    remark = line[end.end() :]
+    return line if re.search(r"[\d$\\=]", remark) or _UNSURE.search(remark) or _RETRACTED.search(remark) else line[: end.start()]
 
 
 def _sentence(text: str) -> str:

@@ -17,7 +17,7 @@ def test_every_rank_takes_the_way_that_is_asked_for() -> None:
     """Each says so in its log after it took it; logprobs repeat bit for bit and are those of the other way but for rounding."""
     found: dict[CpuMatmul, torch.Tensor] = {}
     for way in WAYS:
-        cfg = megatron_config("moe", "tp2", format="int4", **{"precision.cpu_matmul": way})
+        cfg = megatron_config("moe", "tp2_sp", format="int4", **{"precision.cpu_matmul": way})
         with megatron(cfg) as trainer:
             for rank in range(2):
                 log = trainer.ranks.log(rank).read_text()
