@@ -116,3 +116,21 @@ def test_texts_survive_the_runs_folder(ascii_only: bool, tmp_path: Path) -> None
 def test_bytes_that_are_no_text_are_refused() -> None:
     with pytest.raises(UserError, match="not UTF-8"):
         compose.load(["run_name=\udcff"])
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("outputs_dir=~nosuchuser/runs", "begins with ~nosuchuser, whose home folder is not known here"),
+        ("task.train_path=~nosuchuser/x.jsonl", "begins with ~nosuchuser"),
+        ("outputs_dir=", "outputs_dir: is empty"),
+        ("tracking.tags=a", "'tracking.tags=[a,b]': a list in brackets"),
+        ("tracking.tags=[a,null]", "'tracking.tags=[a,b]': a list in brackets"),
+        ("tracking.project=${oc.env:RUNNER_NO_SUCH_VARIABLE}", "name a key or an environment variable that there is"),
+    ],
+)
+def test_what_means_something_else_than_it_says_is_refused_with_a_fix(item: str, words: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        compose.load(["model=tiny_dense", "tracking=wandb", item])
+    (problem,) = caught.value.errors
+    assert words in str(problem) and problem.fix

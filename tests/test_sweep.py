@@ -94,6 +94,8 @@ def test_a_value_named_twice_is_one_run_and_a_key_swept_twice_takes_all_values()
     assert len(sweep_jobs.expand(["trainer.optimizer.lr=1e-4,0.0001,1.0e-4"])) == 1
     assert [point["x"] for point, _ in sweep_jobs.expand(["x=true,1,'a',a"])] == ["True", "1", "'a'"]
     assert [point["run_name"] for point, _ in sweep_jobs.expand(["run_name=1e5,100000.0"])] == ["'1e5'", "'100000.0'"]
+    assert [point["seed"] for point, _ in sweep_jobs.expand(["seed=1,01,+1,007,7"])] == ["1", "007"]
+    assert [point["run_name"] for point, _ in sweep_jobs.expand(["run_name=1,01,001"])] == ["'1'", "01", "001"]
     assert sweep_jobs.merged(["seed=1,2", "x=3,4"]) == []
     assert "seed names a value more than once" in sweep_jobs.merged(["seed=1,1"])[0]
     assert "seed is swept 2 times; its values together: 1, 2, 3" in sweep_jobs.merged(["seed=1,2", "seed=3,1"])[0]

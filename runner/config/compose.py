@@ -54,7 +54,12 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
     """
     not_text = [item for item in overrides if not is_unicode(item)]
     if not_text:
-        raise UserErrors([UserError("the value is not UTF-8", key=override_key(ascii(item))) for item in not_text])
+        raise UserErrors(
+            [
+                UserError("the value is not UTF-8", key=override_key(ascii(item)), fix="type it in a terminal that writes UTF-8")
+                for item in not_text
+            ]
+        )
     overrides = composed = readable(with_resumed(overrides))
     diagnosis: Diagnosis | None = None
     try:

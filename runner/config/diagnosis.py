@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from runner.config import limits, searchpath
@@ -261,7 +261,9 @@ def _wrong_type(key: str, value: Any, where: str, raw: DictConfig, error: Except
         return UserError(
             f"{_shown(value)} is not {_type_name(expected)}", key=key, where=where, fix=f"give it {_type_name(expected)}"
         )
-    return UserError(f"{_shown(value)} does not fit: {str(error).splitlines()[0]}", key=key, where=where)
+    is_list = parent is not None and isinstance(parent._get_node(name), ListConfig)
+    fix = f"'{key}=[a,b]': a list in brackets" if is_list else "python -m runner --cfg job shows what it holds"
+    return UserError(f"{_shown(value)} does not fit: {str(error).splitlines()[0]}", key=key, where=where, fix=fix)
 
 
 def _type_name(expected: Any) -> str:
@@ -294,7 +296,12 @@ def _unresolvable(result: Diagnosis) -> Iterator[UserError]:
         except OmegaConfBaseException as error:
             text = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[call-overload,index]
             where = result.sources.get(key)
-            yield UserError(f"{text} cannot be resolved: {str(error).splitlines()[0]}", key=key, where=where)
+            yield UserError(
+                f"{text} cannot be resolved: {str(error).splitlines()[0]}",
+                key=key,
+                where=where,
+                fix="name a key or an environment variable that there is, or give the value itself",
+            )
 
 
 def all_keys(raw: DictConfig, prefix: str = "") -> list[str]:

@@ -17,6 +17,7 @@ MAX_EXPONENT = 60
 UNIT_WORDS = 12  # words after a number that may be its unit or a remark
 
 _DASHES = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
+_WIDE = {0xFEE0 + code: chr(code) for code in map(ord, "0123456789.,%/()$")}  # as Chinese and Japanese text has them
 _THIN = "\u2009\u202f\u2006\u2008"
 _GROUP_MARK = re.compile(rf"(?<=\d)(?:\{{,\}}|,?\\[,! ]|[{_THIN}]|\\thinspace ?)(?=\d{{3}}(?!\d))")
 _SPACING = re.compile(
@@ -132,7 +133,7 @@ def unwrapped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = text.translate(_DASHES)
+    text = text.translate(_DASHES | _WIDE)
     text = _GROUP_MARK.sub(",", text)
     text = text.replace("\u00d7", r"\times ").replace("\u22c5", r"\cdot ").replace("\u00b7", r"\cdot ")
     text = _LAYOUT.sub("", _FRACTION_NAMES.sub(r"\\frac", text))
@@ -262,7 +263,7 @@ def _with_unit(text: str, words: bool) -> tuple[Fraction, str, int | None] | Non
         match = _UNIT_TAIL.match(text, _before(text, place))
         if match is None:
             continue
-        names = re.findall(r"[^\W\d_]+", match["words"])
+        names = re.findall(r"[^\W\d_\u00b2\u00b3]+", match["words"])
         glued = not match["gap"]
         if len(names) > UNIT_WORDS or any(_NO_UNIT.fullmatch(name) for name in names):
             continue
@@ -285,7 +286,7 @@ def _before(text: str, place: int) -> int:
 
 
 def _unit_name(words: str) -> str:
-    name = re.sub(r"[\s{}.^]+", " ", words.lower()).strip()
+    name = re.sub(r"[\s{}.^]+", " ", words.lower().replace("\u00b2", "^2").replace("\u00b3", "^3")).strip()
     return name if len(name) < 5 else re.sub(r"(?<=[a-z])(?:es|s)\b", "", name)
 
 

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override, QuotedString
 from hydra.errors import HydraException
 
+from runner.config import option as options
 from runner.config.overrides import override, override_key, readable
 from runner.config.schema import Config
 from runner.errors import UserError, UserErrors
@@ -63,13 +64,14 @@ def swept_values(overrides: list[str]) -> tuple[dict[str, dict[Any, str]], list[
     """(swept key -> {what a value means: how it is written}, the overrides that are not swept)."""
     swept: dict[str, dict[Any, str]] = {}
     fixed: list[str] = []
+    kinds = options.typed_keys()
     for text, item in _parsed(overrides):
         if not item.is_sweep_override():
             fixed.append(text)
         elif item.is_discrete_sweep() and not isinstance(item.value(), Glob):
             choices = swept.setdefault(item.get_key_element(), {})
             for value in item.sweep_iterator():
-                choices.setdefault(_meaning(value), Override._get_value_element_as_str(value))
+                choices.setdefault(_meaning(value, kinds.get(item.get_key_element())), Override._get_value_element_as_str(value))
         else:
             raise UserError(f"{text!r} cannot be listed", fix=f"name the values: {item.get_key_element()}=a,b,c")
     for key in sorted({override_key(item) for item in fixed} & {override_key(key) for key in swept}):
@@ -86,9 +88,11 @@ def _parsed(overrides: list[str]) -> Iterator[tuple[str, Override]]:
             raise UserError(f"cannot read {text!r}: {str(error).splitlines()[0]}", fix="key=value,value,...") from error
 
 
-def _meaning(value: Any) -> Any:
-    """Equal for spellings of one value: 1e-4 and 0.0001, a and 'a'; not for true and 1."""
+def _meaning(value: Any, kind: Any) -> Any:
+    """Equal for spellings of one value: 1e-4 and 0.0001, a and 'a', for a key of whole numbers 1 and 01; not for true and 1."""
     plain = value.text if isinstance(value, QuotedString) else value
+    if kind in (int, Optional[int]) and isinstance(plain, str) and re.fullmatch(r"[+-]?\d{1,18}", plain):
+        plain = int(plain)  # Hydra's grammar has no leading zeros, the schema takes them
     return (isinstance(plain, bool), plain) if isinstance(plain, Hashable) else repr(plain)
 
 

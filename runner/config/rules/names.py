@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from runner.config import limits
 from runner.config.schema import Config
 from runner.errors import UserError
 
@@ -46,4 +47,17 @@ def component_problem(name: str) -> str | None:
     return f"has {size} bytes, a file system takes {MAX_BYTES}" if size > MAX_BYTES else None
 
 
-RULES = (run_name,)
+def homes(cfg: Config) -> Iterator[UserError]:
+    """Paths whose `~user` nobody here has: a folder of that name would appear in the current one."""
+    for key, holder, field in limits.walk(cfg):
+        value = getattr(holder, field.name)
+        if field.metadata.get(limits.PATH) and isinstance(value, str) and value.startswith("~"):
+            name = value.partition("/")[0]
+            yield UserError(
+                f"{value!r} begins with {name}, whose home folder is not known here", key=key, fix=f"{key}=<a whole path>"
+            )
+    if not cfg.outputs_dir.strip():
+        yield UserError("is empty", key="outputs_dir", fix="outputs_dir=<a folder>; outputs_dir=. for this one")
+
+
+RULES = (run_name, homes)
