@@ -149,6 +149,20 @@ def test_a_quantization_config_elsewhere(source: Path, tmp_path: Path, holder: s
     assert all(torch.equal(started[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_quantization_config_in_a_part_that_the_model_has_not(source: Path, tmp_path: Path) -> None:
+    """Read all the same; with anything else in that part it is no config.json of this model."""
+    run(source, tmp_path / "int4")
+    config = replace(model("qwen3"), hf_checkpoint=str(tmp_path / "int4"))
+    expected = build_model(config, dtype=torch.bfloat16, seed=1).state_dict()
+    edit_config(tmp_path / "int4", lambda c: c.update(text_config={"quantization_config": c.pop("quantization_config")}))
+    run(tmp_path / "int4", tmp_path / "back", BF16)
+    started = build_model(config, dtype=torch.bfloat16, seed=1).state_dict()
+    assert all(torch.equal(started[name], tensor) for name, tensor in expected.items())
+    edit_config(tmp_path / "int4", lambda c: c["text_config"].update(hidden_size=64))
+    with pytest.raises(UserError, match="builds no model from config.json"):
+        build_model(config, dtype=torch.bfloat16, seed=1)
+
+
 def test_what_transformers_makes_of_a_config_is_no_traceback(source: Path) -> None:
     edit_config(source, lambda c: c.update(text_config={}, layer_types=5))
     with pytest.raises(UserError, match="is not one of qwen3"):

@@ -123,8 +123,12 @@ def _weight_by_weight(
 
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
-    with no_init_weights():
-        built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+    try:
+        with no_init_weights():
+            built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+    except LOADING_ERRORS as error:
+        reason = f"transformers builds no model from config.json of '{model.hf_checkpoint}': {first_line(error)}"
+        raise UserError(reason, key=KEY, fix="the config.json that belongs to the weights") from error
     built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would stay unwritten memory
     _check_table(model, family, built)
     with torch.no_grad():

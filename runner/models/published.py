@@ -16,6 +16,7 @@ from transformers.utils.hub import cached_file
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import family_of
+from runner.precision.quantization_config import QUANTIZATION_KEYS
 
 KEY = "model.hf_checkpoint"
 # what transformers makes of a file with values that it does not expect
@@ -77,6 +78,9 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
     values = {name: value for name, value in values.items() if name not in ("auto_map", "_commit_hash")}
     if "num_nextn_predict_layers" in values:  # DeepSeek-V3 has one that nothing here computes
         values["num_nextn_predict_layers"] = model.num_mtp_layers
+    parts = values.get("text_config")
+    if not model.vision and isinstance(parts, dict) and set(parts) <= set(QUANTIZATION_KEYS):
+        del values["text_config"]  # where some programs put the quantization of a model of one part; transformers fails on it
     return values | {"model_type": family.model_types[0]}
 
 
