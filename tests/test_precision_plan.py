@@ -217,6 +217,26 @@ def test_what_is_not_understood_never_passes_as_bf16(config: dict[str, Any], mes
         PrecisionPlan.from_quantization_config(DENSE, config)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "weights are stored rotated"),
+        ({"transform_config": [1]}, "cannot be understood"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "stored as sparse-24-bitmask"),
+        ({"sparsity_config": {"format": "marlin_24"}}, "stored as marlin_24"),
+        ({"transform_config": {}, "sparsity_config": {}, "kv_cache_scheme": None}, None),
+        ({"transform_config": {"config_groups": {}}, "sparsity_config": {"format": "dense"}}, None),
+    ],
+)
+def test_weights_that_are_stored_rotated_or_sparse_are_refused(entry: dict[str, Any], message: str | None) -> None:
+    """Their integers and scales read well, and give other weights."""
+    if message is None:
+        assert PrecisionPlan.from_quantization_config(DENSE, foreign() | entry).quantized
+        return
+    with pytest.raises(UserError, match=message):
+        PrecisionPlan.from_quantization_config(DENSE, foreign() | entry)
+
+
 def foreign(**weights: Any) -> dict[str, Any]:
     """A compressed-tensors config as llm-compressor writes it, for every Linear but lm_head."""
     base = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}

@@ -83,6 +83,7 @@ def module_names(holder: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
+    _stored_as_they_are(config)
     ignored = _Matcher(module_names(config, "ignore"))
     schemes = [
         ("Linear" in targets, _Matcher(targets), _grid_of(scheme["weights"], scheme.get("format") or config.get("format")))
@@ -100,6 +101,17 @@ def _compressed_tensors_reader(config: Mapping[str, Any]) -> Callable[[str], Ten
         return TensorFormat.bf16()
 
     return format_of
+
+
+def _stored_as_they_are(config: Mapping[str, Any]) -> None:
+    """UserError for weights that decoding alone does not bring back: rotated ones, and those that leave zeros out. Programs write
+    both entries empty for weights that are neither."""
+    transform, sparsity = config.get("transform_config") or {}, config.get("sparsity_config") or {}
+    fix = "convert the original bf16 checkpoint instead"
+    if transform.get("config_groups"):
+        raise UserError("quantization_config: transform_config says that the weights are stored rotated", fix=fix)
+    if (container := sparsity.get("format", "dense")) not in (None, "dense"):
+        raise UserError(f"quantization_config: sparsity_config says that the weights are stored as {container!s:.40}", fix=fix)
 
 
 class _Matcher:
