@@ -81,6 +81,9 @@ def test_a_weight_that_is_missing_stops_the_export(tmp_path: Path) -> None:
     weights = [item for item in export._weights(cfg, tmp_path / "checkpoint") if "experts.2.up" not in item[0]]
     with pytest.raises(UserError, match=r"experts\.2\.up_proj"):
         export.write(cfg, export.plan_of(cfg, "bf16"), weights, tmp_path / "out")
+    more = [*export._weights(cfg, tmp_path / "checkpoint"), ("model.layers.9.mlp.up_proj.weight", torch.ones(2, 2))]
+    with pytest.raises(UserError, match=r"layers\.9\.mlp\.up_proj\.weight is not a parameter"):  # nor is one left over
+        export.write(cfg, export.plan_of(cfg, "bf16"), more, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 

@@ -182,6 +182,20 @@ def test_a_broken_checkpoint_is_one_message(tmp_path: Path) -> None:
         trainer.load(tmp_path)
 
 
+def test_a_checkpoint_with_more_or_less_than_the_model_is_refused(tmp_path: Path) -> None:
+    """A model of fewer layers would otherwise go on with the first ones."""
+    TorchTrainer(config()).save(tmp_path)
+    layers = config().model.num_layers
+    for changed, words in (
+        (layers + 1, "is missing"),
+        (layers - 1, r"weights that the model does not use: \d+ weights, first model"),
+    ):
+        cfg = config()
+        cfg.model.num_layers = changed
+        with pytest.raises(UserError, match=f"does not fit this model: .*{words}"):
+            TorchTrainer(cfg).load(tmp_path)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("format", ["int4", "mxfp4", "nvfp4", "fp8"])
 def test_export_decodes_to_what_the_trainer_computes_with(model: str, format: str) -> None:

@@ -64,7 +64,9 @@ def load(folder: Path) -> State:
 
 @torch.no_grad()
 def fill(targets: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
-    """Copy every value into its target; KeyError or RuntimeError naming what is missing or has another shape."""
+    """Copy every value into its target; KeyError or RuntimeError naming what is missing, left over or of another shape."""
+    if unused := sorted(values.keys() - targets.keys()):
+        raise RuntimeError(f"it has weights that the model does not use: {len(unused)} weights, first {unused[0]}")
     for name, target in targets.items():
         if name not in values:
             raise KeyError(f"{name} is missing")
