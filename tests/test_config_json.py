@@ -22,7 +22,7 @@ from runner.convert.engine import Report, convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
 from runner.models import FAMILIES, register_architectures
-from runner.models.build import build_model
+from runner.models.build import build_model, load_tokenizer, save_config
 from runner.models.config_file import family_fields, read_json
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.quantization_config import nested_quantization_config
@@ -147,6 +147,34 @@ def test_a_quantization_config_elsewhere(source: Path, tmp_path: Path, holder: s
     assert nested_quantization_config(back) is None and "quantization_config" not in json.dumps(back)
     started = build_model(replace(config, hf_checkpoint=str(tmp_path / "int4")), dtype=torch.bfloat16, seed=1).state_dict()
     assert all(torch.equal(started[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["rms_norm_eps", "initializer_range", "tie_word_embeddings", "max_position_embeddings", "hidden_act", "attention_bias"]
+    + ["use_sliding_window", "rope_theta", "rope_scaling", "model_type", "layer_types", "use_cache", "eos_token_id"],
+)
+def test_a_run_starts_where_convert_reads_a_null(source: Path, tmp_path: Path, key: str) -> None:
+    """transformers' classes refuse null for most keys; the model is the one with the key left out."""
+    shutil.copytree(source, tmp_path / "without")
+    edit_config(tmp_path / "without", lambda c: c.pop(key, None))
+    edit_config(source, lambda c: c.update({key: None}))
+    run(source, tmp_path / "int4")
+    cfgs = [model_of(open_source(folder)) for folder in (tmp_path / "without", source)]
+    without, null = (build_model(cfg, dtype=torch.bfloat16, seed=1) for cfg in cfgs)
+    assert null.config.to_dict() == without.config.to_dict() | {"_name_or_path": null.config._name_or_path}
+    assert all(torch.equal(a, b) for a, b in zip(null.state_dict().values(), without.state_dict().values(), strict=True))
+    save_config(cfgs[1], tmp_path / "saved")
+    assert load_tokenizer(replace(cfgs[1], hf_checkpoint=str(tmp_path / "saved")))("1+1=").input_ids
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"] * 2, ["full_attention", "linear_attention"]])
+def test_layers_of_another_kind_are_refused(source: Path, tmp_path: Path, kinds: Any) -> None:
+    edit_config(source, lambda c: c.update(layer_types=["full_attention"] * 2))
+    assert model_of(open_source(source)).num_layers == 2
+    edit_config(source, lambda c: c.update(layer_types=kinds))
+    with pytest.raises(UserError, match="layer_types"):
+        run(source, tmp_path / "int4")
 
 
 def test_a_quantization_config_in_a_part_that_the_model_has_not(source: Path, tmp_path: Path) -> None:

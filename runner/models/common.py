@@ -287,6 +287,9 @@ def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: 
 
     Rope scaling stays in the checkpoint's own config.json: trainers and engines read it there.
     """
+    kinds = reader.optional("layer_types", [])
+    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"config.json of {reader.name}: `layer_types` has others than full_attention, which no family here does")
     heads = reader.whole("num_attention_heads")
     same = "num_key_value_heads" in reader.config and reader.config["num_key_value_heads"] is None
     return {

@@ -3,6 +3,7 @@ models are built from the family's own class, tokenizers from files of ids and t
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -63,11 +64,12 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
     UserError when it cannot be read or describes a model of another family.
     """
     checkpoint, family = str(model.hf_checkpoint), family_of(model)
+    family.register()
     try:
         values, _ = PreTrainedConfig.get_config_dict(location(checkpoint))
     except LOADING_ERRORS as error:
         raise UserError(f"cannot load '{checkpoint}': {first_line(error)}", key=KEY, fix=REACHABLE) from error
-    architectures, model_type = values.get("architectures") or [], values.get("model_type", family.model_types[0])
+    architectures, model_type = values.get("architectures") or [], values.get("model_type") or family.model_types[0]
     if not set(architectures) & set(family.architectures) or model_type not in family.model_types:
         raise UserError(
             f"'{checkpoint}' holds {', '.join(architectures) or 'no named architecture'} of model_type {model_type!r}; "
@@ -81,7 +83,26 @@ def config_values(model: ModelConfig) -> dict[str, Any]:
     parts = values.get("text_config")
     if not model.vision and isinstance(parts, dict) and set(parts) <= set(QUANTIZATION_KEYS):
         del values["text_config"]  # where some programs put the quantization of a model of one part; transformers fails on it
-    return values | {"model_type": family.model_types[0]}
+    return _without_nulls(values | {"model_type": family.model_types[0]})
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without the nulls that transformers' class refuses: it has defaults for keys that are absent, and config.json
+    is read so everywhere else here."""
+    values = copy.deepcopy(values)
+    while True:
+        try:
+            CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))
+            return values
+        except StrictDataclassError as error:
+            field = re.search(r"field '(\w+)'", str(error))
+            holders = [holder for holder in (values, values.get("text_config")) if isinstance(holder, dict)]
+            null = next((holder for holder in holders if field and holder.get(field[1], field) is None), None)
+            if field is None or null is None:
+                return values
+            del null[field[1]]
+        except LOADING_ERRORS:  # which `checkpoint_config` reports
+            return values
 
 
 def checkpoint_config(model: ModelConfig) -> PreTrainedConfig:
