@@ -22,13 +22,13 @@ from runner.convert.engine import convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
+from runner.models.draft_folder import draft_model
 from runner.models.published import checkpoint_config
 from runner.models.tiktoken_file import PATTERN, TiktokenTokenizer, other_pattern
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
-from runner.rollout.local.draft import _model_config
 from runner.rollout.sglang.model_folder import write_model_folder
 from runner.trainer.mtp import build_layers
 
@@ -234,7 +234,7 @@ def test_code_beside_other_families_does_not_run_either(tmp_path: Path, family: 
     if family == "mimo":
         layers, _ = build_layers(started, "sdpa", torch.float32)
         assert len(layers) == 1
-    draft = _model_config(config, str(tmp_path / "source"), "speculative.draft_model")
+    draft = draft_model(config, str(tmp_path / "source"))
     build_model(draft, dtype=torch.float32, seed=0)
     save_config(started, tmp_path / "saved")
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())

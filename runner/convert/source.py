@@ -146,16 +146,18 @@ def open_source(folder: Path, key: str = "convert.source") -> Source:
             key=key,
             fix="finish the download",
         )
+    found = [tensor for shard in shards for tensor in _header(folder, shard)]
+    places = {(tensor.name, tensor.shard) for tensor in found}
+    for name, shard in (weight_map or {}).items():
+        if (name, shard) not in places:
+            raise UserError(f"{INDEX} says that {shard} holds {name}, but it does not", fix="download that shard again")
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for tensor in _header(folder, shard):
-            if tensor.name in tensors:
-                raise UserError(f"{tensor.name} lies in {tensors[tensor.name].shard} and in {shard}", fix="download them again")
-            tensors[tensor.name] = tensor
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in tensors or tensors[name].shard != shard:
-                raise UserError(f"{INDEX} says that {shard} holds {name}, but it does not", fix="download that shard again")
+    for tensor in found:
+        if tensor.name in tensors:
+            raise UserError(
+                f"{tensor.name} lies in {tensors[tensor.name].shard} and in {tensor.shard}", fix="download them again"
+            )
+        tensors[tensor.name] = tensor
     return Source(folder, config, shards, tensors, indexed, named)
 
 
