@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from convert_sources import write_shards
 
 from runner.__main__ import main
 from runner.cli.sweep import jobs
@@ -19,7 +20,6 @@ from runner.models.build import build_model, disk_tensors, named_weights, save_c
 from runner.models.tokenizer import byte_tokenizer
 from runner.run.folder import find_run, write_overrides
 from tests.answers import dapo, gsm8k
-from tests.convert_sources import write_shards
 
 GRADED = [
     (gsm8k, "18", "9 + 9 = 18\n#### 18 apples.", True),
