@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from runner.config import limits, schema, searchpath
 from runner.config import option as options
+from runner.config.choices import Scale
 from runner.config.diagnosis import Diagnosis, diagnose
 from runner.config.overrides import (
     expand_home,
@@ -109,11 +110,11 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
     place, in the run that the model itself chose."""
     raw = _composed(overrides)
-    if raw.scale == "laptop" and raw.model.toy_twin != raw.model.name:
+    if raw.scale is Scale.laptop and raw.model.toy_twin != raw.model.name:
         kept = [item for item in overrides if override_key(item) not in ("model", "run")]
         overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
         raw = _composed(overrides)
-    elif raw.scale != "laptop":
+    elif raw.scale is not Scale.laptop:
         _take_architecture(raw.model, overrides)
     with open_dict(raw):
         del raw["hydra"]

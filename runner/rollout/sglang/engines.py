@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.cluster.launcher import EngineProcess
+from runner.config.choices import PauseMode
 from runner.errors import UserError
 from runner.rollout.sglang.client import Client
 
@@ -17,7 +18,7 @@ class Settings:
     request_seconds: float
     health_seconds: float
     max_retries: int
-    pause_mode: str
+    pause_mode: PauseMode
     repacks: bool  # whether engines lay quantized weights out for a kernel: they are then checked by whole layers
     draft: frozenset[str]  # weights of the policy's export that the draft model takes
 

@@ -21,6 +21,7 @@ import torch
 from runner import scratch
 from runner.cluster import launcher_of
 from runner.cluster.launcher import EngineOrder, EngineProcess
+from runner.config.choices import Drafting
 from runner.config.schema import Config, Role
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
@@ -62,7 +63,7 @@ class SglangPool:
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
-        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
+        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method is Drafting.mtp]
         self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format != "bf16"
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from runner.cluster.launcher import EngineOrder
+from runner.config.choices import Drafting
 from runner.config.schema import Config
 from runner.cores import available_cores
 from runner.precision import cpu_matmul
@@ -108,7 +109,7 @@ class Site:
         """`device`: the first of its GPUs, as an index among those that are visible here."""
         model = str(self.scratch / "model")
         arguments = {**order.arguments, "model_path": model}
-        if self.cfg.speculative.method == "mtp":
+        if self.cfg.speculative.method is Drafting.mtp:
             arguments["speculative_draft_model_path"] = model
         if not on_cpu(self.cfg):
             arguments["base_gpu_id"] = device
