@@ -19,7 +19,7 @@ from runner.run.evaluation import evaluate
 from runner.run.schedules import Generated, Rollouts
 from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
-from runner.tracking.base import Tracker
+from runner.tracking.base import State, Tracker
 from runner.trainer.protocol import Trainer
 
 
@@ -40,10 +40,10 @@ class Components:
     should_stop: Callable[[], bool]
 
 
-def train(c: Components, first_step: int) -> str:
+def train(c: Components, first_step: int) -> State:
     """Run steps [first_step, cfg.steps); returns completed, interrupted or stopped. The last checkpoint is saved always."""
     step, saved = first_step, first_step or -1  # a run that goes on begins at a checkpoint
-    outcome = "completed"
+    outcome: State = "completed"
     while step < c.cfg.steps:
         started, before = time.perf_counter(), c.pool.state()
         try:

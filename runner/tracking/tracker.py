@@ -18,7 +18,7 @@ from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.run.decisions import EVENT
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker, Progress
+from runner.tracking.base import BaseTracker, Progress, State
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
@@ -156,7 +156,7 @@ class StatusTracker(BaseTracker):
         self.steps_done = step + 1
         write_status(self.run_dir, "running", step=self.steps_done)
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         write_status(self.run_dir, status, step=self.steps_done, message=message, summary=summary)
 
 
@@ -173,7 +173,7 @@ class ReportTracker(BaseTracker):
         if time.monotonic() >= self.next_write:
             self._write()
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self._write()
 
     def _write(self) -> None:
@@ -220,7 +220,7 @@ class CompositeTracker:
         with ExitStack() as stack:
             yield _Together([stack.enter_context(tracker.progress(label, total)) for tracker in self.trackers])
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         """Every tracker is finished even if one fails; the first failure is raised afterwards. Nothing is written into a folder
         that is no longer the run's."""
         failures: list[Exception] = []
@@ -273,7 +273,7 @@ class LateTracker:
     def progress(self, label: str, total: int) -> Any:
         return self._tracker().progress(label, total)
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         if self._built is not None:
             self._built.finish(status, summary, message)
 

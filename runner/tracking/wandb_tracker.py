@@ -20,7 +20,7 @@ from runner.config.choices import WandbMode
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker
+from runner.tracking.base import BaseTracker, State
 
 STEP_METRIC = "runner/step"
 
@@ -71,7 +71,7 @@ class WandbTracker(BaseTracker):
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self.run.summary[f"event/{kind}"] = message
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self.run.summary.update({**summary, "status": status})
         self.run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
         if self.offline:

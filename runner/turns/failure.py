@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Kind = Literal["environment", "rollout", "timeout", "flood", "rubbish", "context", "engine"]
+
 
 class Failed(Exception):
-    """`kind` is counted as rollout/failed_<kind>: environment, rollout, timeout, flood, rubbish, context or engine."""
+    """`kind` is counted as rollout/failed_<kind>."""
 
-    def __init__(self, kind: str, reason: str) -> None:
+    def __init__(self, kind: Kind, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
