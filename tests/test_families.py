@@ -18,6 +18,7 @@ from runner.config import compose, rules
 from runner.config.choices import RouterScore
 from runner.config.schema import Convention, ModelConfig, Role
 from runner.config.searchpath import groups
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, Family, agreement, family_of
@@ -27,7 +28,6 @@ from runner.models.images import image_processor
 from runner.models.published import checkpoint_config
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.visual import hidden_states
-from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, KVCache

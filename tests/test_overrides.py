@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config import compose, overrides
+from runner.config.recorded import find_run
 from runner.errors import UserError, UserErrors
-from runner.run.folder import find_run
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r"), min_size=1, max_size=12)
 HARD = st.text(st.sampled_from("a1.e'\"\\${}[](),=: ~ü实🚀!`#;|&"), min_size=1, max_size=10)

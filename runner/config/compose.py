@@ -32,6 +32,7 @@ from runner.config.overrides import (
     readable,
     with_newlines,
 )
+from runner.config.recorded import find_run, read_overrides
 from runner.errors import UserError, UserErrors
 from runner.redaction import remember_environment, restored
 
@@ -181,8 +182,6 @@ def with_resumed(overrides: list[str]) -> list[str]:
     target = given(overrides, "resume")
     if not target:
         return overrides
-    from runner.run.folder import find_run, read_overrides
-
     outputs_dir = given(overrides, "outputs_dir") or default_outputs_dir()
     run = find_run(expand_home(target), expand_home(outputs_dir))
     replaced = {override_key(item) for item in overrides}

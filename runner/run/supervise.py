@@ -27,8 +27,8 @@ from runner.errors import Failure, UserError, UserErrors
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.models.images import image_processor
-from runner.precision.audit import audit_pool
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.audit import audit_pool
 from runner.rollout.protocol import RolloutPool
 from runner.run import checkpoint, continuation, schedules
 from runner.run.collect import Collector, Interrupted

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
+POOL_DECISION = "pool_decision"  # the kind of the event that a pool decided something by its own clock
 State = Literal["running", "completed", "failed", "interrupted", "stopped"]  # of a run
 
 

@@ -16,9 +16,8 @@ from typing import Any
 from runner.config.choices import WandbMode
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
-from runner.run.decisions import EVENT
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker, Progress, State
+from runner.tracking.base import POOL_DECISION, BaseTracker, Progress, State
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
@@ -128,7 +127,7 @@ def _existing(path: str, flags: int) -> int:
 
 def _event_problem(row: dict[str, Any]) -> str | None:
     """A decision that is repeated must be whole."""
-    if (problem := event_problem(row)) or row["kind"] != EVENT:
+    if (problem := event_problem(row)) or row["kind"] != POOL_DECISION:
         return problem
     whole = isinstance(row["data"].get("step"), int) and isinstance(row["data"].get("decision"), dict)
     return None if whole else "it has no decision"

@@ -24,7 +24,7 @@ pytest.importorskip("aiohttp", reason="make setup-sglang")
 from cases import Running, by_key, config, exported, reference_logprobs, requests
 
 from runner.errors import UserError
-from runner.rollout.sglang.entry import SHARED, shared_file, shared_segment
+from runner.rollout.sglang.plugin.shared import SHARED, shared_file, shared_segment
 from runner.rollout.sglang.server import Server
 
 pytestmark = pytest.mark.sglang

@@ -23,8 +23,8 @@ from reference import reference_routes
 
 from runner.config.choices import PauseMode
 from runner.errors import UserError
-from runner.precision.audit import audit_pool
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.audit import audit_pool
 
 pytestmark = pytest.mark.sglang
 

@@ -17,9 +17,9 @@ from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.client import Client
 from runner.rollout.sglang.config import on_cpu
-from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import listen_address, name_of
 from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.plugin.shared import remove_shared_files
 from runner.rollout.sglang.process import Child, free_ports
 from runner.scratch import environment as temporary_files_in
 
