@@ -44,9 +44,9 @@ def kl_estimate(estimator: KlEstimator, logprobs: torch.Tensor, ref_logprobs: to
     with |d| at most 20 and k3 at most 10.
     """
     difference = ref_logprobs - logprobs
-    if estimator is KlEstimator.k1:
+    if estimator == KlEstimator.k1:
         return -difference
-    if estimator is KlEstimator.k2:
+    if estimator == KlEstimator.k2:
         return 0.5 * difference.square()
     difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (torch.expm1(difference) - difference).clamp(max=MAX_K3)

@@ -1,8 +1,8 @@
 """Texts of the config that name one of a fixed few: what Hydra accepts, and what a wrong one is told about. Torch-free.
 
 OmegaConf matches an enum by member NAME, so members are spelt as users type them, and each value is its name. Those that go on
-as texts (to torch, Megatron, SGLang, a message) are StrEnums. What may grow by a file (formats, families, estimators,
-transports) is `one_of(among=...)` instead: limits.py.
+as texts (to torch, Megatron, SGLang, a message) are StrEnums, compared with `==`: a config that was made by hand may hold the
+text itself. What may grow by a file (formats, families, estimators, transports) is `one_of(...)` instead: limits.py.
 """
 
 from __future__ import annotations

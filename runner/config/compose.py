@@ -111,11 +111,11 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
     place, in the run that the model itself chose."""
     raw = _composed(overrides)
-    if raw.scale is Scale.laptop and raw.model.toy_twin != raw.model.name:
+    if raw.scale == Scale.laptop and raw.model.toy_twin != raw.model.name:
         kept = [item for item in overrides if override_key(item) not in ("model", "run")]
         overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
         raw = _composed(overrides)
-    elif raw.scale is not Scale.laptop:
+    elif raw.scale != Scale.laptop:
         _take_architecture(raw.model, overrides)
     with open_dict(raw):
         del raw["hydra"]

@@ -38,7 +38,7 @@ def run(cfg: Config, overrides: list[str]) -> int:
     tensor_format, chosen = with_groups_of(target_format(cfg), model, cfg.precision, overrides)
     if chosen:
         console.print(chosen, highlight=False)
-    if cfg.convert.method is ConvertMethod.gptq:
+    if cfg.convert.method == ConvertMethod.gptq:
         return _gptq(cfg, source, target, tensor_format, console)
     with ThroughputBar(console, source) as bar:
         report = convert(

@@ -19,7 +19,7 @@ GIB = 1024**3
 
 def check_cluster(cfg: Config, connection: Connection | None = None) -> Iterator[Finding]:
     """A finding per node and per problem, and the rates where there is no problem. UserError for a cluster that is not there."""
-    if cfg.cluster.launcher is not LauncherKind.ray:
+    if cfg.cluster.launcher != LauncherKind.ray:
         raise UserError(f"cluster={cfg.cluster.name} has no nodes to ask", key="cluster", fix="cluster=ray")
     from runner.cluster.ray import RayLauncher
 

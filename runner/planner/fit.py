@@ -42,7 +42,7 @@ def _chain(*changes: Change) -> Change:
 
 def single_changes(cfg: Config) -> Iterator[Change]:
     """Knobs that trade speed for memory, cheapest first, only those that change this config."""
-    if cfg.trainer.recompute is not Recompute.full:
+    if cfg.trainer.recompute != Recompute.full:
         yield _set("trainer.recompute", Recompute.full)
     if cfg.trainer.logprob_chunk_tokens > 1024:
         yield _set("trainer.logprob_chunk_tokens", 1024)
@@ -51,7 +51,7 @@ def single_changes(cfg: Config) -> Iterator[Change]:
         yield _set("trainer.max_tokens_per_gpu", longest)
     if not cfg.trainer.optimizer.cpu_offload and not cfg.precision.fp8_param_gather and cfg.parallelism.gpus:
         yield _set("trainer.optimizer.cpu_offload", True)
-    if cfg.precision.kv_cache is KvDtype.bf16:
+    if cfg.precision.kv_cache == KvDtype.bf16:
         yield _set("precision.kv_cache", KvDtype.fp8_e4m3)
     filled = engine_layout(cfg).memory_fraction
     if filled is not None:

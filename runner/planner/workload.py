@@ -12,7 +12,7 @@ GIB = 1024**3
 
 def base_bytes(cfg: Config) -> int:
     """Of one value that is not quantized."""
-    return 4 if cfg.precision.base_dtype is BaseDtype.float32 else 2
+    return 4 if cfg.precision.base_dtype == BaseDtype.float32 else 2
 
 
 def longest_sequence_tokens(cfg: Config) -> int:

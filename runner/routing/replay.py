@@ -30,7 +30,7 @@ def replayed_weights(
     softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE). sigmoid: sigmoid(fp32 logits)
     gathered (the selection bias takes no part), divided by sum + 1e-20 if `normalize`, times `scaling` (DeepSeek-V3).
     """
-    if score is RouterScore.softmax:
+    if score == RouterScore.softmax:
         chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, experts)
         return chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen
     chosen = logits.float().sigmoid().gather(1, experts)

@@ -42,7 +42,7 @@ MAKE_SAMPLES = (
 
 def notes(cfg: Config) -> list[str]:
     """What to tell of a schedule that cannot do all that its name says."""
-    if cfg.algorithm.schedule is Schedule.sync or not one_process(cfg):
+    if cfg.algorithm.schedule == Schedule.sync or not one_process(cfg):
         return []
     return [f"{cfg.algorithm.schedule} in one process: samples are an update behind, and nothing runs beside the trainer"]
 
@@ -70,7 +70,7 @@ class Rollouts:
         self.steps = cfg.steps
         # steps that a rollout may be ahead
         self.depth = {Schedule.sync: 0, Schedule.one_step_off: 1, Schedule["async"]: cfg.algorithm.max_staleness}[schedule]
-        self.over_updates = schedule is Schedule["async"]
+        self.over_updates = schedule == Schedule["async"]
         # Trainer and engine of one process compute one after the other: beside each other they only take each other's cores.
         self.beside = not one_process(cfg)
         self._pending: dict[int, _Pending] = {}

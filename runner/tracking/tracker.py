@@ -299,7 +299,7 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0, check: Cal
     resumed = bool(cfg.resume)
     lines, status = JsonlTracker(run_dir, first_step, resumed=resumed), StatusTracker(run_dir, first_step)
     trackers: list[BaseTracker] = [lines, status, ReportTracker(run_dir), build_console(cfg, run_dir, first_step)]
-    if cfg.tracking.wandb_mode is not WandbMode.disabled:
+    if cfg.tracking.wandb_mode != WandbMode.disabled:
         from runner.tracking.wandb_tracker import WandbTracker
 
         trackers.append(WandbTracker(cfg, plain_config(cfg), run_dir, resumed=resumed))

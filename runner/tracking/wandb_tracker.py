@@ -28,7 +28,7 @@ STEP_METRIC = "runner/step"
 class WandbTracker(BaseTracker):
     def __init__(self, cfg: Config, config: dict[str, Any], run_dir: Path, *, resumed: bool) -> None:
         self.run_dir = run_dir
-        self.offline = cfg.tracking.wandb_mode is WandbMode.offline
+        self.offline = cfg.tracking.wandb_mode == WandbMode.offline
         settings = wandb.Settings(
             silent=True,  # we print the one line that matters at the end
             console="off",  # does not take over stdout, which the live table draws on

@@ -159,7 +159,7 @@ def install_fp8_matmuls(
 
     Raises UserError where `precision.fp8_matmul=scaled_mm` cannot be had on this device.
     """
-    scaled = precision.fp8_matmul is Fp8Matmul.scaled_mm
+    scaled = precision.fp8_matmul == Fp8Matmul.scaled_mm
     reason = fp8_matmul.missing(device) if scaled else None
     if reason:
         raise UserError(reason, key="precision.fp8_matmul", fix="precision.fp8_matmul=simulated")

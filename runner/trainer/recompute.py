@@ -16,9 +16,9 @@ def install_recompute(model: PreTrainedModel, kind: Recompute) -> None:
 
     Router replay and fake quantization live in module hooks, so a recomputed forward does what the first one did.
     """
-    if kind is Recompute.none:
+    if kind == Recompute.none:
         return
-    if kind is Recompute.full:
+    if kind == Recompute.full:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return
     for name, module in model.named_modules():

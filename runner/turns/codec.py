@@ -36,7 +36,7 @@ class Codec:
         """UserError where the chat template cannot be continued."""
         self.tokenizer, self.decode, self.ends, self.role = tokenizer, decode, frozenset(ends), role
         self.encoder = TextEncoder(tokenizer)
-        if role is not ObservationRole.none:
+        if role != ObservationRole.none:
             _between(tokenizer, role, SAID)
 
     def encode(self, text: str) -> list[int]:
@@ -52,7 +52,7 @@ class Codec:
             raise Failed("flood", f"an observation of {len(text):,} characters; {most} tokens are allowed")
         try:
             hidden = self.encoder.hide(text)
-            if self.role is ObservationRole.none or first:
+            if self.role == ObservationRole.none or first:
                 ids = self.encoder.encode([hidden])[0]
             else:
                 ids = self.encoder.encode([self._written.replace(SEEN, hidden)])[0]
@@ -77,7 +77,7 @@ class Codec:
 
     def look_at(self, turn: Turn) -> None:
         """Refuse a template that would drop what this turn holds."""
-        if self.role is not ObservationRole.none and THINKING in turn.text:
+        if self.role != ObservationRole.none and THINKING in turn.text:
             _ = self._with_thinking
 
     @cached_property

@@ -151,7 +151,7 @@ def cluster_has_gpus(cfg: Config) -> Iterator[UserError]:
     par, cluster = cfg.parallelism, cfg.cluster
     needed = max(par.gpus, par.rollout_gpus) if par.colocate else par.gpus + par.rollout_gpus
     there = cluster.nodes * cluster.gpus_per_node
-    if cluster.launcher is LauncherKind.local and cluster.nodes > 1:
+    if cluster.launcher == LauncherKind.local and cluster.nodes > 1:
         yield UserError(
             f"cluster=local is one machine, not {cluster.nodes}",
             key="cluster.nodes",

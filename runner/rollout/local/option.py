@@ -68,7 +68,7 @@ def speculation(cfg: Config) -> Iterator[UserError]:
 
 
 def cache(cfg: Config) -> Iterator[UserError]:
-    if cfg.precision.kv_cache is not KvDtype.bf16:
+    if cfg.precision.kv_cache != KvDtype.bf16:
         yield UserError(
             "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
         )
@@ -105,16 +105,16 @@ def device(cfg: Config) -> Iterator[UserError]:
 def memory(cfg: Config) -> Iterator[UserError]:
     """What the engine would allocate at its first request, on a CPU: its KV cache, and logits of every draft token."""
     rollout, model = settings(cfg), cfg.model
-    if rollout.device is DeviceKind.cuda or preflight.visible_gpus():
+    if rollout.device == DeviceKind.cuda or preflight.visible_gpus():
         return
-    width = 2 if cfg.precision.base_dtype is BaseDtype.bfloat16 else 4
+    width = 2 if cfg.precision.base_dtype == BaseDtype.bfloat16 else 4
     tokens = cfg.task.max_prompt_tokens + max(
         cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
     )
     cached = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
     if cfg.task.rollout._target_ is not None:  # a copy of each conversation's is kept between its turns
         cached *= 2
-    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method is not Drafting.none else 0
+    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != Drafting.none else 0
     there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cached + (drafts + 1) * model.vocab_size * 4)
     if wanted > there:
         fits = max(1, rollout.max_concurrency * there // (2 * wanted))

@@ -177,9 +177,9 @@ class LocalPool:
 
 
 def torch_device(wanted: DeviceKind) -> torch.device:
-    if wanted is DeviceKind.auto:
+    if wanted == DeviceKind.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted is DeviceKind.cuda and not torch.cuda.is_available():
+    if wanted == DeviceKind.cuda and not torch.cuda.is_available():
         raise UserError("rollout.device=cuda, but torch sees no GPU", key="rollout.device", fix="rollout.device=cpu")
     return torch.device(wanted.value)
 

@@ -74,7 +74,7 @@ def server_arguments(cfg: Config) -> Arguments:
         "device": device,
         "dtype": cfg.precision.base_dtype.value,
         "enable_return_routed_experts": cfg.router_replay.rollout,
-        "kv_cache_dtype": "auto" if cfg.precision.kv_cache is KvDtype.bf16 else cfg.precision.kv_cache.value,
+        "kv_cache_dtype": "auto" if cfg.precision.kv_cache == KvDtype.bf16 else cfg.precision.kv_cache.value,
         "load_format": "dummy",  # the first weight sync brings the weights
         "log_level": "info",
         "log_level_http": "warning",  # not a line per request
@@ -88,7 +88,7 @@ def server_arguments(cfg: Config) -> Arguments:
         decided["nnodes"] = layout(cfg).nodes
     if par.engine_ep > 1:
         decided["ep_size"] = par.engine_ep
-    if rollout.pause_mode is PauseMode.in_place:
+    if rollout.pause_mode == PauseMode.in_place:
         decided["disable_radix_cache"] = True  # it cannot be flushed under running requests, and old entries must not be met
     if device == "cpu":
         decided |= {
@@ -111,11 +111,11 @@ def server_arguments(cfg: Config) -> Arguments:
 def _speculation(cfg: Config) -> Arguments:
     """`num_draft_tokens` is what is proposed per step; SGLang counts the verified root as well."""
     spec = cfg.speculative
-    if spec.method is Drafting.none:
+    if spec.method == Drafting.none:
         return {}
     verified = spec.num_draft_tokens + 1
     decided: Arguments = {"speculative_algorithm": ALGORITHMS[spec.method], "speculative_num_draft_tokens": verified}
-    if spec.method is Drafting.ngram:
+    if spec.method == Drafting.ngram:
         # Breadth 1 is a chain: with a tree, recorded routes of accepted nodes were wrong for 3% of the tokens.
         return decided | {
             "speculative_ngram_max_bfs_breadth": 1,
@@ -195,7 +195,7 @@ def warnings(cfg: Config) -> list[str]:
         )
     if on_cpu(cfg) and cfg.precision.rollout.format == "fp8":
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
-    if cfg.speculative.method is Drafting.draft:
+    if cfg.speculative.method == Drafting.draft:
         found.append("SGLang 0.5.23 shows a draft model the text without its first token, so even an equal model misses some")
     found += TRANSPORTS[rollout.weight_transport].warnings(cfg)
     return found

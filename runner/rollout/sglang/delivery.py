@@ -55,7 +55,7 @@ class Delivery:
 
     async def _pause(self, updates: list[EngineUpdate]) -> None:
         mode = self.settings.pause_mode
-        if mode is PauseMode.abort:
+        if mode == PauseMode.abort:
             await self._abort_all(updates)
         await self._each(updates, lambda client, _: client.pause(mode))
 
@@ -73,7 +73,7 @@ class Delivery:
 
     async def _commit(self, updates: list[EngineUpdate], named: str, *, resume: bool) -> None:
         """Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0."""
-        flush = self.settings.pause_mode is not PauseMode.in_place
+        flush = self.settings.pause_mode != PauseMode.in_place
         await self._each(updates, lambda client, _: client.plugin("commit", flush=flush, version=named))
         if resume:
             await self._each(updates, lambda client, _: client.resume())

@@ -48,7 +48,7 @@ def transport(cfg: Config) -> Iterator[UserError]:
 
 def listens(cfg: Config) -> Iterator[UserError]:
     """Whether this machine has `cluster.interface`; the nodes of a cluster are asked when they are there."""
-    if cfg.cluster.launcher is LauncherKind.local:
+    if cfg.cluster.launcher == LauncherKind.local:
         try:
             listen_address(cfg.cluster)
         except UserError as error:
@@ -65,7 +65,7 @@ def draft(cfg: Config) -> Iterator[UserError]:
         architectures_of(config, folder)
     except UserError:
         return  # a hub id, or what preflight and SGLang report
-    yield from _whole_model(config) if method is Drafting.draft else _eagle_head(cfg, config)
+    yield from _whole_model(config) if method == Drafting.draft else _eagle_head(cfg, config)
 
 
 def _whole_model(config: dict[str, Any]) -> list[UserError]:

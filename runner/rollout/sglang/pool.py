@@ -63,7 +63,7 @@ class SglangPool:
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
-        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method is Drafting.mtp]
+        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == Drafting.mtp]
         self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format != "bf16"
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors

@@ -109,7 +109,7 @@ class Site:
         """`device`: the first of its GPUs, as an index among those that are visible here."""
         model = str(self.scratch / "model")
         arguments = {**order.arguments, "model_path": model}
-        if self.cfg.speculative.method is Drafting.mtp:
+        if self.cfg.speculative.method == Drafting.mtp:
             arguments["speculative_draft_model_path"] = model
         if not on_cpu(self.cfg):
             arguments["base_gpu_id"] = device

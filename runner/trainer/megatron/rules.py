@@ -19,7 +19,7 @@ def router(cfg: Config) -> Iterator[UserError]:
             key="trainer.router_fusion",
             fix="trainer.router_fusion=false, or router_replay=none",
         )
-    if trainer.moe_token_dispatcher is TokenDispatcher.allgather:
+    if trainer.moe_token_dispatcher == TokenDispatcher.allgather:
         yield UserError(
             "Megatron's allgather dispatcher does not take packed micro-batches, whose length varies",
             key="trainer.moe_token_dispatcher",
@@ -52,7 +52,7 @@ def quantization(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_param_gather",
             fix="precision.fp8_param_gather=false",
         )
-    if precision.fp8_matmul is not Fp8Matmul.simulated:
+    if precision.fp8_matmul != Fp8Matmul.simulated:
         yield UserError(
             "trainer=megatron has FP8 matmuls of its own: Transformer Engine's on CUDA, simulated on CPU ranks",
             key="precision.fp8_matmul",

@@ -97,7 +97,7 @@ class Worker(PolicyUpdates):
         if not replays(self.cfg, self.family):
             return None
         layers = self.family.moe_layers(self.cfg.model)
-        return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute is not Recompute.none)
+        return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute != Recompute.none)
 
     @property
     def reporter(self) -> bool:

@@ -28,7 +28,7 @@ def settings(cfg: Config) -> TorchTrainerConfig:
 
 
 def layout(cfg: Config) -> TrainerLayout:
-    masters = settings(cfg).master_weights and cfg.precision.base_dtype is BaseDtype.bfloat16
+    masters = settings(cfg).master_weights and cfg.precision.base_dtype == BaseDtype.bfloat16
     return TrainerLayout(in_process=True, fused=False, masters=masters)
 
 
@@ -48,14 +48,14 @@ def fp8(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             "trainer=torch gathers no parameters", key="precision.fp8_param_gather", fix="precision.fp8_param_gather=false"
         )
-    if cfg.precision.fp8_matmul is Fp8Matmul.scaled_mm and settings(cfg).device is DeviceKind.cpu:
+    if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and settings(cfg).device == DeviceKind.cpu:
         key = "precision.fp8_matmul"
         yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=f"{key}=simulated")
 
 
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("trainer.device", settings(cfg).device)
-    if settings(cfg).fused_scores and (settings(cfg).device is DeviceKind.cpu or not preflight.visible_gpus()):
+    if settings(cfg).fused_scores and (settings(cfg).device == DeviceKind.cpu or not preflight.visible_gpus()):
         key = "trainer.fused_scores"
         yield UserError("fused scores are GPU kernels, the trainer runs on the CPU", key=key, fix=f"{key}=false")
 

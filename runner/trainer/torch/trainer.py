@@ -414,8 +414,8 @@ def _rows(hidden: torch.Tensor, sequences: Sequence[tuple[torch.Tensor, int]], m
 
 
 def _device(wanted: DeviceKind) -> torch.device:
-    if wanted is DeviceKind.auto:
+    if wanted == DeviceKind.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted is DeviceKind.cuda and not torch.cuda.is_available():
+    if wanted == DeviceKind.cuda and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", key="trainer.device", fix="trainer.device=auto")
     return torch.device(wanted.value)
