@@ -46,12 +46,6 @@ def sizes_multiply(cfg: Config) -> Iterator[UserError]:
             key="parallelism.sequence_parallel",
             fix="parallelism.sequence_parallel=false",
         )
-    if cfg.model.num_experts and par.tp > 1 and not par.sequence_parallel:
-        yield UserError(
-            f"Megatron's experts need sequence parallelism with tp {par.tp}",
-            key="parallelism.sequence_parallel",
-            fix="parallelism.sequence_parallel=true",
-        )
 
 
 def model_divides(cfg: Config) -> Iterator[UserError]:

@@ -82,6 +82,15 @@ def drafts(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def experts(cfg: Config) -> Iterator[UserError]:
+    if cfg.model.num_experts and cfg.parallelism.tp > 1 and not cfg.parallelism.sequence_parallel:
+        yield UserError(
+            f"Megatron's experts need sequence parallelism with tp {cfg.parallelism.tp}",
+            key="parallelism.sequence_parallel",
+            fix="parallelism.sequence_parallel=true",
+        )
+
+
 def heads(cfg: Config) -> Iterator[UserError]:
     model, par = cfg.model, cfg.parallelism
     if not model.kv_lora_rank and 0 < model.num_kv_heads < par.tp:
@@ -107,4 +116,4 @@ def heads(cfg: Config) -> Iterator[UserError]:
         yield UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
 
 
-RULES: tuple[Rule, ...] = (router, optimizer, quantization, drafts, heads)
+RULES: tuple[Rule, ...] = (router, optimizer, quantization, drafts, experts, heads)
