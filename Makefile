@@ -24,7 +24,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-recipes test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -91,6 +91,9 @@ test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven 
 
 test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine (ten minutes on two busy cores)
 	$(BIN)/python -m pytest -m "ray and not sglang and not night"
+
+test-recipes: setup-sglang ## Every recipe planned, and run at laptop scale: as it is, with Megatron ranks and SGLang servers, and on two Ray nodes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_recipes.py tests/ray_nodes/test_runs.py -k recipe
 
 BASE ?= HEAD
 same: setup-sglang ## Short runs of this tree and of BASE=<commit> leave equal metrics, bit for bit

@@ -54,7 +54,7 @@ def throughput(pool: Any, samples: int, new_tokens: int) -> dict[str, float]:
     prompts = [tuple(torch.randint(16, 272, (24,), generator=generator).tolist()) for _ in range(samples)]
     sampling = SamplingParams(1.0, new_tokens)
     requests = [Request(f"p{i}", 0, prompt, sampling, seed=i, capture_routes=True) for i, prompt in enumerate(prompts)]
-    client = pool._fleet.engines[0].client
+    client = pool._fleet.roster.engines[0].client
     params = {"temperature": 1.0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body = {"return_logprob": True, "return_routed_experts": True}
 

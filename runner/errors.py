@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+
+MOST_CHARACTERS = 300  # of an exception's text
+
 
 class UserError(Exception):
     """One problem in the user's words, and what to do about it.
@@ -41,3 +48,28 @@ class UserErrors(UserError):
         if self.advice:
             lines += ["what works instead:", *(f"    {line}" for line in self.advice)]
         return "\n".join(lines)
+
+
+def told(error: BaseException, *, where: bool = False) -> str:
+    """An exception in one line, its text cut at 300 characters, whatever its `__str__` does.
+
+    `where`: followed by the file and line that the user's own code was at, as in `ValueError: no (rewards.py:12)`: the last frame
+    that is neither this package's nor an installed one's. Nothing follows where there is none.
+    """
+    try:
+        text = " ".join(str(error).split())[:MOST_CHARACTERS]
+    except Exception:  # its __str__ raises
+        text = ""
+    line = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = _place(error) if where else None
+    return f"{line} ({place})" if place else line
+
+
+def _place(error: BaseException) -> str | None:
+    installed = [folder for name, folder in sysconfig.get_paths().items() if name.endswith("lib")]
+    others = ("<", *(f"{folder}{os.sep}" for folder in (Path(__file__).parent, *installed)))
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = frame.f_code.co_filename
+        if not file.startswith(others):
+            return f"{file.removeprefix(f'{Path.cwd()}{os.sep}')}:{line}"
+    return None

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
-    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "cluster",
-    "tracking", "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels", "rollout.local",
-    "rollout.sglang.plugin", "rollout.sglang", "cluster.local", "cluster.ray", "convert", "planner", "doctor", "run", "cli.sweep",
-    "cli", "__main__",
+    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "convert",
+    "cluster", "tracking", "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels",
+    "rollout.local", "rollout.sglang.plugin", "rollout.sglang", "cluster.local", "cluster.ray", "planner", "doctor", "run",
+    "sweep", "cli", "__main__",
 )  # fmt: skip
 BACK = {
     ("data", "models"): "the type of an image, for checkers only",
@@ -27,23 +27,15 @@ BACK = {
     ("config", "models"): "the families that model.family may name, and the config.json that a local checkpoint has",
     ("config", "precision.formats"): "the formats that a grid may name",
     ("config", "algorithms.estimators"): "the estimators that algorithm.estimator may name",
-    ("config", "run"): "resume=<run> composes the overrides that the run's folder keeps",
     ("models", "models.families"): "the table of families, and the visual tower of one of them",
     ("models", "precision"): "a built model loads the weights of a quantized folder",
     ("models", "convert"): "... through the converter's reader of published folders",
     ("precision.formats", "precision"): "a format's file names the arithmetic of its family, which is older than the files",
     ("precision.kernels", "precision"): "kernels are checked against, and share constants with, the plain arithmetic",
-    ("precision", "convert"): "the audit reads published folders",
-    ("precision", "rollout"): "the audit reads what an engine says of itself",
-    ("rollout.sglang.plugin", "rollout.sglang"): "names and addresses that the pool and its servers agree on",
     ("cluster", "cluster.local"): "the launcher that a config names",
     ("cluster", "cluster.ray"): "... and the other one",
     ("weights.transports", "rollout.sglang"): "the type of the section that p2p's options stand in, for checkers only",
-    ("tracking", "run"): "the name of an event",
     ("trainer", "trainer.torch"): "FP8 matmuls wrap the quantized weights of the torch trainer",
-    ("trainer.megatron", "convert"): "ranks read their slices of a published folder with the converter's reader",
-    ("convert", "run"): "an export reads a checkpoint of a run",
-    ("cli.sweep", "cli"): "what a verb is",
 }
 
 

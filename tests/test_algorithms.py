@@ -11,6 +11,7 @@ from runner.algorithms import correction, estimators, losses
 from runner.algorithms.advantages import compute_advantages
 from runner.algorithms.estimators import TokenLoss, group_normalized
 from runner.algorithms.estimators.reinforce_pp import token_whitened
+from runner.config.choices import KlEstimator
 from runner.config.compose import load_config
 from runner.config.schema import Correction
 from runner.errors import UserError
@@ -147,11 +148,9 @@ def test_on_policy_losses_agree_in_gradient() -> None:
 
 def test_kl_estimators_by_hand() -> None:
     logprobs, reference = tensor([-1.0]), tensor([-1.5])
-    assert losses.kl_estimate("k1", logprobs, reference).item() == pytest.approx(0.5)
-    assert losses.kl_estimate("k2", logprobs, reference).item() == pytest.approx(0.125)
-    assert losses.kl_estimate("k3", logprobs, reference).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
-    with pytest.raises(ValueError, match="k4"):
-        losses.kl_estimate("k4", logprobs, reference)
+    assert losses.kl_estimate(KlEstimator.k1, logprobs, reference).item() == pytest.approx(0.5)
+    assert losses.kl_estimate(KlEstimator.k2, logprobs, reference).item() == pytest.approx(0.125)
+    assert losses.kl_estimate(KlEstimator.k3, logprobs, reference).item() == pytest.approx(math.exp(-0.5) + 0.5 - 1)
 
 
 def test_kl_estimators_are_right_in_expectation() -> None:
@@ -160,11 +159,13 @@ def test_kl_estimators_are_right_in_expectation() -> None:
     reference = torch.log_softmax(tensor([0.3, 0.2, -0.5], dtype=torch.float64), 0)
     logprobs = torch.log_softmax(policy, 0)
     exact = (logprobs.exp() * (logprobs - reference)).sum()
-    for name in ("k1", "k3"):
+    for name in (KlEstimator.k1, KlEstimator.k3):
         estimate = (logprobs.exp() * losses.kl_estimate(name, logprobs, reference)).sum()
         assert estimate.item() == pytest.approx(exact.item(), rel=1e-12)
     (expected,) = torch.autograd.grad(exact, policy, retain_graph=True)
-    (found,) = torch.autograd.grad((logprobs.exp().detach() * losses.kl_estimate("k2", logprobs, reference)).sum(), policy)
+    (found,) = torch.autograd.grad(
+        (logprobs.exp().detach() * losses.kl_estimate(KlEstimator.k2, logprobs, reference)).sum(), policy
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -242,6 +243,6 @@ def test_huge_ratios_of_counted_tokens_stay_finite(size: float, sign: float) -> 
             assert torch.isfinite(loss).all() and torch.isfinite(logprobs.grad).all(), (estimator, advantage)
     assert torch.isfinite(correction.tis(tensor([sign * size]), 2.0).weights).all()
     logprobs = tensor([0.0]).requires_grad_()
-    k3 = losses.kl_estimate("k3", logprobs, tensor([sign * size]))
+    k3 = losses.kl_estimate(KlEstimator.k3, logprobs, tensor([sign * size]))
     k3.sum().backward()
     assert k3.item() == 10.0 and logprobs.grad.item() == 0.0

@@ -17,11 +17,11 @@ import yaml
 from runner.__main__ import main
 from runner.cli import convert as convert_verb
 from runner.cli.main import VERBS
-from runner.cli.sweep import jobs, sweep_overrides
 from runner.cli.verb import Verb, parse
 from runner.config import compose, preflight
 from runner.config.schema import ConvertConfig
 from runner.errors import Failure, UserError
+from runner.sweep import jobs, sweep_overrides
 
 ROOT = Path(__file__).parent.parent
 
@@ -190,13 +190,13 @@ COMMANDS = {  # verb -> (its command line, the function that does the work)
     "plan": (["plan", "recipe=kimi_k2_int4"], "runner.planner.tables.show"),
     "submit": (["submit", "recipe=kimi_k2_int4", "cluster=slurm"], "runner.cluster.jobs.render"),
     "doctor cluster": (["doctor", "cluster", "cluster=ray"], "runner.doctor.cluster.check_cluster"),
-    "sweep": (["sweep", "seed=1,2"], "runner.cli.sweep.supervise.Sweep.run"),
+    "sweep": (["sweep", "seed=1,2"], "runner.sweep.supervise.Sweep.run"),
     "report": (["report", "RUN"], "runner.tracking.report.write_report"),
     "show": (["show", "RUN"], "runner.tracking.folder.rollout_files"),
     "doctor": (["doctor"], "runner.doctor.machine.check_machine"),
     "doctor engine": (["doctor", "engine"], "runner.doctor.engine.check_engine"),
     "convert": (["convert", "source=a", "target=b"], "runner.convert.command.run"),
-    "export": (["export", "run=RUN", "target=TARGET"], "runner.convert.export.export"),
+    "export": (["export", "run=RUN", "target=TARGET"], "runner.run.export.export"),
     "audit": (["audit", "a", "b"], "runner.convert.audit.two_folders"),
     "audit config": (["audit", "a", "precision=bf16"], "runner.convert.audit.against_config"),
 }
@@ -256,7 +256,7 @@ def test_verbs_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     record("runner.planner.tables.show", 1)
     record("runner.doctor.engine.check_engine")
     record("runner.convert.command.run")
-    record("runner.cli.sweep.run")
+    record("runner.sweep.run")
     monkeypatch.setattr(preflight, "check", lambda config: None)
     assert main([]) == 0 and main(["plan", "recipe=kimi_k2_int4"]) == 1 and main(["doctor", "engine"]) == 0
     assert calls[0][0].model.name == "tiny_moe" and calls[0][1] == []  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HIDES = """
 import importlib.abc
 import sys
@@ -22,6 +24,7 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
+@pytest.mark.slow  # collects two suites
 def test_tests_that_need_sglang_are_skipped_and_not_errors_where_it_is_not_installed(tmp_path: Path) -> None:
     (tmp_path / "hides_sglang.py").write_text(HIDES)
     tests = Path(__file__).parent

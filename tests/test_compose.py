@@ -12,13 +12,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from runner.cli.sweep import sweep_overrides
 from runner.config import compose, preflight
 from runner.config.schema import Convention, Correction, ModelConfig
 from runner.config.searchpath import CONFIG_DIR, groups
 from runner.errors import UserError, UserErrors
 from runner.rollout.local.option import LocalRolloutConfig
 from runner.rollout.sglang.config import SglangRolloutConfig
+from runner.sweep import sweep_overrides
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from tests import goldens
 

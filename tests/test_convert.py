@@ -1,11 +1,10 @@
-"""The converter: bytes, index and config, resume and atomicity, memory, and one clear message per bad input."""
+"""The converter: bytes, index and config, resume, atomicity and memory."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,21 +16,31 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
-from convert_sources import model, read_all, write_shards, write_source
+from convert_sources import (
+    INT4,
+    assert_same,
+    default_roles,
+    edit_config,
+    model,
+    read_all,
+    refused,
+    run,
+    snapshot,
+    write_shards,
+    write_source,
+)
 from safetensors.torch import load_file
 
-from runner.config.schema import Convention, ModelConfig, PrecisionConfig, Role
+from runner.config.schema import Convention
 from runner.convert import engine
-from runner.convert.engine import Report, convert
 from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import save_config
 from runner.precision import codec
-from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 
-INT4 = TensorFormat.int4(32, Convention.exact)
 FORMATS = {
     "int4_exact": INT4,
     "int4_kimi": TensorFormat.int4(16, Convention.kimi),
@@ -45,16 +54,10 @@ FORMATS = {
 }
 
 
-def default_roles(config: ModelConfig) -> frozenset[Role]:
-    return quantized_roles(config, PrecisionConfig(roles=None))
-
-
-def run(source: Path, target: Path, tensor_format: TensorFormat = INT4, workers: int = 2) -> Report:
-    return convert(source, target, tensor_format, default_roles, workers=workers)
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_source(tmp_path / "source", model("qwen3"))
+    return tmp_path / "source"
 
 
 @pytest.mark.parametrize("tensor_format", FORMATS.values(), ids=FORMATS.keys())
@@ -77,14 +80,6 @@ def test_every_tensor_is_what_encode_gives_and_comes_back(tmp_path: Path, family
     run(tmp_path / "target", tmp_path / "back", TensorFormat.bf16())
     assert_same(read_all(tmp_path / "back"), effective)
     assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        flat, other = found[name].contiguous().reshape(-1), tensor.contiguous().reshape(-1)
-        assert torch.equal(flat.view(torch.uint8), other.view(torch.uint8)), name
 
 
 def test_index_config_and_other_files(tmp_path: Path) -> None:
@@ -225,7 +220,7 @@ def test_sigkill_at_any_moment_leaves_no_checkpoint_and_resumes(tmp_path: Path) 
     source, target = tmp_path / "source", tmp_path / "target"
     write_source(source, config, shards=6)
     program = (
-        "import sys; from pathlib import Path; from test_convert import run; print('go', flush=True);"
+        "import sys; from pathlib import Path; from convert_sources import run; print('go', flush=True);"
         "run(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)"
     )
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
@@ -273,144 +268,6 @@ def test_a_partial_folder_without_a_finished_shard_blocks_nothing(source: Path, 
     weights["model.embed_tokens.weight"][0, 0] = 0.0
     write_shards(source, weights, 3)
     assert run(source, tmp_path / "target", TensorFormat.fp8()).resumed == 0
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    write_source(tmp_path / "source", model("qwen3"))
-    return tmp_path / "source"
-
-
-def refused(source: Path, tmp_path: Path, match: str, tensor_format: TensorFormat = INT4) -> UserError:
-    """The conversion ends with one message; the source keeps its bytes and no target appears."""
-    before = snapshot(source) if source.exists() else None
-    with pytest.raises(UserError, match=match) as caught:
-        run(source, tmp_path / "target", tensor_format)
-    assert not (tmp_path / "target").exists()
-    assert (snapshot(source) if source.exists() else None) == before
-    return caught.value
-
-
-def edit_config(source: Path, **changes: object) -> None:
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | changes))
-
-
-def shards(source: Path) -> list[Path]:
-    return sorted(source.glob("*.safetensors"))
-
-
-def test_truncated_shard(source: Path, tmp_path: Path) -> None:
-    path = shards(source)[1]
-    os.truncate(path, path.stat().st_size - 10)
-    refused(source, tmp_path, f"{path.name} cannot be read")
-
-
-def test_missing_shard(source: Path, tmp_path: Path) -> None:
-    shards(source)[1].unlink()
-    refused(source, tmp_path, "1 of 3 shards .* missing: model-00002-of-00003")
-
-
-def test_index_and_shards_disagree(source: Path, tmp_path: Path) -> None:
-    shutil.copy(shards(source)[0], shards(source)[1])
-    refused(source, tmp_path, "says that model-00002-of-00003.safetensors holds .*, but it does not")
-
-
-def test_missing_weight(source: Path, tmp_path: Path) -> None:
-    weights = read_all(source)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    write_shards(source, weights, 3)
-    refused(source, tmp_path, "1 weights that config.json implies .*layers.1.mlp.up_proj")
-
-
-def test_other_shape(source: Path, tmp_path: Path) -> None:
-    edit_config(source, intermediate_size=96)
-    refused(source, tmp_path, "shape .* config.json implies")
-
-
-def test_group_that_does_not_divide(tmp_path: Path) -> None:
-    write_source(tmp_path / "source", model("qwen3", ffn_size=96))
-    error = refused(tmp_path / "source", tmp_path, "down_proj", TensorFormat.int4(64, Convention.exact))
-    assert "down_proj" in str(error) and "96 is not a multiple of group_size 64" in str(error)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"])
-def test_nan_is_named_whether_quantized_or_copied(source: Path, tmp_path: Path, name: str, value: float) -> None:
-    weights = read_all(source)
-    weights[name][3, 5] = value
-    write_shards(source, weights, 3)
-    refused(source, tmp_path, f"{name}.*holds {'NaN' if value != value else 'infinite'}")
-
-
-def test_already_quantized(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "int4")
-    refused(tmp_path / "int4", tmp_path, "already quantized .compressed-tensors")
-
-
-def test_quantized_without_saying_so(source: Path, tmp_path: Path) -> None:
-    weights = read_all(source)
-    name = "model.layers.1.mlp.down_proj.weight"
-    weights[name] = weights[name].to(torch.float8_e4m3fn)
-    write_shards(source, weights, 3)
-    refused(source, tmp_path, f"{name} is stored as torch.float8_e4m3fn")
-
-
-def test_nothing_to_dequantize(source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path, "nothing to bring back", TensorFormat.bf16())
-
-
-def test_unknown_quantization_method(source: Path, tmp_path: Path) -> None:
-    edit_config(source, quantization_config={"quant_method": "awq"})
-    refused(source, tmp_path, "'awq'", TensorFormat.bf16())
-
-
-def test_unknown_architecture(source: Path, tmp_path: Path) -> None:
-    edit_config(source, architectures=["MambaForCausalLM"])
-    error = refused(source, tmp_path, "unknown architecture .*MambaForCausalLM")
-    assert error.fix is not None and "Qwen3ForCausalLM" in error.fix
-
-
-def test_too_little_space(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(usage)(usage.total, usage.total - 1000, 1000))
-    refused(source, tmp_path, "GB free")
-    assert not list((tmp_path / "target.partial").glob("*.safetensors"))
-
-
-def test_target_exists(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "precious").write_text("mine")
-    with pytest.raises(UserError, match="exists already"):
-        run(source, tmp_path / "target")
-    assert (tmp_path / "target" / "precious").read_text() == "mine"
-
-
-def test_target_inside_source(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="inside the source"):
-        run(source, source / "int4")
-
-
-def test_no_folder_no_config_no_json(source: Path, tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", tmp_path, "there is no folder")
-    (source / "config.json").write_text("{")
-    refused(source, tmp_path, "is not JSON")
-    (source / "config.json").unlink()
-    refused(source, tmp_path, "config.json is missing")
-
-
-def test_two_processes_cannot_write_one_target(source: Path, tmp_path: Path) -> None:
-    from runner.convert.journal import Partial
-
-    with (
-        Partial(tmp_path / "target", {"a": 1}),
-        pytest.raises(UserError, match="another process"),
-        Partial(tmp_path / "target", {"a": 1}),
-    ):
-        pass
 
 
 # -- foreign checkpoints --------------------------------------------------------------------------------------------
@@ -513,7 +370,7 @@ def test_peak_memory_stays_under_twice_the_largest_shard(tmp_path: Path) -> None
     write_shards(source, {p.name: pattern[: math.prod(p.shape)].reshape(p.shape).clone() for p in table}, 2)
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     program = (
-        "import sys; from pathlib import Path; from test_convert import *; import runner.precision.kernels.cpu;"
+        "import sys; from pathlib import Path; from convert_sources import *; import runner.precision.kernels.cpu;"
         "status = lambda key: int(Path('/proc/self/status').read_text().split(key)[1].split()[0]) * 1024;"
         "back = lambda source: convert(source, Path(f'{source}_back'), TensorFormat.bf16(), default_roles, workers=2);"
         "run(Path(sys.argv[1]), Path(sys.argv[2]));"

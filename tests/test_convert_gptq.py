@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from runner.__main__ import main
 from runner.config.schema import Convention, PrecisionConfig
 from runner.convert import calibration, gptq
+from runner.convert.compare import audit_checkpoint, read_checkpoint
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import disk_tensors
 from runner.models.tokenizer import byte_tokenizer
 from runner.precision import codec
-from runner.precision.audit import audit_checkpoint, read_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_sources import model, read_all, write_shards, write_source
-from test_convert import assert_same, default_roles, run
+from convert_sources import assert_same, default_roles, model, read_all, run, write_shards, write_source
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from runner.config.schema import Convention, ModelConfig

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from runner.rollout.local.speculation import NgramSpeculation
-from runner.run.decisions import EVENT, Decisions
+from runner.run.decisions import Decisions
+from runner.tracking.base import POOL_DECISION
 from runner.tracking.tracker import JsonlTracker
 
 STEPS, DECIDE_AFTER, INTERVAL = 12, 6, 4
@@ -49,7 +50,7 @@ def attempt(folder: Path, pool: ClockPool, saved: dict[str, Any] | None, until: 
     for step in range(first, until):
         done.append(pool.work())
         if decision := decisions.at_end_of(step, pool):  # type: ignore[arg-type]
-            tracker.event(EVENT, "decided", {"step": step, "decision": decision})
+            tracker.event(POOL_DECISION, "decided", {"step": step, "decision": decision})
         if (step + 1) % INTERVAL == 0:
             saved = json.loads(json.dumps({"step": step + 1, "pool": pool.state()}))
     return done, saved
@@ -57,7 +58,7 @@ def attempt(folder: Path, pool: ClockPool, saved: dict[str, Any] | None, until: 
 
 def recorded(folder: Path) -> list[tuple[int, bool]]:
     rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [(row["data"]["step"], row["data"]["decision"]["disabled"]) for row in rows if row["kind"] == EVENT]
+    return [(row["data"]["step"], row["data"]["decision"]["disabled"]) for row in rows if row["kind"] == POOL_DECISION]
 
 
 @pytest.mark.parametrize("first_clock", [(2.0, 1.0), (1.0, 2.0)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from runner.config.choices import LauncherKind, WandbMode
 from runner.config.schema import Config, CpuMatmul
 from runner.doctor import machine
 from runner.doctor.findings import Finding, Status, show
@@ -51,10 +52,10 @@ def test_a_wrong_pin_and_a_missing_package_are_named(tmp_path: Path, monkeypatch
 def test_missing_gpus_fail_here_and_warn_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     cfg = composed("recipe=qwen3_30b_int4")
-    cfg.cluster.launcher = "local"
+    cfg.cluster.launcher = LauncherKind.local
     (here,) = machine.devices(cfg)
     assert here.status is Status.fail and "wanted 8" in here.found and "scale=laptop" in here.fix
-    cfg.cluster.launcher = "ray"
+    cfg.cluster.launcher = LauncherKind.ray
     (away,) = machine.devices(cfg)
     assert away.status is Status.warn
 
@@ -88,7 +89,7 @@ def test_limits_matter_when_many_processes_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: Usage(64 * 1024**2, 0, 64 * 1024**2))
     cfg = laptop(tmp_path)
     assert next(machine.open_files(cfg)).status is Status.ok
-    cfg.cluster.launcher = "ray"
+    cfg.cluster.launcher = LauncherKind.ray
     assert next(machine.open_files(cfg)).fix == "ulimit -n 65536"
     assert next(machine.shared_memory(cfg)).status is Status.warn
 
@@ -109,7 +110,7 @@ def test_wandb_online_without_a_login(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cfg = laptop(tmp_path)
-    cfg.tracking.wandb_mode = "online"
+    cfg.tracking.wandb_mode = WandbMode.online
     assert next(machine.wandb_mode(cfg)).status is Status.warn
     monkeypatch.setenv("WANDB_API_KEY", "given")
     assert next(machine.wandb_mode(cfg)).status is Status.ok

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.run.decisions import EVENT
+from runner.tracking.base import POOL_DECISION
 
 pytestmark = pytest.mark.slow
 
@@ -109,7 +109,7 @@ def _decisions(run: Path) -> list[tuple[int, bool]]:
     path = run / "events.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     rows = [json.loads(line) for line in lines]
-    return [(row["data"]["step"], row["data"]["decision"]["disabled"]) for row in rows if row["kind"] == EVENT]
+    return [(row["data"]["step"], row["data"]["decision"]["disabled"]) for row in rows if row["kind"] == POOL_DECISION]
 
 
 def test_a_kill_after_a_decision_and_before_a_checkpoint_repeats_the_decision(tmp_path: Path) -> None:

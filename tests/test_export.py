@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from runner.__main__ import main
 from runner.config.schema import Config, ModelConfig
-from runner.convert import export
+from runner.convert.compare import compare_checkpoints
 from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.models.build import build_model
-from runner.precision.audit import compare_checkpoints
 from runner.precision.plan import quantized_roles
+from runner.run import export
 from runner.trainer.torch.trainer import TorchTrainer
 from tests.trainer_configs import MLA, MOE, batch, config
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from runner.config import compose, rules
+from runner.config.choices import RouterScore
 from runner.config.schema import Convention, ModelConfig, Role
 from runner.config.searchpath import groups
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, Family, agreement, family_of
@@ -26,7 +28,6 @@ from runner.models.images import image_processor
 from runner.models.published import checkpoint_config
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.visual import hidden_states
-from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, KVCache
@@ -215,7 +216,7 @@ def test_trainer_and_engine_compute_what_transformers_does(
         assert ((groups[..., 1:] != groups[..., :-1]).sum(dim=-1) + 1 <= 2).all()  # experts of two groups at most
         names = [f"model.layers.{layer}.mlp.gate" for layer in engine.moe_layers]
         replayed = build_model(config, dtype=torch.float32, seed=0)
-        replay = RouterReplay(replayed, names, "sigmoid")
+        replay = RouterReplay(replayed, names, RouterScore.sigmoid)
         recorded = torch.ones(40, dtype=torch.bool)
         with torch.no_grad(), replay.replaying(routes.transpose(0, 1).contiguous(), recorded):
             again = replayed(tokens[None]).logits[0]

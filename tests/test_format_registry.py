@@ -13,10 +13,10 @@ from convert_sources import model, write_source
 
 from runner.config import compose
 from runner.config.schema import Convention, PrecisionConfig, Role
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.errors import UserErrors
 from runner.precision import codec, formats
-from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from tests.extending import module

@@ -11,9 +11,9 @@ from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, named_weights
-from runner.precision.audit import audit_pool
 from runner.precision.codec import decode
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.audit import audit_pool
 from runner.rollout.local import LocalPool
 from runner.trainer import attention, experts
 from runner.trainer.fp8 import install_fp8_matmuls

@@ -49,6 +49,7 @@ def index_is_there() -> bool:
     return done.returncode == 0
 
 
+@pytest.mark.slow  # asks a package index
 def test_both_locks_are_what_their_inputs_compile_to() -> None:
     if not index_is_there():
         pytest.skip("no package index can be reached")

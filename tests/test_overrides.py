@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config import compose, overrides
+from runner.config.recorded import find_run
 from runner.errors import UserError, UserErrors
-from runner.run.folder import find_run
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\n\r"), min_size=1, max_size=12)
 HARD = st.text(st.sampled_from("a1.e'\"\\${}[](),=: ~ü实🚀!`#;|&"), min_size=1, max_size=10)
@@ -124,8 +124,8 @@ def test_bytes_that_are_no_text_are_refused() -> None:
         ("outputs_dir=~nosuchuser/runs", "begins with ~nosuchuser, whose home folder is not known here"),
         ("task.train_path=~nosuchuser/x.jsonl", "begins with ~nosuchuser"),
         ("outputs_dir=", "outputs_dir: is empty"),
-        ("tracking.tags=a", "'tracking.tags=[a,b]': a list in brackets"),
-        ("tracking.tags=[a,null]", "'tracking.tags=[a,b]': a list in brackets"),
+        ("tracking.tags=a", "fix: 'tracking.tags=[a]'"),
+        ("tracking.tags=[a,null]", "fix: give it a text"),
         ("tracking.project=${oc.env:RUNNER_NO_SUCH_VARIABLE}", "name a key or an environment variable that there is"),
     ],
 )
@@ -134,3 +134,24 @@ def test_what_means_something_else_than_it_says_is_refused_with_a_fix(item: str,
         compose.load(["model=tiny_dense", "tracking=wandb", item])
     (problem,) = caught.value.errors
     assert words in str(problem) and problem.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "fix"),
+    [
+        ("rollout.sampling.stop_token_ids=5", "5 is one value, and this is a list", "'rollout.sampling.stop_token_ids=[5]'"),
+        ("precision.roles=[norm,atention]", "atention is none of embedding", "'precision.roles=[norm,attention]'"),
+        ("rollout.sampling.stop_token_ids=[1,x]", "x is not a whole number", "give it a whole number"),
+        ("tracking.tags=null", "may not be null", "tracking.tags=[]"),
+        ("watch.rules=4", "4 is one value, and this is a group of named ones", "+watch.rules.<name>=<value>"),
+        ("trainer.optimizer=3", "3 is one value, and this is a group of keys", "trainer.optimizer.lr=<value>"),
+        ("algorithm.schedule=asink", "asink is none of sync, one_step_off, async", "algorithm.schedule=async"),
+        ("trainer.device=tpu", "tpu is none of auto, cpu, cuda", None),
+        ("steps=[1]", "[1] is not a whole number", "give it a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_says_what_to_type(text: str, problem: str, fix: str | None) -> None:
+    with pytest.raises(UserErrors) as caught:
+        compose.load([text])
+    (error,) = (error for error in caught.value.errors if error.key == text.partition("=")[0])
+    assert error.problem.startswith(problem) and error.fix and (fix is None or error.fix == fix)

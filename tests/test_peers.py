@@ -18,6 +18,7 @@ import torch
 from runner.algorithms import estimators
 from runner.algorithms.advantages import compute_advantages
 from runner.algorithms.aggregation import loss_weights
+from runner.config.choices import KlEstimator
 from runner.config.schema import AlgorithmConfig, Correction, LossAggregation
 from runner.data import Sample, Status
 from runner.trainer.policy_step import Sums, TokenRows, micro_batch_loss
@@ -258,7 +259,7 @@ def test_kl_estimators_are_those_of_verl(name: str) -> None:
     core = pytest.importorskip("verl.trainer.ppo.core_algos")
     for seed in range(INPUTS):
         x, results = _random(seed, spread=0.4 if seed % 3 else 15.0), []
-        for function in (lambda a, b: kl_estimate(name, a, b), lambda a, b: core.kl_penalty(a, b, name)):
+        for function in (lambda a, b: kl_estimate(KlEstimator(name), a, b), lambda a, b: core.kl_penalty(a, b, name)):
             logprobs = torch.from_numpy(x.logprobs).float().requires_grad_()
             value = function(logprobs, torch.from_numpy(x.reference).float())
             value.sum().backward()

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from runner.cluster.placement import coordinates, place, placement_problems
+from runner.config.choices import KvDtype, Recompute
 from runner.config.compose import load_config
 from runner.config.schema import Config, Convention, QatPlacement, Role
 from runner.errors import UserError
@@ -183,7 +184,7 @@ def test_activations_by_hand() -> None:
     attention = 2 * 2 * 2560 + 2 * (2 * (32 + 8) * 128 + (8 + 32) * 128) + 4 * 32
     mlp = 2 * 2 * 2560 + 2 * 3 * 9728
     assert activation_bytes(cfg, 0, 1000) == 36 * (attention + mlp) * 1000
-    cfg.trainer.recompute = "full"
+    cfg.trainer.recompute = Recompute.full
     assert activation_bytes(cfg, 0, 1000) == (36 * 2 * 2560 + attention + mlp) * 1000
 
 
@@ -206,7 +207,7 @@ def test_activations_are_those_that_autograd_keeps(name: str, recompute: str) ->
         cfg = config(name, "trainer=torch", **parallelism(1), **{"trainer.recompute": recompute})
         cfg.model = replace(cfg.model, **sizes, num_layers=layers, hf_checkpoint=None)
         model = build_model(cfg.model, dtype=torch.bfloat16, seed=0, experts=experts.NAME).train()
-        install_recompute(model, recompute)
+        install_recompute(model, Recompute(recompute))
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         saved: dict[int, torch.Tensor] = {}
 
@@ -261,7 +262,7 @@ def test_kv_cache_bytes() -> None:
     assert kv_bytes_per_token(kimi()) == 61 * (512 + 64) * 2, "latent attention: whole on every GPU"
     spread = config("qwen3_235b")
     assert kv_bytes_per_token(spread) == 94 * 2 * 1 * 128 * 2, "8 GPUs cannot cut 4 heads below one"
-    spread.precision.kv_cache = "fp8_e4m3"
+    spread.precision.kv_cache = KvDtype.fp8_e4m3
     assert kv_bytes_per_token(spread) == 94 * 2 * 128
 
 

@@ -21,20 +21,15 @@ from tiny_models import BASE, MLA, MOE
 from runner.config import compose
 from runner.config.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
 from runner.config.searchpath import groups
+from runner.convert.compare import audit_checkpoint, compare_checkpoints, compare_streams, read_checkpoint
 from runner.data import ExportedTensor
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
-from runner.precision.audit import (
-    audit,
-    audit_checkpoint,
-    audit_engine,
-    compare_checkpoints,
-    compare_streams,
-    read_checkpoint,
-)
+from runner.precision.audit import audit
 from runner.precision.codec import encode_all
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.audit import audit_engine
 from runner.rollout.protocol import EngineDescription
 
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")

@@ -18,6 +18,7 @@ from published_folders import BASE, NAMED, VOCAB, nothing_ran, overrides, publis
 from tiny_models import BASE as BASE_MODEL
 
 from runner.config.schema import Convention, ModelConfig, PrecisionConfig
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.convert.source import model_of, open_source
 from runner.errors import UserError
@@ -26,7 +27,6 @@ from runner.models.draft_folder import draft_model
 from runner.models.published import checkpoint_config
 from runner.models.tiktoken_file import PATTERN, TiktokenTokenizer, other_pattern
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
-from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.sglang.model_folder import write_model_folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from runner.tasks import parts, service
 from runner.tasks.protocol import Prompt
 
 HERE = __name__
+LINE = re.compile(r"\(\S*test_reward_parts\.py:\d+\)")  # of the function that raised
 
 
 def length(prompt: Prompt, text: str, sample: Sample) -> float:
@@ -53,13 +55,15 @@ def test_parts_are_weighed_and_add_up() -> None:
     (warning,) = parts.add(configured, rows)
     first, second = (sample for *_, sample in rows)
     assert first.rewards == {"task": 0.5, "length": pytest.approx(0.3), "slow": 2.0} and first.reward == pytest.approx(2.8)
-    assert second.reward is None and "slow failed for 1 of 2 samples; first: ValueError: no" in warning
+    assert second.reward is None and "slow failed for 1 of 2 samples; first: ValueError: no (" in warning
+    assert LINE.search(warning), warning
 
 
 def test_a_part_that_exits_costs_its_own_sample_alone() -> None:
     rows = items("exit", "abc")
     (warning,) = parts.add({"slow": RewardConfig(_target_=f"{HERE}.slow")}, rows)
-    assert [sample.reward for *_, sample in rows] == [None, 3.0] and "SystemExit" in warning
+    assert [sample.reward for *_, sample in rows] == [None, 3.0] and "SystemExit: 3 (" in warning
+    assert LINE.search(warning), warning
 
 
 class Judge(http.server.BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from runner.config import compose, preflight
+from runner.config.choices import LauncherKind
 from runner.config.schema import ClusterConfig, Config
 from runner.errors import UserError, UserErrors
 from runner.rollout.sglang.interface import LOOPBACK, interfaces, listen_address, name_of, wildcard
@@ -25,7 +26,7 @@ def load(*overrides: str) -> Config:
 
 def cluster(interface: str | None = None, launcher: str = "local") -> ClusterConfig:
     found = load().cluster
-    found.interface, found.launcher = interface, launcher
+    found.interface, found.launcher = interface, LauncherKind(launcher)
     return found
 
 

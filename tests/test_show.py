@@ -74,6 +74,8 @@ def test_what_is_not_there(run: Path) -> None:
         ([str(run), "7"], "no samples of step 7"),
         ([str(run), "1", "5"], "keeps 1 samples"),
         ([str(run), "one"], "is no step"),
+        ([str(run), "-1", "2"], r"'-1' is no step(?s:.*)a step from 1 to 1"),
+        ([str(run), "1", "-2"], r"'-2' is no sample(?s:.*)a number from 0 to 0"),
         ([str(run), "0"], "no samples of step 0"),
     ):
         with pytest.raises(UserError, match=message):

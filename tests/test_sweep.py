@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from runner import lock
-from runner.cli.sweep import jobs as sweep_jobs
-from runner.cli.sweep import summary, supervise
 from runner.config import schema
 from runner.errors import UserError, UserErrors
+from runner.sweep import jobs as sweep_jobs
+from runner.sweep import summary, supervise
 from runner.tracking import folder
 from runner.tracking.tracker import JsonlTracker
 from tests.configs import composed
@@ -212,7 +212,7 @@ def test_stopped_jobs_are_left_and_running_ones_refused(tmp_path: Path, capsys: 
 def test_ctrl_c_lets_the_job_save_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     driver = (
         "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
-        "import test_sweep as t; from runner.cli.sweep.supervise import Sweep;"
+        "import test_sweep as t; from runner.sweep.supervise import Sweep;"
         "root, jobs = t.jobs_of(Path(sys.argv[2]), 'precision.group_size=32,64,128');"
         "sys.exit(Sweep(root, jobs, t.fake_command({'precision.group_size=64': 'slow'})).run())"
     )

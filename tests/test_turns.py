@@ -15,6 +15,7 @@ from reference import reference_routes
 from test_local_engine import FP32, config, make_pool
 
 from runner.config import compose
+from runner.config.choices import ObservationRole
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, WeightSpan
 from runner.errors import UserError, UserErrors
@@ -152,7 +153,7 @@ def conversation(target: str = "runner.turns.drive", **section: Any) -> Config:
 
 def codec(role: str = "none", tokenizer: Any = None) -> Codec:
     tokenizer = tokenizer or byte_tokenizer()
-    return Codec(tokenizer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), (END,), role)
+    return Codec(tokenizer, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), (END,), ObservationRole(role))
 
 
 def run(cfg: Config, texts: list[str], pool: Any = None, budget: int = 64, samples: int = 1, routes: bool = True) -> list[Sample]:
@@ -236,7 +237,7 @@ def test_checked_refuses_what_cannot_be_trained_on() -> None:
 
 
 FAILURES = {
-    "raises": ("environment", "step raised ValueError: the dragon ate it"),
+    "raises": ("environment", "step raised ValueError: the dragon ate it (tests/test_turns.py:"),
     "exits": ("environment", "SystemExit"),
     "floods": ("flood", "10,000,000 characters"),
     "floods a little": ("flood", "200 tokens; 100 are allowed"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.config.choices import RouterScore
 from runner.models.common import PLAIN
 
 BASE: dict[str, Any] = PLAIN | {
@@ -31,7 +32,7 @@ MLA: dict[str, Any] = {
     "head_dim": 24,
     "num_dense_layers": 1,
     "num_shared_experts": 2,
-    "router_score": "sigmoid",
+    "router_score": RouterScore.sigmoid,
     "router_bias": True,
     "routed_scaling_factor": 2.5,
     "kv_lora_rank": 16,

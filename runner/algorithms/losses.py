@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from runner.algorithms.estimators import MAX_LOG_RATIO, Rows, TokenLoss, estimator_of, inside
+from runner.config.choices import KlEstimator
 from runner.config.schema import AlgorithmConfig
 
 MAX_K3 = 10.0
@@ -35,7 +36,7 @@ def policy_loss(
     return estimator_of(algorithm.estimator).loss(algorithm, rows)
 
 
-def kl_estimate(estimator: str, logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+def kl_estimate(estimator: KlEstimator, logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     """Per-token estimate [N] of KL(policy || reference) from samples of the policy (Schulman, "Approximating KL divergence").
 
     With d = ref_logp - logp:  k1 = -d (unbiased, signed),  k2 = d^2 / 2 (biased, low variance; its gradient is the right
@@ -43,14 +44,12 @@ def kl_estimate(estimator: str, logprobs: torch.Tensor, ref_logprobs: torch.Tens
     with |d| at most 20 and k3 at most 10.
     """
     difference = ref_logprobs - logprobs
-    if estimator == "k1":
+    if estimator == KlEstimator.k1:
         return -difference
-    if estimator == "k2":
+    if estimator == KlEstimator.k2:
         return 0.5 * difference.square()
-    if estimator == "k3":
-        difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        return (torch.expm1(difference) - difference).clamp(max=MAX_K3)
-    raise ValueError(f"kl_estimator is {estimator!r}; it must be k1, k2 or k3")
+    difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (torch.expm1(difference) - difference).clamp(max=MAX_K3)
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:

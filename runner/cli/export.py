@@ -38,12 +38,12 @@ def start(command: Command) -> int:
         raise UserErrors(problems)
     from runner.config import compose
     from runner.config.overrides import expand_home, given, override
-    from runner.run.folder import find_run
+    from runner.config.recorded import find_run
 
     outputs_dir = given(command.overrides, "outputs_dir") or compose.default_outputs_dir()
     run = find_run(expand_home(own["run"]), expand_home(outputs_dir))
     config = compose.load([*command.overrides, override("resume", str(run))]).config
-    from runner.convert.export import export
+    from runner.run.export import export
 
     export(config, run, target, format=own.get("format"), step=int(own["step"]) if "step" in own else None)
     return 0

@@ -28,15 +28,15 @@ def start(command: Command) -> int:
     files = dict(rollout_files(folder))
     if not files:
         raise UserError(f"{folder} has no samples yet", fix="they are written at the end of a step")
-    step = _whole(command.words[1], "step") - 1 if len(command.words) > 1 else max(files)
+    steps = f"a step from {min(files) + 1} to {max(files) + 1}"
+    step = _whole(command.words[1], "step", steps) - 1 if len(command.words) > 1 else max(files)
     if step not in files:
-        raise UserError(
-            f"{folder.name} has no samples of step {step + 1}", fix=f"a step from {min(files) + 1} to {max(files) + 1}"
-        )
+        raise UserError(f"{folder.name} has no samples of step {step + 1}", fix=steps)
     rows = read_jsonl(files[step])
-    chosen = [_whole(command.words[2], "sample")] if len(command.words) > 2 else list(range(len(rows)))
+    samples = f"a number from 0 to {len(rows) - 1}"
+    chosen = [_whole(command.words[2], "sample", samples)] if len(command.words) > 2 else list(range(len(rows)))
     if chosen and chosen[0] >= len(rows):
-        raise UserError(f"step {step + 1} keeps {len(rows)} samples", fix=f"a number from 0 to {len(rows) - 1}")
+        raise UserError(f"step {step + 1} keeps {len(rows)} samples", fix=samples)
     shown = [(number, rows[number]) for number in chosen]
     if command.flags.out:
         print(_page(command.flags.out, folder.name, step, shown))
@@ -49,9 +49,9 @@ def start(command: Command) -> int:
     return 0
 
 
-def _whole(text: str, what: str) -> int:
+def _whole(text: str, what: str, fix: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 12:
-        raise UserError(f"{text!r} is no {what}", fix=f"{PROGRAM} show RUN STEP SAMPLE")
+        raise UserError(f"{text!r} is no {what}", fix=fix)
     return int(text)
 
 

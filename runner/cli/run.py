@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runner.cli import sweep
+from runner import sweep
 from runner.cli.show import config_flags
 from runner.cli.verb import Command, Parser, Verb
 

@@ -92,7 +92,7 @@ def parse(verb: Verb, argv: list[str], others: Iterable[Verb] = ()) -> Command:
     command = Command(verb, [], {}, [], flags)
     for item in rest:
         key, equals, value = item.partition("=")
-        if item.startswith("-"):
+        if item.startswith("-") and not item[1:].isdecimal():
             raise _unknown_flag(item, verb, parser, others)
         if verb.config and (equals or item.startswith("~")) and not (verb.words is ANY and _is_folder(item)):
             if key not in own_keys:

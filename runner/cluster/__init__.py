@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from runner.cluster.launcher import Launcher
+from runner.config.choices import LauncherKind
 from runner.config.schema import Config
 from runner.errors import UserError
 
@@ -27,7 +28,7 @@ def opened(cfg: Config) -> Iterator[Launcher]:
 
 def launcher_of(cfg: Config) -> Launcher:
     """Whoever starts processes now. UserError for a cluster that nobody has opened."""
-    if cfg.cluster.launcher == "local":
+    if cfg.cluster.launcher == LauncherKind.local:
         return _open(cfg)
     if _opened is None:
         raise UserError(f"cluster={cfg.cluster.name} is for runs", key="cluster", fix="cluster=local")
@@ -35,11 +36,11 @@ def launcher_of(cfg: Config) -> Launcher:
 
 
 def _open(cfg: Config) -> Launcher:
-    if cfg.cluster.launcher == "local":
+    if cfg.cluster.launcher == LauncherKind.local:
         from runner.cluster.local import LocalLauncher
 
         return LocalLauncher()
-    if cfg.cluster.launcher == "ray":
+    if cfg.cluster.launcher == LauncherKind.ray:
         from runner.cluster.ray import RayLauncher
 
         return RayLauncher(cfg)

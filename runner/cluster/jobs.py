@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from runner.config.choices import LauncherKind
 from runner.config.schema import Config
 from runner.errors import UserError
 
@@ -181,4 +182,5 @@ def k8s(cfg: Config, overrides: list[str], own: dict[str, str], root: Path) -> J
     return Job(head + yaml.safe_dump(manifest, sort_keys=False, width=10**6), ["kubectl", "create", "-f", "-"])
 
 
-RENDERED: dict[str, Callable[[Config, list[str], dict[str, str], Path], Job]] = {"slurm": slurm, "k8s": k8s}
+Renderer = Callable[[Config, list[str], dict[str, str], Path], Job]
+RENDERED: dict[LauncherKind, Renderer] = {LauncherKind.slurm: slurm, LauncherKind.k8s: k8s}

@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from runner.config import limits, schema, searchpath
 from runner.config import option as options
+from runner.config.choices import Scale
 from runner.config.diagnosis import Diagnosis, diagnose
 from runner.config.overrides import (
     expand_home,
@@ -31,6 +32,7 @@ from runner.config.overrides import (
     readable,
     with_newlines,
 )
+from runner.config.recorded import find_run, read_overrides
 from runner.errors import UserError, UserErrors
 from runner.redaction import remember_environment, restored
 
@@ -109,11 +111,11 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
     place, in the run that the model itself chose."""
     raw = _composed(overrides)
-    if raw.scale == "laptop" and raw.model.toy_twin != raw.model.name:
+    if raw.scale == Scale.laptop and raw.model.toy_twin != raw.model.name:
         kept = [item for item in overrides if override_key(item) not in ("model", "run")]
         overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
         raw = _composed(overrides)
-    elif raw.scale != "laptop":
+    elif raw.scale != Scale.laptop:
         _take_architecture(raw.model, overrides)
     with open_dict(raw):
         del raw["hydra"]
@@ -180,8 +182,6 @@ def with_resumed(overrides: list[str]) -> list[str]:
     target = given(overrides, "resume")
     if not target:
         return overrides
-    from runner.run.folder import find_run, read_overrides
-
     outputs_dir = given(overrides, "outputs_dir") or default_outputs_dir()
     run = find_run(expand_home(target), expand_home(outputs_dir))
     replaced = {override_key(item) for item in overrides}

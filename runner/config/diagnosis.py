@@ -7,11 +7,11 @@ wrong: the good path is Hydra's alone.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -245,25 +245,53 @@ def _unknown(key: str, value: Any, where: str, result: Diagnosis, add: bool, cho
 def _wrong_type(key: str, value: Any, where: str, raw: DictConfig, error: Exception) -> UserError:
     parent_key, _, name = key.rpartition(".")
     parent = OmegaConf.select(raw, parent_key) if parent_key else raw
-    expected, choices = None, None
-    if parent is not None:
-        metadata = getattr(parent._get_node(name), "_metadata", None)
-        expected = metadata.ref_type if metadata is not None else None
-        if isinstance(expected, type) and issubclass(expected, Enum):
-            choices = [member.name for member in expected]
-    if choices:
+    metadata = getattr(parent._get_node(name), "_metadata", None) if parent is not None else None
+    expected = metadata.ref_type if metadata is not None else None
+    if is_dataclass(expected):
+        problem, fix = f"{_shown(value)} is one value, and this is a group of keys", f"{key}.{fields(expected)[0].name}=<value>"
+    elif get_origin(expected) is dict:
+        problem, fix = f"{_shown(value)} is one value, and this is a group of named ones", f"+{key}.<name>=<value>"
+    elif get_origin(expected) is list:
+        problem, fix = _no_list(key, value, get_args(expected)[0])
+    elif isinstance(expected, type):
+        problem, fix = _misfit(value, expected, lambda right: f"{key}={right}")
+    else:
+        problem = f"{_shown(value)} does not fit: {str(error).splitlines()[0]}"
+        fix = "python -m runner --cfg job shows what it holds"
+    return UserError(problem, key=key, where=where, fix=fix)
+
+
+def _misfit(value: Any, expected: type, typed: Callable[[str], str]) -> tuple[str, str]:
+    """What is wrong with a value of the wrong type, and what to do; `typed` is the override with another text in its place."""
+    if issubclass(expected, Enum):
+        choices = [member.name for member in expected]
         close = nearest(str(value), choices)
-        fix = f"{key}={close}" if close else f"one of: {', '.join(choices)}"
-        return UserError(f"{_shown(value)} is none of {', '.join(choices)}", key=key, where=where, fix=fix)
+        return f"{_shown(value)} is none of {', '.join(choices)}", typed(close) if close else f"one of: {', '.join(choices)}"
+    wanted = f"give it {_type_name(expected)}"
+    return ("may not be null" if value is None else f"{_shown(value)} is not {_type_name(expected)}"), wanted
+
+
+def _no_list(key: str, value: Any, element: type) -> tuple[str, str]:
     if value is None:
-        return UserError("may not be null", key=key, where=where, fix=f"give it {_type_name(expected)}")
-    if isinstance(expected, type):
-        return UserError(
-            f"{_shown(value)} is not {_type_name(expected)}", key=key, where=where, fix=f"give it {_type_name(expected)}"
-        )
-    is_list = parent is not None and isinstance(parent._get_node(name), ListConfig)
-    fix = f"'{key}=[a,b]': a list in brackets" if is_list else "python -m runner --cfg job shows what it holds"
-    return UserError(f"{_shown(value)} does not fit: {str(error).splitlines()[0]}", key=key, where=where, fix=fix)
+        return "may not be null", f"{key}=[]"
+    if not isinstance(value, list):
+        return f"{_shown(value)} is one value, and this is a list", shell(f"{key}=[{_shown(value)}]")
+    place = next((i for i, item in enumerate(value) if not _fits(item, element)), None)
+    if place is None:
+        return f"{_shown(value)} does not fit", "python -m runner --cfg job shows what it holds"
+
+    def typed(right: str) -> str:
+        return shell(f"{key}=[{','.join([*map(_shown, value[:place]), right, *map(_shown, value[place + 1 :])])}]")
+
+    return _misfit(value[place], element, typed)
+
+
+def _fits(item: Any, element: type) -> bool:
+    try:
+        ListConfig([item], element_type=element)
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _type_name(expected: Any) -> str:

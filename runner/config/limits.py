@@ -1,7 +1,7 @@
 """What a field of the schema allows besides its type; rules/numbers.py checks it. Torch-free.
 
     steps: int = number(ge=1, le=10**9)
-    device: str = one_of("auto", "cpu", "cuda")
+    weight_transport: str = one_of(among=transports)
     outputs_dir: str = path()
 
 Every number has a lower and an upper limit, so neither inf nor nan nor a slip of the finger gets through. An upper limit lies far
@@ -67,9 +67,10 @@ def number(*, le: float, ge: float | None = None, gt: float | None = None, defau
     return field(default=default, metadata={RANGE: Range(le, ge, gt)})
 
 
-def one_of(*choices: str, among: Callable[[], tuple[str, ...]] | None = None) -> Any:
-    """A mandatory text that names one of these; `among` is asked for them when a value is checked, for a list that may grow."""
-    return field(default=MISSING, metadata={CHOICES: among or (lambda: choices)})
+def one_of(among: Callable[[], tuple[str, ...]]) -> Any:
+    """A mandatory text that names one of a list that may grow by a file; `among` is asked for it when a value is checked. What is
+    fixed is an enum: choices.py."""
+    return field(default=MISSING, metadata={CHOICES: among})
 
 
 def path() -> Any:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from runner.config.choices import DeviceKind, Fp8Matmul, LauncherKind, Scale
 from runner.config.option import chosen, one_process
 from runner.config.overrides import command
 from runner.config.packages import LOCK_GPU, failures, from_lock, installed
@@ -38,20 +39,20 @@ def visible_gpus() -> int:
 def _gpus(cfg: Config) -> list[UserError]:
     par, cluster = cfg.parallelism, cfg.cluster
     errors = []
-    if cluster.launcher == "local":
+    if cluster.launcher == LauncherKind.local:
         needed = max(par.gpus, par.rollout_gpus) if par.colocate else par.gpus + par.rollout_gpus
         if needed > visible_gpus():
             has = f"{visible_gpus()} GPUs" if visible_gpus() else "no GPU"
             errors.append(UserError(f"the run needs {needed} GPU{'s' * (needed > 1)}, this machine has {has}", key="parallelism"))
-    if cfg.precision.fp8_matmul == "scaled_mm" and not visible_gpus():  # which GPU it is, the trainer finds out
+    if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and not visible_gpus():  # which GPU it is, the trainer finds out
         key = "precision.fp8_matmul"
         errors.append(UserError("FP8 matmuls need a Hopper GPU, this machine has none", key=key, fix=f"{key}=simulated"))
     return errors
 
 
-def device(key: str, wanted: str) -> Iterator[UserError]:
+def device(key: str, wanted: DeviceKind) -> Iterator[UserError]:
     """For the `machine` rules of options with a device of their own: cuda needs a GPU."""
-    if wanted == "cuda" and not visible_gpus():
+    if wanted == DeviceKind.cuda and not visible_gpus():
         yield UserError("this machine has no GPU", key=key, fix=f"{key}=cpu")
 
 
@@ -80,7 +81,7 @@ def _packages(cfg: Config) -> Iterator[UserError]:
             key="cluster",
             fix=f"{command('submit', '...', f'cluster={cfg.cluster.name}')} writes the job, cluster=ray is what it runs on",
         )
-    if cfg.cluster.launcher == "ray" and not installed("ray"):
+    if cfg.cluster.launcher == LauncherKind.ray and not installed("ray"):
         yield UserError("ray is not installed", key="cluster=ray", fix="pip install ray")
 
 
@@ -121,9 +122,9 @@ def _instead(cfg: Config) -> list[str]:
     if cfg.recipe != "none":
         choices = [f"recipe={cfg.recipe}"]
     lines = [f"{command('plan', *choices)}    # what it needs and whether it fits; works here"]
-    if cfg.scale != "laptop" and not cfg.model.name.startswith("tiny"):
+    if cfg.scale != Scale.laptop and not cfg.model.name.startswith("tiny"):
         lines.append(f"{command(*choices, 'scale=laptop')}    # the same run at toy size, on this machine")
-    elif not one_process(cfg) or cfg.parallelism.gpus or cfg.cluster.launcher != "local":
+    elif not one_process(cfg) or cfg.parallelism.gpus or cfg.cluster.launcher != LauncherKind.local:
         here = ("trainer=torch", "rollout=local", "parallelism=single", "cluster=local")
         lines.append(f"{command(*choices, *here)}    # on this machine")
     return lines

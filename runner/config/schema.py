@@ -9,14 +9,34 @@ This module imports neither torch nor ray: tab completion and `--cfg job` load i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from runner.config.choices import (
+    BaseDtype,
+    ConvertMethod,
+    Drafting,
+    Fp8Matmul,
+    KlEstimator,
+    KvDtype,
+    LauncherKind,
+    LrSchedule,
+    ObservationRole,
+    Recompute,
+    RouterScore,
+    Scale,
+    Schedule,
+    WandbMode,
+)
+from runner.config.choices import Convention as Convention
+from runner.config.choices import Correction as Correction
+from runner.config.choices import CpuMatmul as CpuMatmul
+from runner.config.choices import LossAggregation as LossAggregation
+from runner.config.choices import QatPlacement as QatPlacement
+from runner.config.choices import Role as Role
+from runner.config.choices import WatchAction as WatchAction
 from runner.config.limits import LONGEST_SECONDS, number, one_of, path
-
-# OmegaConf matches enums by member NAME, so members are spelt as users type them.
 
 
 def weight_formats() -> tuple[str, ...]:
@@ -36,67 +56,6 @@ def model_families() -> tuple[str, ...]:
     from runner.models import FAMILIES
 
     return tuple(FAMILIES)
-
-
-class Convention(Enum):
-    """How an INT4 scale is derived from a group's amax; see runner/precision/int4.py."""
-
-    exact = "exact"
-    kimi = "kimi"
-    llmcompressor = "llmcompressor"
-
-
-class Role(Enum):
-    """What a parameter does in its model. Quantization is decided by role, never by a name pattern."""
-
-    embedding = "embedding"
-    lm_head = "lm_head"
-    norm = "norm"
-    attention = "attention"
-    dense_mlp = "dense_mlp"
-    routed_expert = "routed_expert"
-    shared_expert = "shared_expert"
-    router = "router"
-    mtp = "mtp"  # glue of a multi-token-prediction layer (its projection and norms)
-    vision = "vision"
-
-
-class QatPlacement(Enum):
-    """Where quantization-aware training quantizes; both give the same bits."""
-
-    in_place = "in_place"  # once per optimizer step, into the bf16 model weights; needs fp32 masters
-    forward = "forward"  # fake quantization in every forward (what slime and Miles do); works without masters
-
-
-class CpuMatmul(Enum):
-    """How a CPU multiplies bf16 matrices; both round a sum of exact products once."""
-
-    auto = "auto"  # native where the CPU has bf16 instructions, else what a short measurement says
-    native = "native"  # torch's own
-    widened = "widened"  # operands to fp32, the result to bf16
-
-
-class LossAggregation(Enum):
-    """What a token's loss weighs; see runner/algorithms/aggregation.py."""
-
-    token_mean = "token_mean"
-    sequence_mean = "sequence_mean"
-    sequence_mean_of_token_means = "sequence_mean_of_token_means"
-    constant_length = "constant_length"
-
-
-class Correction(StrEnum):
-    """Correction of the train-rollout mismatch by importance weights; see runner/algorithms. Strings: keys of the bounds."""
-
-    none = "none"
-    tis = "tis"  # truncated importance sampling
-    mis = "mis"  # masked importance sampling, whole sequences
-    icepop = "icepop"  # masked importance sampling, tokens
-
-
-class WatchAction(Enum):
-    warn = "warn"
-    stop = "stop"
 
 
 @dataclass
@@ -124,7 +83,7 @@ class ModelConfig:
     expert_ffn_size: int = number(ge=0, le=2**20)
     num_shared_experts: int = number(ge=0, le=1024)
     num_dense_layers: int = number(ge=0, le=1024)  # first layers without experts
-    router_score: str = one_of("softmax", "sigmoid")
+    router_score: RouterScore = MISSING
     router_bias: bool = MISSING  # selection bias of aux-loss-free balancing
     routed_scaling_factor: float = number(gt=0, le=1000)
     expert_groups: int = number(
@@ -161,10 +120,10 @@ class PrecisionConfig:
     train: GridConfig = field(default_factory=GridConfig)
     rollout: GridConfig = field(default_factory=GridConfig)
     qat_placement: QatPlacement = MISSING
-    base_dtype: str = one_of("bfloat16", "float32")  # of everything that is not quantized: bfloat16, or float32 for tests
-    kv_cache: str = one_of("bf16", "fp8_e4m3")
+    base_dtype: BaseDtype = MISSING  # of everything that is not quantized: bfloat16, or float32 for tests
+    kv_cache: KvDtype = MISSING
     fp8_backward: bool = MISSING  # precision=fp8: quantize gradients in the backward too
-    fp8_matmul: str = one_of("simulated", "scaled_mm")  # precision=fp8: in bf16, or by trainer=torch on a Hopper GPU
+    fp8_matmul: Fp8Matmul = MISSING  # precision=fp8: in bf16, or by trainer=torch on a Hopper GPU
     fp8_param_gather: bool = MISSING  # Megatron: all-gather parameters in FP8
     cpu_matmul: CpuMatmul = MISSING  # how a CPU multiplies bf16 matrices
 
@@ -190,7 +149,7 @@ class ParallelismConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = number(gt=0, le=10)
-    lr_schedule: str = one_of("constant", "linear", "cosine")
+    lr_schedule: LrSchedule = MISSING
     lr_warmup_steps: int = number(ge=0, le=10**9)
     lr_decay_steps: Optional[int] = number(ge=1, le=10**15)  # optimizer steps of linear and cosine; null: the run's, as it began
     lr_min_ratio: float = number(ge=0, le=1)  # of lr, where linear and cosine end
@@ -208,7 +167,7 @@ class TrainerConfig:
     name: str = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     max_tokens_per_gpu: int = number(ge=1, le=2**31)  # tokens of one micro-batch
-    recompute: str = one_of("none", "selective", "full")
+    recompute: Recompute = MISSING
     max_nan_steps: int = number(ge=1, le=10**9)  # consecutive skipped steps after which the run stops
     logprob_chunk_tokens: int = number(ge=1, le=2**31)  # positions whose [tokens, vocab] fp32 logits exist at one time
     threads: int = number(ge=0, le=1024)  # CPU threads; 0: all
@@ -246,7 +205,7 @@ class RouterReplayConfig:
 @dataclass
 class SpeculativeConfig:
     name: str = MISSING
-    method: str = one_of("none", "ngram", "draft", "mtp", "eagle")
+    method: Drafting = MISSING
     num_draft_tokens: int = number(ge=0, le=64)
     ngram_min: int = number(ge=1, le=1024)  # shortest suffix that is looked up
     ngram_max: int = number(ge=1, le=1024)
@@ -267,9 +226,7 @@ class ConversationConfig:
     max_turns: int = number(ge=1, le=10**6)  # of the model
     max_turn_tokens: Optional[int] = number(ge=1, le=2**24)  # of one turn of the model; null: what is left of the response
     max_observation_tokens: int = number(ge=1, le=2**24)  # a longer one is a flood, and ends its sample as failed
-    observation_role: str = one_of(
-        "none", "user", "tool"
-    )  # none: an observation is plain text; else a message of the chat template
+    observation_role: ObservationRole = MISSING  # none: an observation is plain text; else a message of the chat template
     stop: list[str] = field(default_factory=list)  # texts that end a turn, beside the end tokens
     timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # of one conversation, generation included
     lockstep_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # that an in-process engine waits for environments
@@ -311,7 +268,7 @@ class CorrectionBounds:
 class AlgorithmConfig:
     name: str = MISSING
     estimator: str = one_of(among=estimators)  # a file of runner/algorithms/estimators
-    schedule: str = one_of("sync", "one_step_off", "async")  # runner/run/schedules.py
+    schedule: Schedule = MISSING  # runner/run/schedules.py
     max_staleness: int = number(ge=1, le=1000)  # async: steps that a rollout may be ahead of the step that is trained on
     samples_per_prompt: int = number(ge=1, le=2**16)
     prompts_per_step: int = number(ge=1, le=2**20)
@@ -322,7 +279,7 @@ class AlgorithmConfig:
     dual_clip: float = number(ge=0, le=1000)  # bounds the loss of a negative advantage at this ratio; 0: it does not
     loss_aggregation: LossAggregation = MISSING
     kl_coef: float = number(ge=0, le=1000)  # 0: no reference model
-    kl_estimator: str = one_of("k1", "k2", "k3")
+    kl_estimator: KlEstimator = MISSING
     entropy_coef: float = number(ge=0, le=1000)
     dynamic_sampling: bool = MISSING  # drop groups of equal reward and draw others
     max_resample_rounds: int = number(ge=0, le=1000)
@@ -336,7 +293,7 @@ class AlgorithmConfig:
 @dataclass
 class ClusterConfig:
     name: str = MISSING
-    launcher: str = one_of("local", "ray", "slurm", "k8s")
+    launcher: LauncherKind = MISSING
     plan_only: bool = MISSING  # a scheduler: `submit` writes a job for it, and `run` is what the job starts
     nodes: int = number(ge=1, le=2**17)
     gpus_per_node: int = number(ge=0, le=1024)  # 0: a machine without GPUs
@@ -352,7 +309,7 @@ class ClusterConfig:
 @dataclass
 class TrackingConfig:
     name: str = MISSING
-    wandb_mode: str = one_of("offline", "online", "disabled")
+    wandb_mode: WandbMode = MISSING
     project: str = MISSING
     entity: Optional[str] = MISSING
     group: Optional[str] = MISSING
@@ -421,7 +378,7 @@ class WatchConfig:
 class ConvertConfig:
     source: Optional[str] = path()
     target: Optional[str] = path()
-    method: str = one_of("rtn", "gptq")
+    method: ConvertMethod = MISSING
     format: Optional[str] = MISSING  # null: the precision's rollout format; else bf16, int8, fp8_channel, fp8_tensor
     workers: int = number(ge=1, le=1024)
     calibration: Optional[str] = path()  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
@@ -453,7 +410,7 @@ class Config:
     watch: WatchConfig = field(default_factory=WatchConfig)
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     recipe: str = MISSING  # the recipe's name, or none
-    scale: str = one_of("full", "laptop")
+    scale: Scale = MISSING
     steps: int = number(ge=1, le=10**9)  # rollouts, each followed by algorithm.updates_per_rollout optimizer steps
     seed: int = number(ge=0, le=2**32 - 1)
     outputs_dir: str = path()

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from runner.config.schema import ModelConfig, PrecisionConfig
+from runner.convert.compare import audit_checkpoint, compare_checkpoints, quantization_config_of
 from runner.convert.grid import with_groups_of
 from runner.convert.source import model_of, open_source, without_unused
 from runner.convert.stored import problems
 from runner.errors import UserError
-from runner.precision.audit import audit, audit_checkpoint, compare_checkpoints, quantization_config_of
+from runner.precision.audit import audit
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat

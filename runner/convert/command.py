@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from runner.config.choices import ConvertMethod
 from runner.config.rules.numbers import choices, ranges
 from runner.config.schema import Config, ModelConfig, PrecisionConfig, Role
 from runner.convert.engine import Report, convert
@@ -37,7 +38,7 @@ def run(cfg: Config, overrides: list[str]) -> int:
     tensor_format, chosen = with_groups_of(target_format(cfg), model, cfg.precision, overrides)
     if chosen:
         console.print(chosen, highlight=False)
-    if cfg.convert.method == "gptq":
+    if cfg.convert.method == ConvertMethod.gptq:
         return _gptq(cfg, source, target, tensor_format, console)
     with ThroughputBar(console, source) as bar:
         report = convert(

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 
 from runner.config.schema import ConvertConfig, ModelConfig, Role
 from runner.convert.calibration import KEY, hub_dataset, is_file, read_tokens
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import SPACE_MARGIN, Report, check_apart, identity, write_target
 from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
@@ -35,7 +36,6 @@ from runner.errors import UserError
 from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
 from runner.precision import int4
-from runner.precision.audit import audit_checkpoint
 from runner.precision.checks import WeightError
 from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan

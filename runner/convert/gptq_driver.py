@@ -15,7 +15,10 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import torch
 
 FILE_BYTES = 2 << 30  # of integers that wait in memory to be written
 
@@ -115,6 +118,33 @@ def _scales(files: Iterable[str]) -> dict[str, Any]:
     return {name: scale for file in files for name, scale in load_file(file).items()}
 
 
+def effective(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Integers [out, in] and bf16 scales [out, groups] -> bf16(q * s)."""
+    grouped = integers.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+    return (grouped * scale.to(integers.device).unsqueeze(-1)).flatten(-2)
+
+
+def round_to_nearest(weight: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """fp32 weights [out, in] -> integers, on the whole range of the bits."""
+    quotient = weight.unflatten(-1, (scale.shape[-1], -1)) / scale.float().unsqueeze(-1)
+    low = -(2 ** (num_bits - 1))
+    return quotient.round().clamp(low, -low - 1).flatten(-2)
+
+
+def on_grid(name: str, weight: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """The integers of a weight that lies on the grid of these bf16 scales, exactly; Reported otherwise."""
+    integers = round_to_nearest(weight.float(), scale, num_bits)
+    if not effective(integers, scale).equal(weight.to(scale.dtype)):
+        raise Reported(f"llmcompressor did not put {name} on the grid of its {scale.shape[-1]} scales a row")
+    return integers
+
+
+def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Sum over outputs of d H d^T, H = sum over calibration tokens of x x^T / sequences: the squared error of the
+    module's outputs on the calibration data, per sequence."""
+    return float(((difference @ hessian) * difference).sum())
+
+
 def _modifier(request: dict[str, Any], given: dict[int, tuple[str, Any]], events: TextIO) -> Any:
     """A GPTQModifier on the given scales that writes integers and reports errors. `given`: id(module) -> (name, scale)."""
     import torch
@@ -165,29 +195,6 @@ def _modifier(request: dict[str, Any], given: dict[int, tuple[str, Any]], events
         nonlocal written
         save_file(integers, Path(request["folder"]) / f"integers-{written:05d}.safetensors")
         written += 1
-
-    def effective(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Integers [out, in] and bf16 scales [out, groups] -> bf16(q * s)."""
-        grouped = integers.to(torch.bfloat16).unflatten(-1, (scale.shape[-1], -1))
-        return (grouped * scale.to(integers.device).unsqueeze(-1)).flatten(-2)
-
-    def round_to_nearest(weight: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
-        """fp32 weights [out, in] -> integers, on the whole range of the bits."""
-        quotient = weight.unflatten(-1, (scale.shape[-1], -1)) / scale.float().unsqueeze(-1)
-        low = -(2 ** (num_bits - 1))
-        return quotient.round().clamp(low, -low - 1).flatten(-2)
-
-    def on_grid(name: str, weight: torch.Tensor, scale: torch.Tensor, num_bits: int) -> torch.Tensor:
-        """The integers of a weight that lies on the grid of these scales, exactly; Reported otherwise."""
-        integers = round_to_nearest(weight.float(), scale, num_bits)
-        if not torch.equal(effective(integers, scale), weight.to(torch.bfloat16)):
-            raise Reported(f"llmcompressor did not put {name} on the grid of group_size {request['group_size']}")
-        return integers
-
-    def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
-        """Sum over outputs of d H d^T, H = sum over calibration tokens of x x^T / sequences: the squared error of the
-        module's outputs on the calibration data, per sequence."""
-        return float(((difference @ hessian) * difference).sum())
 
     group_size = request["group_size"]
     grid = QuantizationArgs(

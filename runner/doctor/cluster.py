@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from runner.config.choices import LauncherKind
 from runner.config.schema import Config
 from runner.doctor.findings import Finding, Status
 from runner.errors import UserError
@@ -18,7 +19,7 @@ GIB = 1024**3
 
 def check_cluster(cfg: Config, connection: Connection | None = None) -> Iterator[Finding]:
     """A finding per node and per problem, and the rates where there is no problem. UserError for a cluster that is not there."""
-    if cfg.cluster.launcher != "ray":
+    if cfg.cluster.launcher != LauncherKind.ray:
         raise UserError(f"cluster={cfg.cluster.name} has no nodes to ask", key="cluster", fix="cluster=ray")
     from runner.cluster.ray import RayLauncher
 

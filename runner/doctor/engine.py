@@ -30,11 +30,11 @@ from runner.data import ExportedTensor, WeightStream
 from runner.doctor.findings import Finding, Status, show
 from runner.errors import UserError
 from runner.models import family_of
-from runner.precision.audit import audit_engine
 from runner.precision.codec import decode, encode, integers, scales_of
 from runner.precision.formats import all_formats
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.audit import audit_engine
 from runner.rollout.protocol import EngineDescription, SyncReport
 
 GROUP_SIZES = (32, 64, 128, 256)

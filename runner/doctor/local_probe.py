@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from runner.config.choices import DeviceKind
 from runner.config.schema import Config
 from runner.data import ExportedTensor
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.option import LocalRolloutConfig
-from runner.rollout.local.pool import LocalPool
+from runner.rollout.local.pool import LocalPool, torch_device
 from runner.rollout.local.weights import Int4Weight, ResidentWeight, resident_weight
 
 
@@ -29,10 +30,7 @@ class LocalProbe:
     name = "local"
 
     def __init__(self, cfg: Config) -> None:
-        asked = cfg.rollout.device if isinstance(cfg.rollout, LocalRolloutConfig) else "auto"
-        if asked == "auto":
-            asked = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(asked)
+        self.device = torch_device(cfg.rollout.device if isinstance(cfg.rollout, LocalRolloutConfig) else DeviceKind.auto)
 
     def kernel(self, exported: ExportedTensor, shape: tuple[int, int], tensor_format: TensorFormat) -> LocalKernel:
         names, rows = (exported.name,), (shape[0],)

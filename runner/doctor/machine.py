@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from runner.config import option as options
+from runner.config.choices import LauncherKind, WandbMode
 from runner.config.option import engine_layout
 from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool, version_of
 from runner.config.packages import installed as has_module
@@ -143,7 +144,7 @@ def devices(cfg: Config) -> Iterator[Finding]:
     if count >= wanted:
         yield Finding("GPUs", Status.ok, f"{found} (wanted {wanted})")
         return
-    here = cfg.cluster.launcher == "local"
+    here = cfg.cluster.launcher == LauncherKind.local
     fix = "scale=laptop runs the same recipe on the CPU" if here else "start it from a node of the cluster, or scale=laptop"
     yield Finding("GPUs", Status.fail if here else Status.warn, f"{found} (wanted {wanted} per node)", fix)
 
@@ -254,7 +255,7 @@ def optional_parts(cfg: Config) -> Iterator[Finding]:
 def wandb_mode(cfg: Config) -> Iterator[Finding]:
     mode = os.environ.get("WANDB_MODE", cfg.tracking.wandb_mode)
     logged_in = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
-    if mode == "online" and not logged_in:
+    if mode == WandbMode.online and not logged_in:
         yield Finding("wandb", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
     else:
         yield Finding("wandb", Status.ok, mode)
@@ -266,7 +267,7 @@ def shared_memory(cfg: Config) -> Iterator[Finding]:
         yield Finding("/dev/shm", Status.warn, "absent", "needed by Ray and NCCL on Linux")
         return
     size = shutil.disk_usage(shm).total / GIB
-    many = cfg.cluster.launcher != "local" or cfg.parallelism.ranks > 1
+    many = cfg.cluster.launcher != LauncherKind.local or cfg.parallelism.ranks > 1
     status = Status.warn if many and size < GOOD_SHM_GIB else Status.ok
     fix = f"containers: --shm-size={GOOD_SHM_GIB * 16:.0f}g" if status is Status.warn else ""
     yield Finding("/dev/shm", status, f"{size:.2f} GiB", fix)
@@ -274,7 +275,7 @@ def shared_memory(cfg: Config) -> Iterator[Finding]:
 
 def open_files(cfg: Config) -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    many = cfg.cluster.launcher != "local"
+    many = cfg.cluster.launcher != LauncherKind.local
     low = soft != resource.RLIM_INFINITY and soft < GOOD_OPEN_FILES
     status = Status.warn if low and many else Status.ok
     yield Finding("open files", status, f"{soft} (up to {hard})", "ulimit -n 65536" if status is Status.warn else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from runner.config.choices import RouterScore
 from runner.config.schema import ModelConfig, Role
 from runner.models.family import Cut, MtpLayers, Parameter, StackedParameter
 from runner.models.vocabulary import EOS_ID, PAD_ID
@@ -16,7 +17,7 @@ PLAIN: dict[str, Any] = {
     "expert_ffn_size": 0,
     "num_shared_experts": 0,
     "num_dense_layers": 0,
-    "router_score": "softmax",
+    "router_score": RouterScore.softmax,
     "router_bias": False,
     "routed_scaling_factor": 1.0,
     "expert_groups": 1,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from runner.cluster.placement import placement_problems
+from runner.config.choices import KvDtype, Recompute
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
 from runner.errors import UserError
@@ -41,8 +42,8 @@ def _chain(*changes: Change) -> Change:
 
 def single_changes(cfg: Config) -> Iterator[Change]:
     """Knobs that trade speed for memory, cheapest first, only those that change this config."""
-    if cfg.trainer.recompute != "full":
-        yield _set("trainer.recompute", "full")
+    if cfg.trainer.recompute != Recompute.full:
+        yield _set("trainer.recompute", Recompute.full)
     if cfg.trainer.logprob_chunk_tokens > 1024:
         yield _set("trainer.logprob_chunk_tokens", 1024)
     longest = longest_sequence_tokens(cfg)
@@ -50,8 +51,8 @@ def single_changes(cfg: Config) -> Iterator[Change]:
         yield _set("trainer.max_tokens_per_gpu", longest)
     if not cfg.trainer.optimizer.cpu_offload and not cfg.precision.fp8_param_gather and cfg.parallelism.gpus:
         yield _set("trainer.optimizer.cpu_offload", True)
-    if cfg.precision.kv_cache == "bf16":
-        yield _set("precision.kv_cache", "fp8_e4m3")
+    if cfg.precision.kv_cache == KvDtype.bf16:
+        yield _set("precision.kv_cache", KvDtype.fp8_e4m3)
     filled = engine_layout(cfg).memory_fraction
     if filled is not None:
         for fraction in (0.9, 0.85, 0.8, 0.7, 0.6):

@@ -15,6 +15,7 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
+from runner.config.choices import Drafting, KvDtype, Recompute
 from runner.config.option import engine_layout, one_process, trainer_layout
 from runner.config.schema import Config, ModelConfig, QatPlacement, Role
 from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
@@ -187,11 +188,11 @@ def activation_bytes(cfg: Config, stage: int, tokens: int) -> int:
         mlps = [UNFUSED_MLP * mlp for mlp in mlps]
     inputs = act * model.hidden_size / sequence_split
     kept, working = attention * len(mlps) + sum(mlps), 0.0
-    if cfg.trainer.recompute == "full":
+    if cfg.trainer.recompute == Recompute.full:
         kept, working = len(mlps) * inputs, attention + max(mlps)
-    elif cfg.trainer.recompute == "selective" and fused:
+    elif cfg.trainer.recompute == Recompute.selective and fused:
         kept -= len(mlps) * 4 * model.num_heads / par.tp
-    elif cfg.trainer.recompute == "selective":
+    elif cfg.trainer.recompute == Recompute.selective:
         kept, working = len(mlps) * (attention + 2 * inputs), max(mlps)
     return int(tokens * (kept * (par.pp - stage) + working))
 
@@ -241,7 +242,7 @@ def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -
     if "fp8" in quantized:
         return {"FP8 copies of weights": int(2 * shares.quantized)} if trainer_layout(cfg).keeps_fp8 else {}
     if cfg.precision.qat_placement is QatPlacement.forward:
-        layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == "full" else 1
+        layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == Recompute.full else 1
         return {"fake-quantized copies": int(shares.quantized * base_bytes(cfg) / layers)}
     group = cfg.precision.train.group_size
     return {"scales": int(2 * shares.quantized / (group if group > 0 else cfg.model.hidden_size))}
@@ -266,8 +267,8 @@ def kv_bytes_per_token(cfg: Config) -> int:
     """On one rank. Grouped-query attention: k and v of its heads (one head at least); latent attention: the compressed
     vector and the rope key, whole on every rank (DeepSeek-V2, arXiv 2405.04434). MTP layers keep a cache too when they draft."""
     model = cfg.model
-    value = 1 if cfg.precision.kv_cache == "fp8_e4m3" else base_bytes(cfg)
-    layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == "mtp" else 0)
+    value = 1 if cfg.precision.kv_cache == KvDtype.fp8_e4m3 else base_bytes(cfg)
+    layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == Drafting.mtp else 0)
     if model.kv_lora_rank:
         return layers * (model.kv_lora_rank + model.qk_rope_head_dim) * value
     heads = ceil(model.num_kv_heads / engine_layout(cfg).ranks)
@@ -279,7 +280,7 @@ def engine_runtime_bytes(cfg: Config) -> int:
     layout = engine_layout(cfg)
     if layout.runtime_bytes is not None:
         return layout.runtime_bytes
-    rows = cfg.rollout.max_concurrency * (1 + cfg.speculative.num_draft_tokens * (cfg.speculative.method != "none"))
+    rows = cfg.rollout.max_concurrency * (1 + cfg.speculative.num_draft_tokens * (cfg.speculative.method != Drafting.none))
     layer = attention_bytes_per_token(cfg.model, 1, 1, 2) + mlp_bytes_per_token(cfg, cfg.model.num_experts > 0, 1, 2)
     return int(rows * cfg.model.vocab_size * 4 * 2 + layout.prefill_tokens * layer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+from runner.config.choices import BaseDtype
 from runner.config.schema import Config
 
 GIB = 1024**3
@@ -11,7 +12,7 @@ GIB = 1024**3
 
 def base_bytes(cfg: Config) -> int:
     """Of one value that is not quantized."""
-    return 4 if cfg.precision.base_dtype == "float32" else 2
+    return 4 if cfg.precision.base_dtype == BaseDtype.float32 else 2
 
 
 def longest_sequence_tokens(cfg: Config) -> int:

@@ -15,27 +15,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from runner.config.choices import RouterScore
 from runner.routing.routes import RouteError
 
 # Qwen3-VL's and Qwen3's routers divide softmax weights by their sum without an epsilon, DeepSeek's sigmoid router adds this.
 SIGMOID_EPSILON = 1e-20
 
 
-def replayed_weights(logits: torch.Tensor, experts: torch.Tensor, *, score: str, normalize: bool, scaling: float) -> torch.Tensor:
+def replayed_weights(
+    logits: torch.Tensor, experts: torch.Tensor, *, score: RouterScore, normalize: bool, scaling: float
+) -> torch.Tensor:
     """Routing weights [N, K] fp32 of the given experts [N, K] from router logits [N, E].
 
     softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE). sigmoid: sigmoid(fp32 logits)
     gathered (the selection bias takes no part), divided by sum + 1e-20 if `normalize`, times `scaling` (DeepSeek-V3).
     """
-    if score == "softmax":
+    if score == RouterScore.softmax:
         chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, experts)
         return chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen
-    if score == "sigmoid":
-        chosen = logits.float().sigmoid().gather(1, experts)
-        if normalize:
-            chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + SIGMOID_EPSILON)
-        return chosen * scaling
-    raise ValueError(f"router_score is {score!r}; replay knows softmax and sigmoid")
+    chosen = logits.float().sigmoid().gather(1, experts)
+    if normalize:
+        chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + SIGMOID_EPSILON)
+    return chosen * scaling
 
 
 @dataclass
@@ -54,7 +55,7 @@ class RouterReplay:
     module that returns (logits, weights, experts) and has its `experts` module as a sibling.
     """
 
-    def __init__(self, model: nn.Module, router_names: Sequence[str], score: str) -> None:
+    def __init__(self, model: nn.Module, router_names: Sequence[str], score: RouterScore) -> None:
         self.score = score
         self.num_layers = len(router_names)
         self._current: CurrentRoutes | None = None

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runner.config.choices import LrSchedule
 from runner.config.schema import Config
 from runner.run import checkpoint
 from runner.run.collect import Collector
@@ -44,7 +45,7 @@ def go_on(cfg: Config, collector: Collector, state: dict[str, Any] | None) -> li
         notes.append(f"from step {state['step'] + 1} on with other options: {', '.join(changed[:SHOWN])}{more}")
     optimizer, all_steps = cfg.trainer.optimizer, cfg.steps * cfg.algorithm.updates_per_rollout
     planned = planned_steps(cfg)
-    if optimizer.lr_schedule != "constant" and planned != all_steps and state.get("lr_decay_steps") == planned:
+    if optimizer.lr_schedule != LrSchedule.constant and planned != all_steps and state.get("lr_decay_steps") == planned:
         end = learning_rate(optimizer, planned, planned)
         notes.append(
             f"the {optimizer.lr_schedule} learning rate keeps its plan of {planned} updates, after which it is {end:g}; the run "

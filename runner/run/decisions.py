@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from runner.rollout.protocol import RolloutPool
+from runner.tracking.base import POOL_DECISION
 from runner.tracking.folder import read_jsonl
-
-EVENT = "pool_decision"
 
 
 class Decisions:
     """`first_step`: the step that this attempt starts with; decisions recorded at it or later are repeated."""
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
-        events = [row for row in read_jsonl(run_dir / "events.jsonl") if row["kind"] == EVENT]
+        events = [row for row in read_jsonl(run_dir / "events.jsonl") if row["kind"] == POOL_DECISION]
         self.recorded: dict[int, dict[str, Any]] = {
             row["data"]["step"]: row["data"]["decision"] for row in events if row["data"]["step"] >= first_step
         }

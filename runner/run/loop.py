@@ -14,12 +14,12 @@ from runner.rollout.protocol import RolloutPool
 from runner.run import continuation, mismatch, samples
 from runner.run.checkpoint import Checkpoints
 from runner.run.collect import Collector, Interrupted, Rollout
-from runner.run.decisions import EVENT, Decisions
+from runner.run.decisions import Decisions
 from runner.run.evaluation import evaluate
 from runner.run.schedules import Generated, Rollouts
 from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
-from runner.tracking.base import Tracker
+from runner.tracking.base import POOL_DECISION, State, Tracker
 from runner.trainer.protocol import Trainer
 
 
@@ -40,10 +40,10 @@ class Components:
     should_stop: Callable[[], bool]
 
 
-def train(c: Components, first_step: int) -> str:
+def train(c: Components, first_step: int) -> State:
     """Run steps [first_step, cfg.steps); returns completed, interrupted or stopped. The last checkpoint is saved always."""
     step, saved = first_step, first_step or -1  # a run that goes on begins at a checkpoint
-    outcome = "completed"
+    outcome: State = "completed"
     while step < c.cfg.steps:
         started, before = time.perf_counter(), c.pool.state()
         try:
@@ -121,7 +121,7 @@ def _step(c: Components, step: int) -> dict[str, float]:
             metrics |= evaluate(c.cfg, c.collector, step)
     if decision := c.decisions.at_end_of(step, c.pool):
         message = f"after step {step + 1}: {decision['summary']}"
-        c.tracker.event(EVENT, message, {"step": step, "decision": decision})
+        c.tracker.event(POOL_DECISION, message, {"step": step, "decision": decision})
     tell_notices(c.pool, c.tracker, step)
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
+from runner.config.choices import Schedule
 from runner.config.option import one_process
 from runner.config.schema import Config
 from runner.run import pending
 from runner.run.collect import Collector, Rollout
 
-SYNC, ONE_STEP_OFF, ASYNC = "sync", "one_step_off", "async"
 FOLDER = "rollout"  # of a checkpoint
 MAKE_SAMPLES = (
     "algorithm.prompts_per_step",
@@ -42,7 +42,7 @@ MAKE_SAMPLES = (
 
 def notes(cfg: Config) -> list[str]:
     """What to tell of a schedule that cannot do all that its name says."""
-    if cfg.algorithm.schedule == SYNC or not one_process(cfg):
+    if cfg.algorithm.schedule == Schedule.sync or not one_process(cfg):
         return []
     return [f"{cfg.algorithm.schedule} in one process: samples are an update behind, and nothing runs beside the trainer"]
 
@@ -68,8 +68,9 @@ class Rollouts:
         self.collector = collector
         schedule = cfg.algorithm.schedule
         self.steps = cfg.steps
-        self.depth = {SYNC: 0, ONE_STEP_OFF: 1, ASYNC: cfg.algorithm.max_staleness}[schedule]  # steps that a rollout may be ahead
-        self.over_updates = schedule == ASYNC
+        # steps that a rollout may be ahead
+        self.depth = {Schedule.sync: 0, Schedule.one_step_off: 1, Schedule["async"]: cfg.algorithm.max_staleness}[schedule]
+        self.over_updates = schedule == Schedule["async"]
         # Trainer and engine of one process compute one after the other: beside each other they only take each other's cores.
         self.beside = not one_process(cfg)
         self._pending: dict[int, _Pending] = {}

@@ -27,8 +27,8 @@ from runner.errors import Failure, UserError, UserErrors
 from runner.models.build import load_tokenizer
 from runner.models.ends import KEY, EndTokens, end_tokens, unlisted_turn_end
 from runner.models.images import image_processor
-from runner.precision.audit import audit_pool
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.audit import audit_pool
 from runner.rollout.protocol import RolloutPool
 from runner.run import checkpoint, continuation, schedules
 from runner.run.collect import Collector, Interrupted
@@ -42,7 +42,7 @@ from runner.run.warm_start import warm_start
 from runner.run.watch import Watcher
 from runner.tasks import parts
 from runner.tasks.protocol import Task
-from runner.tracking.base import Tracker
+from runner.tracking.base import State, Tracker
 from runner.tracking.tracker import CompositeTracker, LateTracker, build_tracker
 from runner.trainer.optimizer import unfinished_warmup
 from runner.trainer.protocol import Trainer, TrainerLost
@@ -115,9 +115,10 @@ def main(cfg: Config, overrides: list[str]) -> int:
         return _recorded(partial(_supervise, cfg, folder, tokenizer, ends, tracker, stop), folder, tracker)
 
 
-def _recorded(run: Callable[[], str], folder: RunFolder, tracker: LateTracker) -> int:
+def _recorded(run: Callable[[], State], folder: RunFolder, tracker: LateTracker) -> int:
     """The exit code of `run`; how it ended is said and written down. What the user has to mend is raised."""
-    outcome, message = "failed", ""
+    outcome: State = "failed"
+    message = ""
     mistake: UserError | None = None
     started = time.perf_counter()
     try:
@@ -147,7 +148,7 @@ def _recorded(run: Callable[[], str], folder: RunFolder, tracker: LateTracker) -
     return {"completed": 0, "interrupted": 130}.get(outcome, 1) if ended else 1
 
 
-def _finish(tracker: LateTracker, outcome: str, summary: dict[str, float], message: str) -> bool:
+def _finish(tracker: LateTracker, outcome: State, summary: dict[str, float], message: str) -> bool:
     """Whether the end could be written down; said on stderr where not, so that it never hides why the run ended."""
     if not tracker.is_open:
         if message and outcome == "interrupted":
@@ -181,7 +182,7 @@ def _advise(error: UserError, run_dir: Path) -> UserError:
 
 def _supervise(
     cfg: Config, folder: RunFolder, tokenizer: PreTrainedTokenizerBase, ends: EndTokens, tracker: LateTracker, stop: StopSignal
-) -> str:
+) -> State:
     """The run, begun again from its last checkpoint when the trainer is lost, at most `trainer.max_restarts` times.
 
     The engines stay: the first sync of an attempt brings them the weights of its checkpoint.
@@ -277,7 +278,7 @@ def _run(
     ends: EndTokens,
     tracker: LateTracker,
     stop: StopSignal,
-) -> str:
+) -> State:
     """Steps from checkpoint `begin` on, or from a warm start; returns the outcome. A resume is accepted, and the tracker opened,
     when its checkpoint has been taken up."""
     pool, run_dir = collector.pool, folder.path
@@ -326,7 +327,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _how_it_ended(outcome: str, folder: Path) -> str:
+def _how_it_ended(outcome: State, folder: Path) -> str:
     saved, again = checkpoint.complete(folder), command(typed("resume", str(folder)))
     if outcome == "interrupted" and saved:
         return f"interrupted; checkpoint {saved[-1].name} is complete. Continue with: {again}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.config.schema import RewardConfig
 from runner.data import Sample
-from runner.errors import UserError
+from runner.errors import UserError, told
 from runner.tasks import rewards as calls
 from runner.tasks import service
 from runner.tasks.protocol import Prompt
@@ -73,7 +73,7 @@ def function_of(name: str, part: RewardConfig) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise UserError(
-            f"{part._target_} cannot be imported: {error}", key=key, fix="package.module.name on Python's path"
+            f"{part._target_} cannot be imported: {told(error, where=True)}", key=key, fix="package.module.name on Python's path"
         ) from None
     if not callable(found):
         raise UserError(f"{part._target_} is no function", key=key, fix="def reward(prompt, text, sample) -> float")
@@ -100,7 +100,7 @@ async def _together(function: Callable[..., Any], items: Sequence[Item], seconds
         try:
             return await function(*item)
         except SystemExit as error:  # out of a task it would end the event loop, and every other sample's reward with it
-            raise RuntimeError(f"SystemExit: {error}") from None
+            raise RuntimeError(told(error)).with_traceback(error.__traceback__) from None
 
     async def one(item: Item) -> float | str:
         try:
@@ -108,7 +108,7 @@ async def _together(function: Callable[..., Any], items: Sequence[Item], seconds
         except TimeoutError:
             return f"no answer within {seconds:g} s"
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return told(error, where=True)
         return value if math.isfinite(value) else f"it returned {value}"
 
     answers = await asyncio.gather(*(one(item) for item in items))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runner.data import Sample
+from runner.errors import told
 from runner.tasks.protocol import Prompt, Task
 
 MAX_TIMEOUTS = 4  # hanging calls of one batch after which the rest of it counts as failed without being called
@@ -71,7 +72,7 @@ class _Worker:
         except _Interrupted:
             raise
         except BaseException as error:  # SystemExit of a library's exit() ends this sample only, not the thread and the rest
-            return None, _told(error)
+            return None, told(error, where=True)
         return (reward, None) if math.isfinite(reward) else (None, f"it returned {reward}")
 
     def abandon_if_late(self, timeout_seconds: float) -> bool:
@@ -84,13 +85,6 @@ class _Worker:
         if self.thread.ident is not None:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(_Interrupted))
         return True
-
-
-def _told(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:  # its __str__ raises
-        return type(error).__name__
 
 
 def score(task: Task, items: Sequence[Item], timeout_seconds: float) -> RewardReport:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+POOL_DECISION = "pool_decision"  # the kind of the event that a pool decided something by its own clock
+State = Literal["running", "completed", "failed", "interrupted", "stopped"]  # of a run
 
 
 class Progress(Protocol):
@@ -36,8 +39,8 @@ class Tracker(Protocol):
         """A context manager that gives a `Progress` for a long part outside of the steps (warm start, evaluation)."""
         ...
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
-        """The last call. `status` is one of runner.tracking.folder.STATES."""
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
+        """The last call. `status` is what the run ended as."""
         ...
 
 
@@ -67,5 +70,5 @@ class BaseTracker:
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         yield SilentProgress()
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         return

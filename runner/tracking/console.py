@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.config.schema import Config
-from runner.tracking.base import BaseTracker
+from runner.tracking.base import BaseTracker, State
 from runner.tracking.base import Progress as ProgressProtocol
 
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -99,7 +99,7 @@ class PlainConsole(BaseTracker):
         yield bar
         bar.close()
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self._print("\n".join(closing_lines(self.run_dir, status, summary, message)))
 
 
@@ -192,7 +192,7 @@ class LiveConsole(BaseTracker):
         finally:
             self.bars.remove_task(task)
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self.live.update(self._picture(), refresh=True)
         self.live.stop()
         for line in closing_lines(self.run_dir, status, summary, message):

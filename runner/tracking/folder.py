@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import yaml
@@ -31,6 +31,7 @@ from runner.errors import UserError
 from runner.redaction import REDACTED as REDACTED
 from runner.redaction import redacted as redact
 from runner.storage import atomic_write
+from runner.tracking.base import State
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
@@ -126,10 +127,10 @@ def write_environment(run_dir: Path, cfg: Config) -> None:
 
 # ---- status.json
 
-STATES = ("running", "completed", "failed", "interrupted", "stopped")
+STATES: tuple[State, ...] = get_args(State)
 
 
-def write_status(run_dir: Path, state: str, *, step: int, message: str = "", summary: dict[str, float] | None = None) -> None:
+def write_status(run_dir: Path, state: State, *, step: int, message: str = "", summary: dict[str, float] | None = None) -> None:
     """status.json. `step`: steps done. Keeps the first start; `active_seconds` adds up over resumed attempts. A damaged file
     counts as none."""
     if state not in STATES:

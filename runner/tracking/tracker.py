@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from runner.config.choices import WandbMode
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
-from runner.run.decisions import EVENT
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker, Progress
+from runner.tracking.base import POOL_DECISION, BaseTracker, Progress, State
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
@@ -127,7 +127,7 @@ def _existing(path: str, flags: int) -> int:
 
 def _event_problem(row: dict[str, Any]) -> str | None:
     """A decision that is repeated must be whole."""
-    if (problem := event_problem(row)) or row["kind"] != EVENT:
+    if (problem := event_problem(row)) or row["kind"] != POOL_DECISION:
         return problem
     whole = isinstance(row["data"].get("step"), int) and isinstance(row["data"].get("decision"), dict)
     return None if whole else "it has no decision"
@@ -155,7 +155,7 @@ class StatusTracker(BaseTracker):
         self.steps_done = step + 1
         write_status(self.run_dir, "running", step=self.steps_done)
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         write_status(self.run_dir, status, step=self.steps_done, message=message, summary=summary)
 
 
@@ -172,7 +172,7 @@ class ReportTracker(BaseTracker):
         if time.monotonic() >= self.next_write:
             self._write()
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self._write()
 
     def _write(self) -> None:
@@ -219,7 +219,7 @@ class CompositeTracker:
         with ExitStack() as stack:
             yield _Together([stack.enter_context(tracker.progress(label, total)) for tracker in self.trackers])
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         """Every tracker is finished even if one fails; the first failure is raised afterwards. Nothing is written into a folder
         that is no longer the run's."""
         failures: list[Exception] = []
@@ -272,7 +272,7 @@ class LateTracker:
     def progress(self, label: str, total: int) -> Any:
         return self._tracker().progress(label, total)
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         if self._built is not None:
             self._built.finish(status, summary, message)
 
@@ -299,7 +299,7 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0, check: Cal
     resumed = bool(cfg.resume)
     lines, status = JsonlTracker(run_dir, first_step, resumed=resumed), StatusTracker(run_dir, first_step)
     trackers: list[BaseTracker] = [lines, status, ReportTracker(run_dir), build_console(cfg, run_dir, first_step)]
-    if cfg.tracking.wandb_mode != "disabled":
+    if cfg.tracking.wandb_mode != WandbMode.disabled:
         from runner.tracking.wandb_tracker import WandbTracker
 
         trackers.append(WandbTracker(cfg, plain_config(cfg), run_dir, resumed=resumed))

@@ -16,10 +16,11 @@ from typing import Any
 
 import wandb
 
+from runner.config.choices import WandbMode
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker
+from runner.tracking.base import BaseTracker, State
 
 STEP_METRIC = "runner/step"
 
@@ -27,7 +28,7 @@ STEP_METRIC = "runner/step"
 class WandbTracker(BaseTracker):
     def __init__(self, cfg: Config, config: dict[str, Any], run_dir: Path, *, resumed: bool) -> None:
         self.run_dir = run_dir
-        self.offline = cfg.tracking.wandb_mode == "offline"
+        self.offline = cfg.tracking.wandb_mode == WandbMode.offline
         settings = wandb.Settings(
             silent=True,  # we print the one line that matters at the end
             console="off",  # does not take over stdout, which the live table draws on
@@ -70,7 +71,7 @@ class WandbTracker(BaseTracker):
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self.run.summary[f"event/{kind}"] = message
 
-    def finish(self, status: str, summary: dict[str, float], message: str = "") -> None:
+    def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         self.run.summary.update({**summary, "status": status})
         self.run.finish(exit_code=0 if status in ("completed", "stopped") else 1)
         if self.offline:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runner.config.choices import Fp8Matmul
 from runner.config.schema import PrecisionConfig
 from runner.errors import UserError
 from runner.precision import fp8, fp8_matmul
@@ -158,7 +159,7 @@ def install_fp8_matmuls(
 
     Raises UserError where `precision.fp8_matmul=scaled_mm` cannot be had on this device.
     """
-    scaled = precision.fp8_matmul == "scaled_mm"
+    scaled = precision.fp8_matmul == Fp8Matmul.scaled_mm
     reason = fp8_matmul.missing(device) if scaled else None
     if reason:
         raise UserError(reason, key="precision.fp8_matmul", fix="precision.fp8_matmul=simulated")

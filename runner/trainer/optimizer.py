@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from runner.config.choices import LrSchedule
 from runner.config.schema import Config, OptimizerConfig
-from runner.errors import UserError
 from runner.trainer.parking import tensors_of_optimizer
 
 CLIP_EPSILON = 1e-6
-FALLING = ("linear", "cosine")  # schedules whose plan has an end
+FALLING = (LrSchedule.linear, LrSchedule.cosine)  # schedules whose plan has an end
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -50,17 +50,13 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         return config.lr * min(config.lr_min_ratio, total_steps / max(warmup, total_steps, 1))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.lr_schedule == "constant":
+    if config.lr_schedule == LrSchedule.constant:
         return config.lr
     progress = (step - warmup) / (total_steps - warmup)
-    if config.lr_schedule == "linear":
+    if config.lr_schedule == LrSchedule.linear:
         share = 1.0 - progress
-    elif config.lr_schedule == "cosine":
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
-        raise UserError(
-            f"'{config.lr_schedule}' is not a schedule", key="trainer.optimizer.lr_schedule", fix="use constant, linear or cosine"
-        )
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.lr_min_ratio + (1.0 - config.lr_min_ratio) * share)
 
 

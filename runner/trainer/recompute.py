@@ -8,21 +8,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from runner.errors import UserError
+from runner.config.choices import Recompute
 
 
-def install_recompute(model: PreTrainedModel, kind: str) -> None:
+def install_recompute(model: PreTrainedModel, kind: Recompute) -> None:
     """none; full: every decoder layer; selective: only the mlp (dense or experts) of every layer, the largest activations.
 
     Router replay and fake quantization live in module hooks, so a recomputed forward does what the first one did.
     """
-    if kind == "none":
+    if kind == Recompute.none:
         return
-    if kind == "full":
+    if kind == Recompute.full:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return
-    if kind != "selective":
-        raise UserError(f"recompute '{kind}' is not known", key="trainer.recompute", fix="use none, selective or full")
     for name, module in model.named_modules():
         if name.endswith(".mlp"):
             _checkpointed(module)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from runner.config.choices import ObservationRole
 from runner.errors import UserError
 from runner.tasks.encoding import MAX_CHARACTERS_PER_TOKEN, TextEncoder
 from runner.turns.failure import Failed
@@ -30,12 +31,12 @@ class Codec:
     """`decode` gives the text of response ids without special tokens and without the end token."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, decode: Callable[[list[int]], str], ends: Iterable[int], role: str
+        self, tokenizer: PreTrainedTokenizerBase, decode: Callable[[list[int]], str], ends: Iterable[int], role: ObservationRole
     ) -> None:
         """UserError where the chat template cannot be continued."""
         self.tokenizer, self.decode, self.ends, self.role = tokenizer, decode, frozenset(ends), role
         self.encoder = TextEncoder(tokenizer)
-        if role != "none":
+        if role != ObservationRole.none:
             _between(tokenizer, role, SAID)
 
     def encode(self, text: str) -> list[int]:
@@ -51,7 +52,7 @@ class Codec:
             raise Failed("flood", f"an observation of {len(text):,} characters; {most} tokens are allowed")
         try:
             hidden = self.encoder.hide(text)
-            if self.role == "none" or first:
+            if self.role == ObservationRole.none or first:
                 ids = self.encoder.encode([hidden])[0]
             else:
                 ids = self.encoder.encode([self._written.replace(SEEN, hidden)])[0]
@@ -76,7 +77,7 @@ class Codec:
 
     def look_at(self, turn: Turn) -> None:
         """Refuse a template that would drop what this turn holds."""
-        if self.role != "none" and THINKING in turn.text:
+        if self.role != ObservationRole.none and THINKING in turn.text:
             _ = self._with_thinking
 
     @cached_property
@@ -88,12 +89,13 @@ class Codec:
         return _between(self.tokenizer, self.role, THOUGHT)
 
 
-def _between(tokenizer: PreTrainedTokenizerBase, role: str, said: str) -> str:
+def _between(tokenizer: PreTrainedTokenizerBase, role: ObservationRole, said: str) -> str:
     """What the template writes from the end of a turn of the model to the beginning of the next, with SEEN for the observation.
 
     UserError where a conversation that has gone on does not begin with what the engine saw before.
     """
-    question, answer, seen = ({"role": r, "content": c} for r, c in (("user", "question"), ("assistant", said), (role, SEEN)))
+    spoken = (("user", "question"), ("assistant", said), (role.value, SEEN))
+    question, answer, seen = ({"role": who, "content": text} for who, text in spoken)
 
     def render(*messages: dict[str, Any]) -> str:
         return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
@@ -106,7 +108,7 @@ def _between(tokenizer: PreTrainedTokenizerBase, role: str, said: str) -> str:
     except UserError:
         raise
     except Exception as error:  # a template runs code of its own and refuses conversations in many ways
-        problem = f"the chat template refuses a message of role {role!r} after the model's: {error}"
+        problem = f"the chat template refuses a message of role {role.value!r} after the model's: {error}"
         raise UserError(problem, key=KEY, fix=f"{KEY}=user, or none") from None
     written = said.removeprefix(THINK) if asked.endswith(THINK) else said
     between = more[len(asked) + len(written) :]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.data import Request, Sample, SamplingParams, Status
+from runner.errors import told
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
-from runner.turns.failure import Failed, told
+from runner.turns.failure import Failed
 from runner.turns.transcript import Transcript, Turn
 
 
@@ -105,7 +106,7 @@ class Context:
         try:
             return self.environment_class(**self.arguments)
         except Exception as error:
-            raise Failed("environment", f"its constructor raised {told(error)}") from error
+            raise Failed("environment", f"its constructor raised {told(error, where=True)}") from error
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a method of an environment, async or not. Failed with what it raised."""
@@ -116,7 +117,7 @@ class Context:
         except Failed:
             raise
         except Exception as error:
-            raise Failed("environment", f"{getattr(function, '__name__', 'it')} raised {told(error)}") from error
+            raise Failed("environment", f"{getattr(function, '__name__', 'it')} raised {told(error, where=True)}") from error
 
 
 async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -142,7 +143,7 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         except Exception as raised:
             error = raised
         except BaseException as raised:  # SystemExit of a library's exit() ends this call only
-            error = RuntimeError(told(raised))
+            error = RuntimeError(told(raised)).with_traceback(raised.__traceback__)
         try:
             loop.call_soon_threadsafe(settle, result, error)
         except RuntimeError:  # the loop is closed: nobody waits any more

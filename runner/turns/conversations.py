@@ -20,13 +20,13 @@ import torch
 
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
-from runner.errors import UserError
+from runner.errors import UserError, told
 from runner.rollout.feed import Feed
 from runner.rollout.protocol import RolloutPool
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
 from runner.turns.context import Context, Engine, Interrupted, interrupt
-from runner.turns.failure import Failed, told
+from runner.turns.failure import Failed
 from runner.turns.transcript import checked
 
 BLOCKED_SECONDS = 30.0  # a function that holds the event loop for so long is interrupted; all others wait meanwhile
@@ -224,7 +224,7 @@ class _Rollout:
         except asyncio.CancelledError:
             raise Failed("rollout", "the function cancelled itself") from None
         except BaseException as error:
-            raise Failed("rollout", f"the function raised {told(error)}") from error
+            raise Failed("rollout", f"the function raised {told(error, where=True)}") from error
         return checked(result, prompt, context.sample_index, self.asked.capture_routes)
 
     def _ask(self, place: int, request: Request) -> Awaitable[Sample]:
@@ -303,7 +303,7 @@ def named(path: str, key: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         fix = "package.module.name of something on Python's path; the folder you start in is, PYTHONPATH names others"
-        raise UserError(f"{path} cannot be imported: {told(error)}", key=key, fix=fix) from None
+        raise UserError(f"{path} cannot be imported: {told(error, where=True)}", key=key, fix=fix) from None
 
 
 def metrics(samples: Sequence[Sample]) -> dict[str, float]:

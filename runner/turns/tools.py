@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from runner.errors import UserError
+from runner.errors import UserError, told
 from runner.tasks.protocol import Prompt
 from runner.tools.calculator import Calculator
 from runner.tools.calls import CLOSE, FORMATS, OPEN, calls
 from runner.tools.protocol import Call, Tool, ToolError
 from runner.tools.sandbox import PythonSandbox
 from runner.turns.context import in_thread
-from runner.turns.failure import told
 
 TOOLS: dict[str, Callable[..., Tool]] = {"calculator": Calculator, "python": PythonSandbox}
 

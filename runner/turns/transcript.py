@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from runner.data import Sample, Status, WeightSpan
+from runner.errors import told
 from runner.routing.reference import here
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
-from runner.turns.failure import Failed, told
+from runner.turns.failure import Failed
 
 MAX_NOTE_CHARACTERS = 20_000  # of a turn
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from runner.convert import export
 from runner.errors import UserError
+from runner.run import export
 from runner.trainer.megatron import MegatronTrainer, driver, untrusted
 from runner.trainer.megatron.driver import initial_folder
 from tests.megatron_trainer.configs import megatron_config

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from runner.config.schema import Config
-from runner.convert import export
 from runner.errors import UserError
+from runner.run import export
 from runner.trainer.torch.trainer import TorchTrainer
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import exported, megatron

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runner.config import compose
+from runner.config.choices import TransferProtocol
 from runner.config.schema import Config
 from runner.data import ExportedTensor, Request, Sample, SamplingParams
 from runner.models import family_of
@@ -101,7 +102,7 @@ class Switch(Transport):
         self._turned = False
 
     def driver(self, site: Site) -> Switch:
-        self._site = dataclasses.replace(site, transfer_protocol="tcp")
+        self._site = dataclasses.replace(site, transfer_protocol=TransferProtocol.tcp)
         return self
 
     @property
@@ -143,8 +144,8 @@ def asked(pool: Any, action: str, weights: Any, names: list[str], **request: Any
     """The first engine's answer to a plugin action that needs these parts of a set."""
     from runner.rollout.sglang.engines import EngineUpdate
 
-    update = EngineUpdate(pool._fleet.engines[0])
-    pool._loop.run(pool._fleet.delivery.send(action, [update], weights, names, **request))
+    update = EngineUpdate(pool._fleet.roster.engines[0])
+    pool._loop.run(pool._fleet.versions.delivery.send(action, [update], weights, names, **request))
     return update
 
 

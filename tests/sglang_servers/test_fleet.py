@@ -18,13 +18,14 @@ pytest.importorskip("aiohttp", reason="make setup-sglang")
 import aiohttp
 from aiohttp import web
 
+from runner.config.choices import PauseMode, TransferProtocol
 from runner.data import Status
 from runner.errors import UserError
-from runner.rollout.sglang import SglangPool
-from runner.rollout.sglang import fleet as fleets
+from runner.rollout.sglang import SglangPool, dispatch, lifecycle
 from runner.rollout.sglang.client import Client, EngineFailure, Refused
 from runner.rollout.sglang.decoding import Generation
-from runner.rollout.sglang.fleet import Fleet, Settings
+from runner.rollout.sglang.engines import Settings, version_of_label
+from runner.rollout.sglang.fleet import Fleet
 from runner.run.loop import tell_notices
 from runner.tracking.tracker import JsonlTracker
 from runner.weights.transports import Driver, Site, broadcast
@@ -32,7 +33,8 @@ from runner.weights.transports.files import FilesDriver
 from runner.weights.weight_set import WeightSet
 
 SETTINGS = Settings(
-    startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode="abort", repacks=False, draft=frozenset(),
+    startup_seconds=1, request_seconds=1, health_seconds=0, max_retries=2, pause_mode=PauseMode.abort, repacks=False,
+    draft=frozenset(),
 )  # fmt: skip
 FILES = FilesDriver("tensor", None)  # type: ignore[arg-type]  # nothing is written here
 
@@ -90,8 +92,8 @@ def reply(tokens: list[int], reason: str = "length", version: str = "3.1") -> di
 def ready_fleet(*clients: FakeClient, driver: Driver = FILES, **settings: Any) -> Fleet:
     servers: Any = [FakeServer(i) for i in range(len(clients))]
     found = Fleet(servers, "key", dataclasses.replace(SETTINGS, **settings), driver)
-    found.updates = 1
-    for engine, client in zip(found.engines, clients, strict=True):
+    found.roster.updates = 1
+    for engine, client in zip(found.roster.engines, clients, strict=True):
         engine.client, engine.up, engine.synced = client, True, 1  # type: ignore[assignment]
     return found
 
@@ -103,9 +105,9 @@ def generation(prompt: str = "p", prompt_tokens: int = 8, room: int = 4) -> Gene
 
 async def chosen(fleet: Fleet, what: Generation) -> int:
     """The engine that gets it; its tokens then are outstanding there."""
-    engine = await fleet._pick(what)
+    engine = await fleet.dispatch._pick(what)
     engine.outstanding += what.outstanding
-    return fleet.engines.index(engine)  # type: ignore[arg-type]
+    return fleet.roster.engines.index(engine)  # type: ignore[arg-type]
 
 
 @pytest.mark.promise("load is balanced by outstanding tokens, a prompt's group stays together")
@@ -122,16 +124,16 @@ def test_load_is_balanced_by_outstanding_tokens_not_by_requests() -> None:
 def test_a_prompts_group_stays_together_until_its_engine_is_far_busier() -> None:
     async def run() -> list[int]:
         fleet = ready_fleet(FakeClient(), FakeClient())
-        return [await chosen(fleet, generation("same")) for _ in range(fleets.AFFINITY_REQUESTS + 4)]
+        return [await chosen(fleet, generation("same")) for _ in range(dispatch.AFFINITY_REQUESTS + 4)]
 
     places = asyncio.run(run())
-    assert places[: fleets.AFFINITY_REQUESTS + 1] == [0] * (fleets.AFFINITY_REQUESTS + 1) and 1 in places
+    assert places[: dispatch.AFFINITY_REQUESTS + 1] == [0] * (dispatch.AFFINITY_REQUESTS + 1) and 1 in places
 
 
 def test_only_engines_with_the_current_weights_are_chosen() -> None:
     async def run() -> list[int]:
         fleet = ready_fleet(FakeClient(), FakeClient())
-        fleet.engines[0].synced = 0
+        fleet.roster.engines[0].synced = 0
         return [await chosen(fleet, generation(f"p{i}")) for i in range(3)]
 
     assert asyncio.run(run()) == [1, 1, 1]
@@ -146,19 +148,19 @@ def test_a_failed_request_is_tried_again_and_counted_once(monkeypatch: pytest.Mo
         slept.append(seconds)
         await real(0)
 
-    monkeypatch.setattr(fleets.asyncio, "sleep", sleep)
+    monkeypatch.setattr(dispatch.asyncio, "sleep", sleep)
     client = FakeClient(EngineFailure("gone"), EngineFailure("gone"), reply([7, 8, 9, 4]))
     fleet = ready_fleet(client)
     sample = asyncio.run(fleet.complete(generation()))
     assert sample.response_tokens.tolist() == [7, 8, 9, 4] and sample.status is Status.truncated
     assert len({body["rid"] for body in client.bodies}) == 3  # a server may still know the earlier ones
-    assert slept == [fleets.BACKOFF_SECONDS, 2 * fleets.BACKOFF_SECONDS] and fleet.counters["failures"] == 2
-    assert fleet.engines[0].outstanding == 0
+    assert slept == [dispatch.BACKOFF_SECONDS, 2 * dispatch.BACKOFF_SECONDS] and fleet.roster.counters["failures"] == 2
+    assert fleet.roster.engines[0].outstanding == 0
 
 
 @pytest.mark.promise("retries with backoff, then a failed sample with its reason")
 def test_a_request_that_fails_too_often_is_a_failed_sample_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(dispatch, "BACKOFF_SECONDS", 0.001)
     sample = asyncio.run(ready_fleet(FakeClient(EngineFailure("no answer within 5 s"))).complete(generation()))
     assert sample.status is Status.failed and "no answer within 5 s" in sample.finish_reason and sample.response_length == 0
 
@@ -166,7 +168,7 @@ def test_a_request_that_fails_too_often_is_a_failed_sample_with_the_reason(monke
 @pytest.mark.promise("logprobs that are no numbers are a failure")
 def test_a_logprob_that_is_no_number_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang answers null for NaN and goes on generating."""
-    monkeypatch.setattr(fleets, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(dispatch, "BACKOFF_SECONDS", 0.001)
     for value in (None, float("nan"), float("-inf")):
         wrong = reply([7, 8])
         wrong["meta_info"]["output_token_logprobs"][1] = (value, 8, None)
@@ -193,13 +195,13 @@ def test_an_aborted_request_goes_on_from_what_it_kept() -> None:
 def test_an_update_is_a_session_between_pause_and_resume_and_flushes(tmp_path: Path, mode: str, flush: bool) -> None:
     client = FakeClient()
     weights = WeightSet(4, tmp_path, digests={"a": "x"}, parts={"a": ["a"]}, formats={"a": "bf16"})
-    fleet = ready_fleet(client, pause_mode=mode)
+    fleet = ready_fleet(client, pause_mode=PauseMode(mode))
     asyncio.run(fleet.update(weights, ["a"], lambda: 0.0))
     assert [call[0] for call in client.calls] == [
         "pause", "begin_update", "load", "end_update", "check", "commit", "resume",
     ]  # fmt: skip
     assert client.calls[0] == ("pause", mode) and client.calls[5][1] == {"flush": flush, "version": "4.2"}
-    assert fleet.engines[0].synced == fleet.updates == 2
+    assert fleet.roster.engines[0].synced == fleet.roster.updates == 2
 
 
 @pytest.mark.promise("engines sleep while the trainer has their GPUs")
@@ -210,14 +212,14 @@ def test_engines_give_their_memory_back_and_take_it_around_a_load(tmp_path: Path
 
     async def run() -> None:
         fleet = ready_fleet(client)
-        fleet.weights = weights
+        fleet.versions.weights = weights
         await fleet.sleep()
         await fleet.sleep()
-        assert [call[0] for call in client.calls] == ["pause", "release_memory"] and not fleet._ready()
+        assert [call[0] for call in client.calls] == ["pause", "release_memory"] and not fleet.roster.ready()
         client.calls.clear()
         await fleet.wake()
         await fleet.wake()
-        assert fleet._ready() and not fleet.engines[0].asleep
+        assert fleet.roster.ready() and not fleet.roster.engines[0].asleep
 
     asyncio.run(run())
     assert [call[0] for call in client.calls] == [
@@ -236,21 +238,21 @@ def test_an_engine_that_dies_asleep_is_started_again_when_the_others_wake(
 
     async def run() -> None:
         fleet = ready_fleet(FakeClient(), FakeClient())
-        fleet.weights = weights
+        fleet.versions.weights = weights
 
         async def start(engine: Any) -> None:
             started.append(engine.server.index)
             engine.up = True
 
-        monkeypatch.setattr(fleet, "_start", start)
+        monkeypatch.setattr(fleet.lifecycle, "_start", start)
         await fleet.sleep()
-        fleet._restart(fleet.engines[1], "it ended")
+        fleet.lifecycle.restart(fleet.roster.engines[1], "it ended")
         await asyncio.sleep(0.05)
         assert started == []
         await fleet.wake()
-        assert fleet.engines[1].restarting is not None
-        await fleet.engines[1].restarting
-        assert started == [1] and all(engine.synced == fleet.updates for engine in fleet.engines)
+        assert fleet.roster.engines[1].restarting is not None
+        await fleet.roster.engines[1].restarting
+        assert started == [1] and all(engine.synced == fleet.roster.updates for engine in fleet.roster.engines)
 
     asyncio.run(run())
 
@@ -266,7 +268,7 @@ def test_labels_of_updates_always_grow(tmp_path: Path) -> None:
     for version in (5, 6, 2, 6):
         asyncio.run(fleet.update(WeightSet(version, tmp_path, **WEIGHTS), [], lambda: 0.0))  # type: ignore[arg-type]
     labels = [call[1]["version"] for call in client.calls if call[0] == "commit"]
-    assert labels == ["5.2", "6.3", "2.4", "6.5"] and [fleets.version_of_label(text) for text in labels] == [5, 6, 2, 6]
+    assert labels == ["5.2", "6.3", "2.4", "6.5"] and [version_of_label(text) for text in labels] == [5, 6, 2, 6]
 
 
 @pytest.mark.promise("a failed sync is tried again, then stops the run")
@@ -285,15 +287,15 @@ def test_an_engine_that_saw_less_than_was_sent_is_a_problem_and_stays_paused(
     fleet = ready_fleet(client)
     (update,), _ = asyncio.run(fleet.update(WeightSet(4, tmp_path, **WEIGHTS), ["a"], lambda: 0.0))  # type: ignore[arg-type]
     assert update.problems == [f"0 of 1 parts were {next(iter(answer))}"]
-    assert fleet.engines[0].synced == 0 and not {"commit", "resume"} & {call[0] for call in client.calls}
+    assert fleet.roster.engines[0].synced == 0 and not {"commit", "resume"} & {call[0] for call in client.calls}
 
 
 async def revived(fleet: Fleet, start: Callable[[Any], Awaitable[None]], index: int) -> Any:
     """The engine after its restart, which ended one way or the other."""
-    engine = fleet.engines[index]
-    fleet._start = start  # type: ignore[method-assign]
-    fleet._restart(engine, "it ended")
-    fleet._restart(engine, "it ended")  # one at a time
+    engine = fleet.roster.engines[index]
+    fleet.lifecycle._start = start  # type: ignore[method-assign]
+    fleet.lifecycle.restart(engine, "it ended")
+    fleet.lifecycle.restart(engine, "it ended")  # one at a time
     assert engine.restarting is not None
     await engine.restarting
     return engine
@@ -303,7 +305,7 @@ async def revived(fleet: Fleet, start: Callable[[Any], Awaitable[None]], index: 
 def test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken(tmp_path: Path) -> None:
     async def run(failures: int) -> tuple[Any, int]:
         fleet, starts = ready_fleet(FakeClient(), FakeClient()), []
-        fleet.weights = WeightSet(4, tmp_path, **WEIGHTS)  # type: ignore[arg-type]
+        fleet.versions.weights = WeightSet(4, tmp_path, **WEIGHTS)  # type: ignore[arg-type]
 
         async def start(engine: Any) -> None:
             starts.append(engine)
@@ -318,7 +320,7 @@ def test_a_start_that_fails_is_tried_again_and_then_the_engine_is_broken(tmp_pat
     checks = [call[1]["parts"] for call in engine.client.calls if call[0] == "check"]
     assert checks == [["a"]]  # everything, as at a first sync
     engine, starts = asyncio.run(run(9))
-    assert not engine.up and "no more processes" in str(engine.broken) and starts == fleets.RESTARTS
+    assert not engine.up and "no more processes" in str(engine.broken) and starts == lifecycle.RESTARTS
 
 
 @pytest.mark.promise("a server that loads weights is not taken for hanging; one that does not come back is tried again")
@@ -331,16 +333,16 @@ def test_an_engine_that_loads_weights_is_not_taken_for_hanging() -> None:
 
     async def run(synced: int) -> float:
         fleet = ready_fleet(Busy(), health_seconds=0.01)
-        fleet.engines[0].synced = synced
+        fleet.roster.engines[0].synced = synced
 
         async def start(engine: Any) -> None:
             engine.up = True
 
-        fleet._start = start  # type: ignore[method-assign]
-        probing = asyncio.create_task(fleet._probe_health())
+        fleet.lifecycle._start = start  # type: ignore[method-assign]
+        probing = asyncio.create_task(fleet.lifecycle._probe_health())
         await asyncio.sleep(0.2)
         probing.cancel()
-        return fleet.counters["restarts"]
+        return fleet.roster.counters["restarts"]
 
     assert asyncio.run(run(synced=0)) == 0
     assert asyncio.run(run(synced=1)) >= 1
@@ -358,14 +360,14 @@ def test_an_engine_that_hangs_in_an_update_is_started_again(tmp_path: Path) -> N
         async def start(engine: Any) -> None:
             engine.client, engine.up = FakeClient(), True
 
-        fleet._start = start  # type: ignore[method-assign]
+        fleet.lifecycle._start = start  # type: ignore[method-assign]
         await fleet.update(WeightSet(4, tmp_path, **WEIGHTS), [], lambda: 0.0)  # type: ignore[arg-type]
-        assert fleet.engines[0].restarting is not None and fleet.engines[1].synced == fleet.updates
-        await fleet.engines[0].restarting
+        assert fleet.roster.engines[0].restarting is not None and fleet.roster.engines[1].synced == fleet.roster.updates
+        await fleet.roster.engines[0].restarting
         return fleet
 
-    fleet = asyncio.run(run())
-    assert [engine.synced for engine in fleet.engines] == [fleet.updates] * 2 and fleet.counters["restarts"] == 1
+    roster = asyncio.run(run()).roster
+    assert [engine.synced for engine in roster.engines] == [roster.updates] * 2 and roster.counters["restarts"] == 1
 
 
 @pytest.mark.parametrize("lost", ["engine", "router"])
@@ -386,17 +388,18 @@ def test_a_server_that_is_started_again_is_an_event_of_the_run(tmp_path: Path, l
 
     async def run() -> Fleet:
         fleet = ready_fleet(FakeClient(), FakeClient())
-        fleet._start = fleet._register = fleet._notify = anything  # type: ignore[method-assign,assignment]
-        fleet._session = object()  # type: ignore[assignment]
+        fleet.lifecycle._start = fleet.versions.register = anything  # type: ignore[method-assign,assignment]
+        fleet.roster.notify = anything  # type: ignore[method-assign,assignment]
+        fleet.lifecycle._session = object()  # type: ignore[assignment]
         if lost == "engine":
-            dead: Any = fleet.engines[1].server
+            dead: Any = fleet.roster.engines[1].server
             dead.dead, dead.failure = True, lambda: "Killed (see sglang_1.log)"
-            fleet._suspect(fleet.engines[1])
-            fleet._suspect(fleet.engines[1])
+            fleet.lifecycle.suspect(fleet.roster.engines[1])
+            fleet.lifecycle.suspect(fleet.roster.engines[1])
         else:
-            fleet.router = FakeRouter()  # type: ignore[assignment]
-            fleet._suspect(fleet.router)  # type: ignore[arg-type]
-            fleet._suspect(fleet.router)  # type: ignore[arg-type]
+            fleet.roster.router = FakeRouter()  # type: ignore[assignment]
+            fleet.lifecycle.suspect(fleet.roster.router)  # type: ignore[arg-type]
+            fleet.lifecycle.suspect(fleet.roster.router)  # type: ignore[arg-type]
         return fleet
 
     async def anything(*given: Any) -> None:
@@ -404,7 +407,7 @@ def test_a_server_that_is_started_again_is_an_event_of_the_run(tmp_path: Path, l
 
     pool: Any = object.__new__(SglangPool)
     pool._fleet = asyncio.run(run())
-    assert pool._fleet.counters["restarts"] == 1
+    assert pool._fleet.roster.counters["restarts"] == 1
     tracker = JsonlTracker(tmp_path)
     for step in (4, 5):
         tell_notices(pool, tracker, step)
@@ -432,7 +435,7 @@ def test_a_server_that_never_answers_is_one_message(monkeypatch: pytest.MonkeyPa
         fleet = Fleet([Silent(0)], "key", dataclasses.replace(SETTINGS, startup_seconds=0.2), FILES)  # type: ignore[list-item]
         with pytest.raises(UserError, match="(?s)SGLang server 0 did not answer within 0 s.*startup_timeout_seconds"):
             await fleet.start()
-        assert fleet.engines[0].server.dead  # type: ignore[attr-defined]
+        assert fleet.roster.engines[0].server.dead  # type: ignore[attr-defined]
 
     asyncio.run(run())
 
@@ -442,12 +445,12 @@ def test_a_broadcast_that_cannot_listen_is_a_problem_of_the_sync(tmp_path: Path)
     driver = broadcast.BroadcastDriver(site(tmp_path, host="203.0.113.77"))
     fleet = ready_fleet(FakeClient(), driver=driver)
     answers, _ = asyncio.run(fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0))
-    assert answers[0].problems[0].startswith("broadcast: ") and fleet.engines[0].synced == 0
+    assert answers[0].problems[0].startswith("broadcast: ") and fleet.roster.engines[0].synced == 0
     driver.close()
 
 
 def site(folder: Path, **changes: Any) -> Site:
-    there = Site("127.0.0.1", "lo", False, folder / "disk", folder, 1, "tcp", [])
+    there = Site("127.0.0.1", "lo", False, folder / "disk", folder, 1, TransferProtocol.tcp, [])
     return dataclasses.replace(there, **changes)
 
 
@@ -504,7 +507,7 @@ def test_an_engine_that_refuses_a_broadcast_does_not_leave_the_driver_waiting(
     monkeypatch.setattr(broadcast, "Sender", Alone)
     fleet = ready_fleet(Refusing(), driver=broadcast.BroadcastDriver(site(tmp_path)))
     answers, _ = asyncio.run(asyncio.wait_for(fleet.update(WeightSet(4, tmp_path), [], lambda: 0.0), 5))
-    assert answers[0].problems == ["load: no"] and fleet.engines[0].synced == 0
+    assert answers[0].problems == ["load: no"] and fleet.roster.engines[0].synced == 0
 
 
 @pytest.mark.promise("retries with backoff, then a failed sample with its reason")

@@ -24,7 +24,7 @@ pytest.importorskip("aiohttp", reason="make setup-sglang")
 from cases import Running, by_key, config, exported, reference_logprobs, requests
 
 from runner.errors import UserError
-from runner.rollout.sglang.entry import SHARED, shared_file, shared_segment
+from runner.rollout.sglang.plugin.shared import SHARED, shared_file, shared_segment
 from runner.rollout.sglang.server import Server
 
 pytestmark = pytest.mark.sglang
@@ -55,10 +55,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
 
 def settled(running: Any) -> Any:
     """The pool with both engines up and the same weights in each; counters at zero."""
-    engines = running.pool._fleet.engines
+    engines = running.pool._fleet.roster.engines
     wait_for(lambda: all(engine.up for engine in engines))
     running.fresh()
-    assert all(engine.synced == running.pool._fleet.updates for engine in engines)
+    assert all(engine.synced == running.pool._fleet.roster.updates for engine in engines)
     running.pool.metrics()
     return running.pool
 
@@ -72,7 +72,7 @@ def gone(processes: list[psutil.Process], seconds: float = 15.0) -> bool:
 def test_both_engines_work_and_groups_stay_together(two_engines: Any) -> None:
     pool = settled(two_engines)
     list(pool.generate(requests(32, same_prompt=4)))
-    homes = list(pool._fleet._homes.values())
+    homes = list(pool._fleet.dispatch._homes.values())
     assert {engine.server.index for engine in homes[-8:]} == {0, 1}
 
 
@@ -88,7 +88,7 @@ def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: 
     pool.metrics()
     run = pool.generate(wanted)
     samples = [next(run)]
-    victim = pool._fleet.engines[0]
+    victim = pool._fleet.roster.engines[0]
     processes = family(victim.server.pid)
     os.kill(victim.server.pid, signal.SIGKILL)
     samples += list(run)
@@ -101,7 +101,7 @@ def test_killing_an_engine_in_the_middle_loses_and_doubles_nothing(two_engines: 
     assert metrics["rollout/engine_restarts"] == 1 and metrics["rollout/requests_retried"] >= 1
     assert ["SGLang server 0 is started again: " in notice for notice in pool.notices()] == [True]
     assert gone(processes), "the dead engine's scheduler outlived it"
-    wait_for(lambda: victim.synced == pool._fleet.updates)
+    wait_for(lambda: victim.synced == pool._fleet.roster.updates)
     victim_only = [pool._loop.submit(_direct(victim, request)) for request in wanted[:3]]
     for request, answer in zip(wanted, victim_only, strict=False):
         key = (request.prompt_id, request.sample_index)
@@ -118,7 +118,7 @@ async def _direct(engine: Any, request: Any) -> list[int]:
 @pytest.mark.promise("a hanging server is started again")
 def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
     pool = settled(two_engines)
-    victim = pool._fleet.engines[1]
+    victim = pool._fleet.roster.engines[1]
     for process in family(victim.server.pid)[1:]:
         process.send_signal(signal.SIGSTOP)  # the HTTP server still answers, the scheduler does not
     samples = by_key(list(pool.generate(requests(16, max_response_tokens=40))))
@@ -129,11 +129,11 @@ def test_a_hanging_engine_is_started_again(two_engines: Any) -> None:
 @pytest.mark.promise("requests of a dead engine are asked for again, none lost or doubled")
 def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) -> None:
     pool = settled(two_engines)
-    victim = pool._fleet.engines[0]
+    victim = pool._fleet.roster.engines[0]
     os.kill(victim.server.pid, signal.SIGKILL)
     other, items = exported(two_engines.cfg, seed=3)
     two_engines.sync(items, 7)
-    wait_for(lambda: victim.synced == pool._fleet.updates)
+    wait_for(lambda: victim.synced == pool._fleet.roster.updates)
     request = requests(1, temperature=0.0)[0]
     tokens = pool._loop.submit(_direct(victim, request)).result(timeout=60)
     (expected,) = pool.generate([request])
@@ -144,8 +144,8 @@ def test_an_update_while_an_engine_is_down_reaches_it_later(two_engines: Any) ->
 @pytest.mark.promise("torch's rendezvous and gloo listen on every interface")
 def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_engines: Any) -> None:
     pool = settled(two_engines)
-    server = pool._fleet.engines[1].server
-    key = pool._fleet._api_key
+    server = pool._fleet.roster.engines[1].server
+    key = pool._fleet.lifecycle._api_key
     for path, body in (
         ("/generate", {"input_ids": [5]}),
         ("/update_weights_from_ipc", {"zmq_handles": {}}),
@@ -176,7 +176,7 @@ import sys
 from cases import config
 from runner.rollout.sglang import SglangPool
 pool = SglangPool(config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none", "rollout.cpu_tp={ranks}"))
-print(pool._fleet.engines[0].server.pid, flush=True)
+print(pool._fleet.roster.engines[0].server.pid, flush=True)
 sys.stdin.read()
 """
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -241,6 +241,6 @@ def test_a_port_that_another_program_took_is_replaced(tmp_path: Path, monkeypatc
         monkeypatch.setattr(server, "free_ports", ports)
         pool = SglangPool(config("sglang", "model=tiny_dense", "precision=bf16", "router_replay=none"))
         try:
-            assert len(given) == 2 and pool._fleet.engines[0].server.port == given[1][0]
+            assert len(given) == 2 and pool._fleet.roster.engines[0].server.port == given[1][0]
         finally:
             pool.close()

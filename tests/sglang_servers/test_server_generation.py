@@ -34,7 +34,7 @@ def test_samples_come_as_they_finish(sglang_fp32: Any) -> None:
     run = pool.generate([*long, *short])
     first = [next(run) for _ in short]
     assert {sample.prompt_id for sample in first} == {request.prompt_id for request in short}
-    assert sum(engine.outstanding for engine in pool._fleet.engines) >= 3 * 230
+    assert sum(engine.outstanding for engine in pool._fleet.roster.engines) >= 3 * 230
     assert {sample.response_length for sample in run} == {230}
 
 
@@ -45,10 +45,10 @@ def test_a_request_that_takes_too_long_is_tried_again_and_then_failed(sglang_fp3
     sglang_fp32.fresh()
     pool.metrics()
     (request,) = requests(1, max_response_tokens=240)
-    monkeypatch.setattr(pool._fleet.engines[0].client, "_timeout", 0.05)
+    monkeypatch.setattr(pool._fleet.roster.engines[0].client, "_timeout", 0.05)
     (sample,) = pool.generate([request])
     assert sample.status is Status.failed and "did not answer" in sample.finish_reason
-    assert pool.metrics()["rollout/requests_retried"] == pool._fleet.settings.max_retries + 1
+    assert pool.metrics()["rollout/requests_retried"] == pool._fleet.roster.settings.max_retries + 1
     monkeypatch.undo()
     (again,) = pool.generate([request])
     assert again.response_length == 240
@@ -101,7 +101,7 @@ def test_engines_that_slept_compute_as_before(sglang_int4: Any) -> None:
         assert len(samples) == 4
         for sample in samples:
             torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample), atol=1e-4, rtol=0)
-    assert pool._fleet.counters["restarts"] == 0
+    assert pool._fleet.roster.counters["restarts"] == 0
 
 
 @pytest.mark.promise("engines sleep while the trainer has their GPUs")

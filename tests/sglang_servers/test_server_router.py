@@ -65,12 +65,12 @@ def family(pid: int) -> list[psutil.Process]:
 
 def sends_to(pool: Any) -> set[str]:
     """The router's own list of workers."""
-    return set(pool._loop.run(pool._fleet.router._workers()))
+    return set(pool._loop.run(pool._fleet.roster.router._workers()))
 
 
 def served(pool: Any) -> list[int]:
     """Prompts that each engine has worked on, from its log."""
-    return [server.log.read_text().count("Prefill batch") for server in (engine.server for engine in pool._fleet.engines)]
+    return [server.log.read_text().count("Prefill batch") for server in (engine.server for engine in pool._fleet.roster.engines)]
 
 
 @pytest.mark.promise("transports")
@@ -86,11 +86,11 @@ def test_samples_through_the_router_are_those_of_the_engines(routed: Any) -> Non
     for sample in through.values():
         torch.testing.assert_close(sample.rollout_logprobs, reference_logprobs(built, sample, 0.7), atol=1e-4, rtol=0)
         assert [span.version for span in sample.weight_spans] == [3]
-    router, pool._fleet.router = pool._fleet.router, None
+    router, pool._fleet.roster.router = pool._fleet.roster.router, None
     try:
         direct = by_key(list(pool.generate(wanted)))
     finally:
-        pool._fleet.router = router
+        pool._fleet.roster.router = router
     for key, sample in through.items():
         assert torch.equal(sample.tokens, direct[key].tokens) and sample.finish_reason == direct[key].finish_reason
 
@@ -105,7 +105,7 @@ def test_an_update_in_the_middle_of_a_run_goes_to_the_engines(routed: Any) -> No
     next(run)
     routed.sync(items, 1)
     samples = list(run)
-    assert len(by_key(samples)) == 8 and sends_to(pool) == {engine.server.url for engine in pool._fleet.engines}
+    assert len(by_key(samples)) == 8 and sends_to(pool) == {engine.server.url for engine in pool._fleet.roster.engines}
     assert any(len(sample.weight_spans) == 2 for sample in samples)
     for sample in samples:
         *_, new = sample.weight_spans
@@ -123,7 +123,7 @@ def test_abandoned_requests_end_in_the_engines(routed: Any) -> None:
     run = pool.generate([*asked_for(1, max_response_tokens=2), *asked_for(16, max_response_tokens=240)[1:]])
     next(run)
     run.close()
-    wait_for(lambda: pool._fleet.router.outstanding == 0, 20)
+    wait_for(lambda: pool._fleet.roster.router.outstanding == 0, 20)
     began = time.monotonic()
     assert len(list(pool.generate(asked_for(4, max_response_tokens=2)))) == 4
     assert time.monotonic() - began < 5
@@ -138,12 +138,12 @@ def test_the_router_passes_on_neither_routes_nor_pauses(routed: Any) -> None:
     routed.fresh()
     body = asked_for(1, temperature=0.0)[0]
     payload = {"input_ids": list(body.tokens), "sampling_params": {"max_new_tokens": 4}, "return_routed_experts": True}
-    direct = pool._loop.run(pool._fleet.engines[0].client.generate(payload))
-    through = pool._loop.run(pool._fleet.router.client.generate(payload))
+    direct = pool._loop.run(pool._fleet.roster.engines[0].client.generate(payload))
+    through = pool._loop.run(pool._fleet.roster.router.client.generate(payload))
     assert "routed_experts" in direct["meta_info"] and not through["meta_info"].get("routed_experts")
     for path in ("/pause_generation", "/begin_weight_update", "/update_weights_from_ipc"):
         with pytest.raises(Refused, match="answered 404"):
-            pool._loop.run(pool._fleet.router.client.post(path, {}))
+            pool._loop.run(pool._fleet.roster.router.client.post(path, {}))
 
 
 @pytest.mark.promise("a scheduler that fails takes the process along that owns it")
@@ -151,7 +151,7 @@ def test_a_dead_engine_leaves_the_router_and_comes_back_with_weights(routed: Any
     """Here its scheduler dies, which takes the server along and nothing else."""
     pool = routed.pool
     routed.fresh(version=5)
-    victim = pool._fleet.engines[0]
+    victim = pool._fleet.roster.engines[0]
     old = victim.server.url
     wanted = asked_for(32, max_response_tokens=120)
     whole = by_key(list(pool.generate(wanted)))
@@ -164,19 +164,19 @@ def test_a_dead_engine_leaves_the_router_and_comes_back_with_weights(routed: Any
     found = by_key(samples)
     assert found.keys() == whole.keys()
     assert all(torch.equal(found[key].tokens, whole[key].tokens) for key in whole)
-    wait_for(lambda: victim.server.url != old and victim.synced == pool._fleet.updates)
-    wait_for(lambda: sends_to(pool) == {engine.server.url for engine in pool._fleet.engines})
+    wait_for(lambda: victim.server.url != old and victim.synced == pool._fleet.roster.updates)
+    wait_for(lambda: sends_to(pool) == {engine.server.url for engine in pool._fleet.roster.engines})
     assert pool.metrics()["rollout/engine_restarts"] == 1
 
 
 def test_a_dead_router_is_started_again(routed: Any) -> None:
     pool = routed.pool
-    wait_for(lambda: all(engine.up for engine in pool._fleet.engines))
+    wait_for(lambda: all(engine.up for engine in pool._fleet.roster.engines))
     routed.fresh()
-    os.kill(pool._fleet.router.process.pid, signal.SIGKILL)
+    os.kill(pool._fleet.roster.router.process.pid, signal.SIGKILL)
     assert len(by_key(list(pool.generate(asked_for(12))))) == 12
-    wait_for(lambda: pool._fleet.router.up)
-    assert sends_to(pool) == {engine.server.url for engine in pool._fleet.engines}
+    wait_for(lambda: pool._fleet.roster.router.up)
+    assert sends_to(pool) == {engine.server.url for engine in pool._fleet.roster.engines}
 
 
 @pytest.mark.promise("torch's rendezvous and gloo listen on every interface")
@@ -184,8 +184,8 @@ def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: An
     """The router's metrics have no key: they stay on loopback."""
     pool = routed.pool
     routed.fresh()
-    router = pool._fleet.router
-    for process in (router.process, *(engine.server for engine in pool._fleet.engines)):
+    router = pool._fleet.roster.router
+    for process in (router.process, *(engine.server for engine in pool._fleet.roster.engines)):
         assert process.url.startswith(f"http://{OUTSIDE[1]}:")
         data = json.dumps({"input_ids": [5]}).encode()
         request = urllib.request.Request(f"{process.url}/generate", data=data, headers={"Content-Type": "application/json"})
@@ -195,7 +195,7 @@ def test_nothing_listens_elsewhere_and_nobody_gets_in_without_the_key(routed: An
         members = family(process.pid)
         addresses = {c.laddr for p in members for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
         assert {address.ip for address in addresses} <= {OUTSIDE[1], LOOPBACK}
-        key = pool._fleet._api_key
+        key = pool._fleet.lifecycle._api_key
         assert all(key not in " ".join([*p.cmdline(), *p.environ().values()]) for p in members)
         assert key not in process.log.read_text()
     logs = sorted(path.name for path in pool._run_dir.glob("logs/sglang_*.log"))
@@ -235,8 +235,8 @@ sys.stdin.read()
 
 def test_closing_leaves_no_process(routed: Any) -> None:
     """Last in this file: it closes the pool."""
-    fleet = routed.pool._fleet
-    processes = [p for child in (fleet.router.process, *(e.server for e in fleet.engines)) for p in family(child.pid)]
+    roster = routed.pool._fleet.roster
+    processes = [p for child in (roster.router.process, *(e.server for e in roster.engines)) for p in family(child.pid)]
     routed.pool.close()
     _, alive = psutil.wait_procs(processes, timeout=15)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -21,9 +21,10 @@ from cases import (
 )
 from reference import reference_routes
 
+from runner.config.choices import PauseMode
 from runner.errors import UserError
-from runner.precision.audit import audit_pool
 from runner.precision.plan import PrecisionPlan
+from runner.rollout.audit import audit_pool
 
 pytestmark = pytest.mark.sglang
 
@@ -91,7 +92,7 @@ def test_repacked_layers_are_restored_loaded_and_repacked_again(sglang_int4: Any
     """How INT4 is checked on CUDA, here where repacking is deriving effective weights: by SGLang's own functions, a layer at a
     time, so that a sync asks for all of the layer."""
     layer, wrong = "model.layers.1.", "model.layers.1.mlp.experts.3.down_proj.weight"
-    pool, delivery = sglang_int4.pool, sglang_int4.pool._fleet.delivery
+    pool, delivery = sglang_int4.pool, sglang_int4.pool._fleet.versions.delivery
     settings = delivery.settings
     of_layer = [item.name for item in sglang_int4.items if item.name.startswith(layer)]
     pool._repacks, delivery.settings = True, dataclasses.replace(settings, repacks=True)
@@ -150,7 +151,7 @@ def test_stock_updates_outside_of_a_session_are_refused(sglang_fp32: Any) -> Non
     from runner.rollout.sglang.client import Refused
 
     pool = sglang_fp32.pool
-    client = pool._fleet.engines[0].client
+    client = pool._fleet.roster.engines[0].client
     body = {"names": [], "dtypes": [], "shapes": [], "group_name": "none"}
     with pytest.raises(Refused, match="between begin_weight_update"):
         pool._loop.run(client.post("/update_weights_from_distributed", body))
@@ -217,9 +218,9 @@ def test_other_pause_modes_keep_requests_inside_the_server(sglang_fp32: Any, mod
     pool = sglang_fp32.pool
     built = sglang_fp32.fresh()
     other, items = exported(sglang_fp32.cfg, seed=2)
-    delivery = pool._fleet.delivery
+    delivery = pool._fleet.versions.delivery
     settings = delivery.settings
-    delivery.settings = dataclasses.replace(settings, pause_mode=mode)
+    delivery.settings = dataclasses.replace(settings, pause_mode=PauseMode(mode))
     pool.metrics()
     try:
         short, long = requests(1, max_response_tokens=4, routes=False), requests(4, max_response_tokens=200, routes=False)

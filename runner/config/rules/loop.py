@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.algorithms.estimators import estimator_of, names
+from runner.config.choices import Drafting, Schedule
 from runner.config.option import engine_layout, shares_gpus
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, Correction
@@ -89,7 +90,7 @@ def estimator(cfg: Config) -> Iterator[UserError]:
 
 
 def schedule(cfg: Config) -> Iterator[UserError]:
-    if cfg.algorithm.schedule == "sync":
+    if cfg.algorithm.schedule == Schedule.sync:
         return
     if shares_gpus(cfg):
         yield UserError(
@@ -97,7 +98,7 @@ def schedule(cfg: Config) -> Iterator[UserError]:
             key="algorithm.schedule",
             fix="algorithm.schedule=sync, or parallelism.colocate=false with GPUs of their own for the engines",
         )
-    if cfg.algorithm.schedule != "async":
+    if cfg.algorithm.schedule != Schedule["async"]:
         return
     if engine_layout(cfg).in_process:
         yield UserError(
@@ -215,27 +216,27 @@ def router_replay(cfg: Config) -> Iterator[UserError]:
 
 def speculation(cfg: Config) -> Iterator[UserError]:
     spec = cfg.speculative
-    if spec.method != "none" and spec.num_draft_tokens == 0:
+    if spec.method != Drafting.none and spec.num_draft_tokens == 0:
         yield UserError(
             f"{spec.method} proposes 0 tokens", key="speculative.num_draft_tokens", fix="speculative.num_draft_tokens=4"
         )
-    if spec.method == "ngram" and spec.ngram_min > spec.ngram_max:
+    if spec.method == Drafting.ngram and spec.ngram_min > spec.ngram_max:
         yield UserError(
             f"the shortest suffix, {spec.ngram_min}, is longer than the longest, {spec.ngram_max}",
             key="speculative.ngram_min",
             fix=f"speculative.ngram_min={spec.ngram_max}",
         )
-    if spec.method in ("draft", "eagle") and not spec.draft_model:
+    if spec.method in (Drafting.draft, Drafting.eagle) and not spec.draft_model:
         yield UserError(
             f"{spec.method} needs a draft model", key="speculative.draft_model", fix="speculative.draft_model=<folder>"
         )
-    if spec.method == "mtp" and cfg.model.num_mtp_layers == 0:
+    if spec.method == Drafting.mtp and cfg.model.num_mtp_layers == 0:
         yield UserError(
             f"{cfg.model.name} has no multi-token-prediction layers",
             key="speculative.method",
             fix="speculative=ngram, or model=mimo_7b",
         )
-    if spec.online_training and (spec.method != "mtp" or cfg.model.num_mtp_layers == 0):
+    if spec.online_training and (spec.method != Drafting.mtp or cfg.model.num_mtp_layers == 0):
         yield UserError(
             f"only MTP heads are trained online, not {spec.method}",
             key="speculative.online_training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.choices import LauncherKind
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
 from runner.errors import UserError
@@ -44,12 +45,6 @@ def sizes_multiply(cfg: Config) -> Iterator[UserError]:
             "sequence parallelism divides what tensor parallelism repeats, but tp is 1",
             key="parallelism.sequence_parallel",
             fix="parallelism.sequence_parallel=false",
-        )
-    if cfg.model.num_experts and par.tp > 1 and not par.sequence_parallel:
-        yield UserError(
-            f"Megatron's experts need sequence parallelism with tp {par.tp}",
-            key="parallelism.sequence_parallel",
-            fix="parallelism.sequence_parallel=true",
         )
 
 
@@ -150,7 +145,7 @@ def cluster_has_gpus(cfg: Config) -> Iterator[UserError]:
     par, cluster = cfg.parallelism, cfg.cluster
     needed = max(par.gpus, par.rollout_gpus) if par.colocate else par.gpus + par.rollout_gpus
     there = cluster.nodes * cluster.gpus_per_node
-    if cluster.launcher == "local" and cluster.nodes > 1:
+    if cluster.launcher == LauncherKind.local and cluster.nodes > 1:
         yield UserError(
             f"cluster=local is one machine, not {cluster.nodes}",
             key="cluster.nodes",

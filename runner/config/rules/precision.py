@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from runner.config.choices import BaseDtype, Fp8Matmul
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config, GridConfig, ModelConfig, QatPlacement, Role
 from runner.errors import UserError, UserErrors
@@ -159,7 +160,7 @@ def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
     precision = cfg.precision
     if precision.train.format == "bf16" or precision.qat_placement is QatPlacement.forward:
         return
-    wide = precision.base_dtype == "float32"
+    wide = precision.base_dtype == BaseDtype.float32
     if wide or not trainer_layout(cfg).masters:
         why = "precision.base_dtype=float32 has no separate master" if wide else "trainer.master_weights is false"
         yield UserError(
@@ -184,7 +185,7 @@ def fp8_options(cfg: Config) -> Iterator[UserError]:
                 key=f"precision.{option}",
                 fix=f"precision=fp8, or precision.{option}=false",
             )
-    if precision.fp8_matmul == "scaled_mm":
+    if precision.fp8_matmul == Fp8Matmul.scaled_mm:
         yield from _scaled_matmul(cfg)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.choices import Drafting
 from runner.config.option import option_of
 from runner.config.schema import Config
 from runner.errors import UserError
@@ -39,7 +40,7 @@ def tower(cfg: Config) -> Iterator[UserError]:
 
 def drafts(cfg: Config) -> Iterator[UserError]:
     """Proposals are verified by the model that sees, so ngram stays lossless; a draft model is given tokens alone."""
-    if option_of(cfg.task).shows_images and cfg.speculative.method == "draft":
+    if option_of(cfg.task).shows_images and cfg.speculative.method == Drafting.draft:
         yield UserError(
             "a draft model does not see the images that the answers are about",
             key="speculative",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from runner.config.choices import RouterScore
 from runner.config.schema import ModelConfig, Role
 from runner.models import common
 from runner.models.family import Cut, Parameter
@@ -90,7 +91,7 @@ class DeepSeek(common.SparseFamily):
             "expert_ffn_size": reader.whole("moe_intermediate_size"),
             "num_shared_experts": reader.optional_whole("n_shared_experts", 0),
             "num_dense_layers": reader.whole("first_k_dense_replace", low=0),
-            "router_score": "sigmoid",
+            "router_score": RouterScore.sigmoid,
             "router_bias": True,
             "routed_scaling_factor": reader.number("routed_scaling_factor"),
             "expert_groups": _groups(reader, "n_group", 8),

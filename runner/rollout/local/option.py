@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
+from omegaconf import MISSING
 
 from runner.config import preflight
-from runner.config.limits import number, one_of
+from runner.config.choices import BaseDtype, DeviceKind, Drafting, KvDtype
+from runner.config.limits import number
 from runner.config.option import EngineLayout, Option
 from runner.config.rules.parallelism import positive
 from runner.config.rules.precision import bad_roles, known_model, sharded_weights
@@ -16,14 +18,14 @@ from runner.config.schema import Config, Role, RolloutConfig
 from runner.errors import UserError
 from runner.models.family import Parameter
 
-SPECULATION = ("none", "ngram", "draft")
+SPECULATION = (Drafting.none, Drafting.ngram, Drafting.draft)
 INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
 INT4_ROWS = 16
 
 
 @dataclass
 class LocalRolloutConfig(RolloutConfig):
-    device: str = one_of("auto", "cpu", "cuda")
+    device: DeviceKind = MISSING
     kv_cache_tokens: int = number(ge=0, le=2**31)  # slots over all running sequences; 0: from max_concurrency
     prefill_chunk_tokens: int = number(ge=1, le=2**24)
 
@@ -66,7 +68,7 @@ def speculation(cfg: Config) -> Iterator[UserError]:
 
 
 def cache(cfg: Config) -> Iterator[UserError]:
-    if cfg.precision.kv_cache != "bf16":
+    if cfg.precision.kv_cache != KvDtype.bf16:
         yield UserError(
             "the in-process engine keeps its KV cache in bf16", key="precision.kv_cache", fix="precision.kv_cache=bf16"
         )
@@ -103,16 +105,16 @@ def device(cfg: Config) -> Iterator[UserError]:
 def memory(cfg: Config) -> Iterator[UserError]:
     """What the engine would allocate at its first request, on a CPU: its KV cache, and logits of every draft token."""
     rollout, model = settings(cfg), cfg.model
-    if rollout.device == "cuda" or preflight.visible_gpus():
+    if rollout.device == DeviceKind.cuda or preflight.visible_gpus():
         return
-    width = 2 if cfg.precision.base_dtype == "bfloat16" else 4
+    width = 2 if cfg.precision.base_dtype == BaseDtype.bfloat16 else 4
     tokens = cfg.task.max_prompt_tokens + max(
         cfg.rollout.sampling.max_response_tokens, cfg.evaluation.sampling.max_response_tokens
     )
     cached = model.num_layers * model.num_kv_heads * model.head_dim * 2 * width * tokens
     if cfg.task.rollout._target_ is not None:  # a copy of each conversation's is kept between its turns
         cached *= 2
-    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != "none" else 0
+    drafts = cfg.speculative.num_draft_tokens if cfg.speculative.method != Drafting.none else 0
     there, wanted = psutil.virtual_memory().total, rollout.max_concurrency * (cached + (drafts + 1) * model.vocab_size * 4)
     if wanted > there:
         fits = max(1, rollout.max_concurrency * there // (2 * wanted))

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from runner.config.choices import DeviceKind, Drafting, KvDtype
 from runner.config.schema import Config, SpeculativeConfig
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
@@ -26,7 +27,7 @@ from runner.rollout.local.store import WeightStore
 from runner.rollout.protocol import EngineDescription, SyncReport
 from runner.weights.stream import SealedTensor, sealed
 
-KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+KV_DTYPES = {KvDtype.fp8_e4m3: torch.float8_e4m3fn}
 
 
 class LocalPool:
@@ -39,10 +40,10 @@ class LocalPool:
         rollout = cast(LocalRolloutConfig, cfg.rollout)
         self.version = -1
         self._residency_tensors = cfg.mismatch.residency_tensors
-        self._device = _device(rollout.device)
+        self._device = torch_device(rollout.device)
         if self._device.type == "cpu":
             cpu_matmul.install(cfg.precision.cpu_matmul)
-        dtype = getattr(torch, cfg.precision.base_dtype)
+        dtype = getattr(torch, cfg.precision.base_dtype.value)
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self.model = EngineModel(cfg.model, self.plan, dtype, self._device)
         self.store = WeightStore(self.model, self.plan)
@@ -175,24 +176,24 @@ class LocalPool:
             raise UserError("the local engine has no weights yet", fix="call update_weights with the trainer's export first")
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
+def torch_device(wanted: DeviceKind) -> torch.device:
+    if wanted == DeviceKind.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if wanted == DeviceKind.cuda and not torch.cuda.is_available():
         raise UserError("rollout.device=cuda, but torch sees no GPU", key="rollout.device", fix="rollout.device=cpu")
-    return torch.device(wanted)
+    return torch.device(wanted.value)
 
 
 def _speculation(cfg: Config, dtype: torch.dtype, device: torch.device) -> Speculation:
     spec: SpeculativeConfig = cfg.speculative
     match spec.method:
-        case "none":
+        case Drafting.none:
             return Speculation()
-        case "ngram":
+        case Drafting.ngram:
             return NgramSpeculation(
                 spec.num_draft_tokens, spec.ngram_min, spec.ngram_max, spec.auto_disable, spec.auto_disable_after_steps
             )
-        case "draft":
+        case Drafting.draft:
             draft = _draft_model(cfg, dtype, device)
             return DraftSpeculation(draft, spec.num_draft_tokens, spec.auto_disable, spec.auto_disable_after_steps)
     raise UserError(

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from runner.config.choices import Drafting, KvDtype, PauseMode
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.rollout.sglang.config import layout, on_cpu, settings
@@ -57,7 +58,7 @@ REFUSED = {
 }
 HARMLESS = {"dp_size": 1, "pp_size": 1, "node_rank": 0, "disaggregation_mode": "null"}  # values that change nothing
 ATTENTION = {"cpu": "torch_native", "cuda": "fa3"}  # of rollout.attention_backend=auto
-ALGORITHMS = {"ngram": "NGRAM", "draft": "STANDALONE", "mtp": "NEXTN", "eagle": "EAGLE"}
+ALGORITHMS = {Drafting.ngram: "NGRAM", Drafting.draft: "STANDALONE", Drafting.mtp: "NEXTN", Drafting.eagle: "EAGLE"}
 CONTEXT_SLACK = 8  # SGLang takes inputs of at most context_length - 6 tokens; the pool itself ends samples at the model's context
 CPU_MEMORY_FRACTION = 0.3  # SGLang asks for one; max_total_tokens is what bounds the cache there
 
@@ -71,9 +72,9 @@ def server_arguments(cfg: Config) -> Arguments:
         "chunked_prefill_size": rollout.chunked_prefill_tokens,
         "context_length": cfg.model.max_context_tokens + CONTEXT_SLACK,
         "device": device,
-        "dtype": cfg.precision.base_dtype,
+        "dtype": cfg.precision.base_dtype.value,
         "enable_return_routed_experts": cfg.router_replay.rollout,
-        "kv_cache_dtype": "auto" if cfg.precision.kv_cache == "bf16" else cfg.precision.kv_cache,
+        "kv_cache_dtype": "auto" if cfg.precision.kv_cache == KvDtype.bf16 else cfg.precision.kv_cache.value,
         "load_format": "dummy",  # the first weight sync brings the weights
         "log_level": "info",
         "log_level_http": "warning",  # not a line per request
@@ -87,7 +88,7 @@ def server_arguments(cfg: Config) -> Arguments:
         decided["nnodes"] = layout(cfg).nodes
     if par.engine_ep > 1:
         decided["ep_size"] = par.engine_ep
-    if rollout.pause_mode == "in_place":
+    if rollout.pause_mode == PauseMode.in_place:
         decided["disable_radix_cache"] = True  # it cannot be flushed under running requests, and old entries must not be met
     if device == "cpu":
         decided |= {
@@ -110,11 +111,11 @@ def server_arguments(cfg: Config) -> Arguments:
 def _speculation(cfg: Config) -> Arguments:
     """`num_draft_tokens` is what is proposed per step; SGLang counts the verified root as well."""
     spec = cfg.speculative
-    if spec.method == "none":
+    if spec.method == Drafting.none:
         return {}
     verified = spec.num_draft_tokens + 1
     decided: Arguments = {"speculative_algorithm": ALGORITHMS[spec.method], "speculative_num_draft_tokens": verified}
-    if spec.method == "ngram":
+    if spec.method == Drafting.ngram:
         # Breadth 1 is a chain: with a tree, recorded routes of accepted nodes were wrong for 3% of the tokens.
         return decided | {
             "speculative_ngram_max_bfs_breadth": 1,
@@ -122,7 +123,7 @@ def _speculation(cfg: Config) -> Arguments:
             "speculative_ngram_min_bfs_breadth": 1,
         }
     decided |= {"speculative_eagle_topk": 1, "speculative_num_steps": spec.num_draft_tokens}
-    if spec.method in ("draft", "eagle"):
+    if spec.method in (Drafting.draft, Drafting.eagle):
         decided["speculative_draft_model_path"] = spec.draft_model
         decided["speculative_draft_load_format"] = "auto"  # its weights are its own and do not change
     elif cfg.precision.rollout.format != "bf16":
@@ -194,7 +195,7 @@ def warnings(cfg: Config) -> list[str]:
         )
     if on_cpu(cfg) and cfg.precision.rollout.format == "fp8":
         found.append("the CPU twin computes with dequantized FP8 weights and leaves activations in bf16")
-    if cfg.speculative.method == "draft":
+    if cfg.speculative.method == Drafting.draft:
         found.append("SGLang 0.5.23 shows a draft model the text without its first token, so even an equal model misses some")
     found += TRANSPORTS[rollout.weight_transport].warnings(cfg)
     return found

@@ -8,6 +8,8 @@ from typing import Any
 
 import aiohttp
 
+from runner.config.choices import PauseMode
+
 Reply = dict[str, Any]
 
 
@@ -59,8 +61,8 @@ class Client:
         """Every request of this server ends at once, with what it has."""
         await self._call("/abort_request", {"abort_all": True})
 
-    async def pause(self, mode: str) -> None:
-        await self._call("/pause_generation", {"mode": mode})
+    async def pause(self, mode: PauseMode) -> None:
+        await self._call("/pause_generation", {"mode": mode.value})
 
     async def resume(self) -> None:
         await self._call("/continue_generation", {})

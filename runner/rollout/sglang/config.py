@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from runner.config.choices import PauseMode, TransferProtocol
 from runner.config.limits import LONGEST_SECONDS, number, one_of
 from runner.config.option import EngineLayout
 from runner.config.schema import Config, RolloutConfig
@@ -25,9 +26,9 @@ class SglangRolloutConfig(RolloutConfig):
     memory_fraction: float = number(gt=0, le=1)  # of a GPU's memory, for weights and KV cache
     attention_backend: str = MISSING  # auto, or a name that SGLang knows
     weight_transport: str = one_of(among=transports)  # a file of weights/transports
-    transfer_protocol: str = one_of("rdma", "tcp")  # of p2p
+    transfer_protocol: TransferProtocol = MISSING  # of p2p
     transfer_devices: list[str] = field(default_factory=list)  # of p2p: RDMA devices (mlx5_0, ..); all if empty
-    pause_mode: str = one_of("abort", "retract", "in_place")
+    pause_mode: PauseMode = MISSING
     startup_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
     health_interval_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # between looks at whether an engine still works; 0: never
     cpu_engines: int = number(ge=1, le=1024)  # servers on this machine's CPU, where parallelism.rollout_gpus is 0

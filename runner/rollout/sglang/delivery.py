@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from runner.config.choices import PauseMode
 from runner.rollout.sglang.client import CACHES, WEIGHTS, Client, EngineFailure, Refused
 from runner.rollout.sglang.engines import Engine, EngineUpdate, Settings, label
 from runner.weights.transports import Driver
@@ -49,12 +50,12 @@ class Delivery:
     async def put_to_sleep(self, updates: list[EngineUpdate]) -> None:
         """Nothing runs any more on these engines, and they give their memory back."""
         await self._abort_all(updates)
-        await self._each(updates, lambda client, _: client.pause("abort"))
+        await self._each(updates, lambda client, _: client.pause(PauseMode.abort))
         await self._each(updates, lambda client, _: client.release_memory())
 
     async def _pause(self, updates: list[EngineUpdate]) -> None:
         mode = self.settings.pause_mode
-        if mode == "abort":
+        if mode == PauseMode.abort:
             await self._abort_all(updates)
         await self._each(updates, lambda client, _: client.pause(mode))
 
@@ -72,7 +73,7 @@ class Delivery:
 
     async def _commit(self, updates: list[EngineUpdate], named: str, *, resume: bool) -> None:
         """Without a flush, answers over cached prefixes mix old and new weights although `cached_tokens` says 0."""
-        flush = self.settings.pause_mode != "in_place"
+        flush = self.settings.pause_mode != PauseMode.in_place
         await self._each(updates, lambda client, _: client.plugin("commit", flush=flush, version=named))
         if resume:
             await self._each(updates, lambda client, _: client.resume())

@@ -13,11 +13,11 @@ import os
 import select
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
+from runner.rollout.sglang.plugin.shared import remove_shared_files
+
 GUARD_SECONDS = 0.3  # between looks at whether the server itself still lives
-SHARED = Path("/dev/shm")
 VERSION = "0.5.23"  # the plugin hooks private functions of exactly this version
 
 
@@ -48,24 +48,6 @@ def main() -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
-
-
-def shared_file(group: int, name: str) -> Path:
-    """Where SGLang keeps the load figures of a server. Its own names say nothing about who made them, so that files of killed
-    servers could never be told from those of living ones."""
-    return SHARED / f"sglang_loads_{group}_{name}.shm"
-
-
-def shared_segment(kind: str, group: int, rest: str) -> str:
-    """Name of a segment through which the processes of a server talk; `rest` is SGLang's own end of it."""
-    return f"sgl_shm_{kind}_g{group}_{rest}"
-
-
-def remove_shared_files(group: int) -> None:
-    """Of a server that was killed; SGLang removes nothing then. `group`: its process group."""
-    for name in (shared_file(group, "*").name, shared_segment("*", group, "*")):
-        for path in SHARED.glob(name):
-            path.unlink(missing_ok=True)
 
 
 def start_guard() -> None:

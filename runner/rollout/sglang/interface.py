@@ -10,6 +10,7 @@ import socket
 
 import psutil
 
+from runner.config.choices import LauncherKind
 from runner.config.schema import ClusterConfig
 from runner.errors import UserError
 
@@ -33,7 +34,7 @@ def listen_address(cluster: ClusterConfig, otherwise: str | None = None) -> str:
     Never the wildcard: servers must not be open on every network."""
     wanted = cluster.interface
     if wanted is None:
-        return LOOPBACK if cluster.launcher == "local" else otherwise or _towards_the_network()
+        return LOOPBACK if cluster.launcher == LauncherKind.local else otherwise or _towards_the_network()
     there = interfaces()
     if wanted in there:
         return there[wanted][0]

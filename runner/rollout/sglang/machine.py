@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.config import preflight
+from runner.config.choices import Drafting, LauncherKind
 from runner.config.packages import tool
 from runner.config.schema import Config, Role
 from runner.errors import UserError
@@ -47,7 +48,7 @@ def transport(cfg: Config) -> Iterator[UserError]:
 
 def listens(cfg: Config) -> Iterator[UserError]:
     """Whether this machine has `cluster.interface`; the nodes of a cluster are asked when they are there."""
-    if cfg.cluster.launcher == "local":
+    if cfg.cluster.launcher == LauncherKind.local:
         try:
             listen_address(cfg.cluster)
         except UserError as error:
@@ -57,14 +58,14 @@ def listens(cfg: Config) -> Iterator[UserError]:
 def draft(cfg: Config) -> Iterator[UserError]:
     """What SGLang would load and then draft badly with, or not at all."""
     folder, method = cfg.speculative.draft_model, cfg.speculative.method
-    if method not in ("draft", "eagle") or not folder:
+    if method not in (Drafting.draft, Drafting.eagle) or not folder:
         return
     try:
         config = read_json(Path(folder).expanduser() / CONFIG)
         architectures_of(config, folder)
     except UserError:
         return  # a hub id, or what preflight and SGLang report
-    yield from _whole_model(config) if method == "draft" else _eagle_head(cfg, config)
+    yield from _whole_model(config) if method == Drafting.draft else _eagle_head(cfg, config)
 
 
 def _whole_model(config: dict[str, Any]) -> list[UserError]:

@@ -21,6 +21,7 @@ import torch
 from runner import scratch
 from runner.cluster import launcher_of
 from runner.cluster.launcher import EngineOrder, EngineProcess
+from runner.config.choices import Drafting
 from runner.config.schema import Config, Role
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
@@ -62,7 +63,7 @@ class SglangPool:
         self.plan = PrecisionPlan.build(cfg.model, cfg.precision, "rollout")
         self._cfg, self._rollout = cfg, rollout
         self._draft = frozenset(name for name, parameter in self.plan.parameters.items() if parameter.role is Role.mtp)
-        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == "mtp"]
+        self._loaded = [name for name in self.plan.tensors if name not in self._draft or cfg.speculative.method == Drafting.mtp]
         self._repacks = not on_cpu(cfg) and cfg.precision.rollout.format != "bf16"
         self._context = cfg.model.max_context_tokens
         self._residency_tensors = cfg.mismatch.residency_tensors
@@ -81,7 +82,7 @@ class SglangPool:
         chosen = transport or TRANSPORTS[self._rollout.weight_transport]
         self.driver = chosen.driver(self._site())
         self._fleet = Fleet(self._servers(api_key), api_key, self._settings(), self.driver, self._router(api_key))
-        self._max_running = self._rollout.max_concurrency * len(self._fleet.engines)
+        self._max_running = self._rollout.max_concurrency * len(self._fleet.roster.engines)
         self._room = asyncio.Semaphore(self._max_running)  # of all calls together: asynchronous rollouts overlap
         try:
             self._loop.run(self._fleet.start())
@@ -200,7 +201,7 @@ class SglangPool:
         """
         began = time.perf_counter()
         first = self.version < 0
-        previous = self._fleet.weights
+        previous = self._fleet.versions.weights
         weights = self.driver.write(version, self._without_unused(stream), previous)
         problems = weights.problems + self._unfit(weights)
         updates: list[EngineUpdate] = []
@@ -259,7 +260,7 @@ class SglangPool:
         are repacked for a kernel are loaded again a layer at a time, so all of the layer is needed."""
         order = self._loaded
         count = len(order) if first else min(self._residency_tensors, len(order))
-        start = self._fleet.updates * count
+        start = self._fleet.roster.updates * count
         chosen = [order[(start + i) % len(order)] for i in range(count)]
         if self._repacks:
             layers = {layer_of(name) for name in chosen} - {""}
@@ -296,7 +297,7 @@ class SglangPool:
 
     def metrics(self) -> dict[str, float]:
         """`perf/rollout_*`, `rollout/spec_*` and the pool's own counts since the last call."""
-        counters = self._fleet.counters
+        counters = self._fleet.roster.counters
         metrics = {
             "perf/rollout_tokens": float(self._tokens),
             "perf/rollout_stall_time": self._stall,  # of the last weight update
@@ -317,8 +318,8 @@ class SglangPool:
 
     def notices(self) -> list[str]:
         found = []
-        while self._fleet.notices:  # the event loop's thread may append meanwhile
-            found.append(self._fleet.notices.popleft())
+        while self._fleet.roster.notices:  # the event loop's thread may append meanwhile
+            found.append(self._fleet.roster.notices.popleft())
         return found
 
     def state(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.choices import Drafting, PauseMode, Schedule
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.rollout.sglang import arguments
@@ -15,17 +16,17 @@ CPU_FORMATS = ("bf16", "int4", "fp8")
 
 
 def options(cfg: Config) -> Iterator[UserError]:
-    if cfg.speculative.method in ("none", *arguments.ALGORITHMS):
+    if cfg.speculative.method in (Drafting.none, *arguments.ALGORITHMS):
         yield from arguments.problems(cfg)
 
 
 def speculation(cfg: Config) -> Iterator[UserError]:
     """SGLang's CPU path verifies drafts by argmax, whatever the temperature: sampled rollouts would be greedy ones."""
-    if cfg.speculative.method == "none":
+    if cfg.speculative.method == Drafting.none:
         return
     rollout = settings(cfg)
     verified = cfg.speculative.num_draft_tokens + 1
-    if cfg.speculative.method == "mtp" and cfg.model.num_mtp_layers > 1:
+    if cfg.speculative.method == Drafting.mtp and cfg.model.num_mtp_layers > 1:
         yield UserError(
             f"SGLang drafts with one multi-token-prediction layer, {cfg.model.name} has {cfg.model.num_mtp_layers}",
             key="speculative.method",
@@ -103,13 +104,13 @@ def over_nodes(cfg: Config) -> Iterator[UserError]:
 
 def limits(cfg: Config) -> Iterator[UserError]:
     rollout = settings(cfg)
-    if cfg.algorithm.schedule == "async" and rollout.pause_mode != "abort":
+    if cfg.algorithm.schedule == Schedule["async"] and rollout.pause_mode != PauseMode.abort:
         yield UserError(
             f"with pause_mode={rollout.pause_mode} nothing says which tokens of a sample came from which weights",
             key="rollout.pause_mode",
             fix="rollout.pause_mode=abort: a sample goes on after the update, and its spans say where",
         )
-    if cfg.router_replay.rollout and rollout.pause_mode == "retract":
+    if cfg.router_replay.rollout and rollout.pause_mode == PauseMode.retract:
         yield UserError(
             "a retracted request loses its routes",
             key="rollout.pause_mode",

@@ -10,15 +10,16 @@ from typing import Any
 import aiohttp
 
 from runner.cluster.launcher import EngineOrder
+from runner.config.choices import Drafting
 from runner.config.schema import Config
 from runner.cores import available_cores
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.sglang.client import Client
 from runner.rollout.sglang.config import on_cpu
-from runner.rollout.sglang.entry import remove_shared_files
 from runner.rollout.sglang.interface import listen_address, name_of
 from runner.rollout.sglang.model_folder import write_model_folder
+from runner.rollout.sglang.plugin.shared import remove_shared_files
 from runner.rollout.sglang.process import Child, free_ports
 from runner.scratch import environment as temporary_files_in
 
@@ -108,7 +109,7 @@ class Site:
         """`device`: the first of its GPUs, as an index among those that are visible here."""
         model = str(self.scratch / "model")
         arguments = {**order.arguments, "model_path": model}
-        if self.cfg.speculative.method == "mtp":
+        if self.cfg.speculative.method == Drafting.mtp:
             arguments["speculative_draft_model_path"] = model
         if not on_cpu(self.cfg):
             arguments["base_gpu_id"] = device

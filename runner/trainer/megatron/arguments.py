@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+from runner.config.choices import BaseDtype, Recompute
 from runner.config.schema import Config, ModelConfig
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
@@ -101,9 +102,9 @@ def transformer(cfg: Config) -> Arguments:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "attention_softmax_in_fp32": True,
-        "params_dtype": cfg.precision.base_dtype,
-        "pipeline_dtype": cfg.precision.base_dtype,
-        "bf16": cfg.precision.base_dtype == "bfloat16",
+        "params_dtype": cfg.precision.base_dtype.value,
+        "pipeline_dtype": cfg.precision.base_dtype.value,
+        "bf16": cfg.precision.base_dtype == BaseDtype.bfloat16,
         "tensor_model_parallel_size": par.tp,
         "pipeline_model_parallel_size": par.pp,
         "context_parallel_size": par.cp,
@@ -111,7 +112,7 @@ def transformer(cfg: Config) -> Arguments:
         "expert_tensor_parallel_size": par.etp,
         "sequence_parallel": par.sequence_parallel,
         "variable_seq_lengths": True,  # packed micro-batches differ in length between pipeline stages' turns
-        "moe_token_dispatcher_type": trainer_config(cfg).moe_token_dispatcher,  # checked against the line above, dense or not
+        "moe_token_dispatcher_type": trainer_config(cfg).moe_token_dispatcher.value,  # must suit the line above, dense or not
         # losses are sums divided by the step's token count, so gradients are summed over data-parallel ranks; it must be
         # set before DDP is built: otherwise DDP averages without an error
         "calculate_per_token_loss": True,
@@ -147,11 +148,11 @@ def _kernels(cfg: Config) -> Arguments:
 
 def _recompute(cfg: Config) -> Arguments:
     match trainer_config(cfg).recompute:
-        case "none":
+        case Recompute.none:
             return {}
-        case "full":
+        case Recompute.full:
             return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-        case _:  # selective
+        case Recompute.selective:
             modules = ["moe"] if cfg.model.num_experts else ["mlp"]
             if cfg.model.num_experts and cfg.model.num_dense_layers:
                 modules.append("mlp")
@@ -170,7 +171,7 @@ def _experts(cfg: Config) -> Arguments:
         "moe_permute_fusion": cuda and trainer.permute_fusion,
         "moe_router_fusion": cuda and trainer.router_fusion,
         "moe_router_dtype": FULL_ROUTER_DTYPE,
-        "moe_router_score_function": model.router_score,
+        "moe_router_score_function": str(model.router_score),
         "moe_router_pre_softmax": False,  # the softmax over the chosen logits is the renormalised softmax over all
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -276,8 +277,8 @@ def optimizer(cfg: Config) -> Arguments:
         "adam_beta2": options.beta2,
         "adam_eps": options.eps,
         "clip_grad": options.clip_grad_norm,
-        "bf16": cfg.precision.base_dtype == "bfloat16",
-        "params_dtype": cfg.precision.base_dtype,
+        "bf16": cfg.precision.base_dtype == BaseDtype.bfloat16,
+        "params_dtype": cfg.precision.base_dtype.value,
         "use_distributed_optimizer": trainer.distributed_optimizer,
         "overlap_param_gather": trainer.overlap_param_gather and trainer.distributed_optimizer,
         # Megatron's hybrid optimizer, which keeps masters and moments in host memory, is a precision-aware one

@@ -7,7 +7,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from runner.config.limits import LONGEST_SECONDS, number, one_of, path
+from runner.config.choices import TokenDispatcher
+from runner.config.limits import LONGEST_SECONDS, number, path
 from runner.config.schema import TrainerConfig
 
 
@@ -20,7 +21,7 @@ class MegatronTrainerConfig(TrainerConfig):
     permute_fusion: bool = MISSING  # Transformer Engine's fused permutation of tokens to experts
     precision_aware_optimizer: bool = MISSING
     router_fusion: bool = MISSING
-    moe_token_dispatcher: str = one_of("alltoall", "allgather", "flex")
+    moe_token_dispatcher: TokenDispatcher = MISSING
     resident_reference: bool = MISSING  # false: reference weights are swapped in from host memory
     grad_bucket_elements: Optional[int] = number(ge=1, le=2**40)  # parameters per communication bucket; null: Megatron's choice
     rank_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # a rank that is silent for this long counts as dead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runner.config.choices import Fp8Matmul, TokenDispatcher
 from runner.config.option import Rule
 from runner.config.schema import Config, QatPlacement
 from runner.errors import UserError
@@ -18,7 +19,7 @@ def router(cfg: Config) -> Iterator[UserError]:
             key="trainer.router_fusion",
             fix="trainer.router_fusion=false, or router_replay=none",
         )
-    if trainer.moe_token_dispatcher == "allgather":
+    if trainer.moe_token_dispatcher == TokenDispatcher.allgather:
         yield UserError(
             "Megatron's allgather dispatcher does not take packed micro-batches, whose length varies",
             key="trainer.moe_token_dispatcher",
@@ -51,7 +52,7 @@ def quantization(cfg: Config) -> Iterator[UserError]:
             key="precision.fp8_param_gather",
             fix="precision.fp8_param_gather=false",
         )
-    if precision.fp8_matmul != "simulated":
+    if precision.fp8_matmul != Fp8Matmul.simulated:
         yield UserError(
             "trainer=megatron has FP8 matmuls of its own: Transformer Engine's on CUDA, simulated on CPU ranks",
             key="precision.fp8_matmul",
@@ -81,6 +82,15 @@ def drafts(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def experts(cfg: Config) -> Iterator[UserError]:
+    if cfg.model.num_experts and cfg.parallelism.tp > 1 and not cfg.parallelism.sequence_parallel:
+        yield UserError(
+            f"Megatron's experts need sequence parallelism with tp {cfg.parallelism.tp}",
+            key="parallelism.sequence_parallel",
+            fix="parallelism.sequence_parallel=true",
+        )
+
+
 def heads(cfg: Config) -> Iterator[UserError]:
     model, par = cfg.model, cfg.parallelism
     if not model.kv_lora_rank and 0 < model.num_kv_heads < par.tp:
@@ -106,4 +116,4 @@ def heads(cfg: Config) -> Iterator[UserError]:
         yield UserError("trainer=megatron has no vision towers", key="model", fix="trainer=torch")
 
 
-RULES: tuple[Rule, ...] = (router, optimizer, quantization, drafts, heads)
+RULES: tuple[Rule, ...] = (router, optimizer, quantization, drafts, experts, heads)

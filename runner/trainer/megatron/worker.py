@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from runner.cluster.placement import placement
+from runner.config.choices import Recompute
 from runner.config.schema import Config, QatPlacement
 from runner.data import Batch, ExportedTensor, Sample
 from runner.errors import UserError
@@ -96,7 +97,7 @@ class Worker(PolicyUpdates):
         if not replays(self.cfg, self.family):
             return None
         layers = self.family.moe_layers(self.cfg.model)
-        return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute != "none")
+        return Replay(self.model, self.cfg.model, layers, recomputes=self.config.recompute != Recompute.none)
 
     @property
     def reporter(self) -> bool:

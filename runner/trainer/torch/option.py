@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from runner.config import preflight
-from runner.config.limits import one_of
+from runner.config.choices import BaseDtype, DeviceKind, Fp8Matmul
 from runner.config.option import Option, TrainerLayout
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, TrainerConfig
@@ -18,7 +18,7 @@ from runner.errors import UserError
 @dataclass
 class TorchTrainerConfig(TrainerConfig):
     master_weights: bool = MISSING  # fp32 masters of bf16 weights; false: train base_dtype weights directly
-    device: str = one_of("auto", "cpu", "cuda")
+    device: DeviceKind = MISSING
     fused_scores: bool = MISSING  # logprobs and entropies by Triton kernels, runner/trainer/fused_scores.py
 
 
@@ -28,7 +28,7 @@ def settings(cfg: Config) -> TorchTrainerConfig:
 
 
 def layout(cfg: Config) -> TrainerLayout:
-    masters = settings(cfg).master_weights and cfg.precision.base_dtype == "bfloat16"
+    masters = settings(cfg).master_weights and cfg.precision.base_dtype == BaseDtype.bfloat16
     return TrainerLayout(in_process=True, fused=False, masters=masters)
 
 
@@ -48,14 +48,14 @@ def fp8(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             "trainer=torch gathers no parameters", key="precision.fp8_param_gather", fix="precision.fp8_param_gather=false"
         )
-    if cfg.precision.fp8_matmul == "scaled_mm" and settings(cfg).device == "cpu":
+    if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and settings(cfg).device == DeviceKind.cpu:
         key = "precision.fp8_matmul"
         yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=f"{key}=simulated")
 
 
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("trainer.device", settings(cfg).device)
-    if settings(cfg).fused_scores and (settings(cfg).device == "cpu" or not preflight.visible_gpus()):
+    if settings(cfg).fused_scores and (settings(cfg).device == DeviceKind.cpu or not preflight.visible_gpus()):
         key = "trainer.fused_scores"
         yield UserError("fused scores are GPU kernels, the trainer runs on the CPU", key=key, fix=f"{key}=false")
 

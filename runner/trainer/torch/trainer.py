@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runner.config.choices import BaseDtype, DeviceKind
 from runner.config.schema import Config, QatPlacement, Role
 from runner.cores import default_threads
 from runner.data import Batch, Sample, WeightStream
@@ -44,7 +45,7 @@ from runner.trainer.torch.qat import (
     export_weights,
 )
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {BaseDtype.bfloat16: torch.bfloat16, BaseDtype.float32: torch.float32}
 
 
 class TorchTrainer(PolicyUpdates, PolicyTrainer):
@@ -63,7 +64,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
             torch.set_num_threads(self.config.threads or default_threads())
             cpu_matmul.install(cfg.precision.cpu_matmul)
         self.family = family_of(cfg.model)
-        self.dtype = _dtype(cfg.precision.base_dtype)
+        self.dtype = DTYPES[cfg.precision.base_dtype]
         self.model = build_model(
             cfg.model,
             dtype=self.dtype,
@@ -412,15 +413,9 @@ def _rows(hidden: torch.Tensor, sequences: Sequence[tuple[torch.Tensor, int]], m
     return [hidden[row, : len(sequences[index][0])] for row, index in enumerate(micro.indices)]
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
+def _device(wanted: DeviceKind) -> torch.device:
+    if wanted == DeviceKind.auto:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    if wanted == DeviceKind.cuda and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", key="trainer.device", fix="trainer.device=auto")
-    return torch.device(name)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise UserError(f"base_dtype '{name}' is not known", key="precision.base_dtype", fix="use bfloat16 or float32")
-    return DTYPES[name]
+    return torch.device(wanted.value)

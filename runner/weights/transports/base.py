@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runner.config.choices import TransferProtocol
 from runner.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Site:
     disk: Path
     logs: Path
     needed_bytes: int
-    transfer_protocol: str
+    transfer_protocol: TransferProtocol
     transfer_devices: Sequence[str]
 
 

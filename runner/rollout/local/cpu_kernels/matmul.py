@@ -42,6 +42,8 @@ _bmm_out = _torch_function("aoti_torch_cpu_bmm_out", _WORD, _WORD, _WORD)
 _int4_mm = _torch_function("aoti_torch_cpu__weight_int4pack_mm_cpu_tensor", *[_WORD] * 5)
 _copy = types.ExternalFunction("memcpy", _WORD(_WORD, _WORD, _WORD))
 _BF16, _FP32 = 15, 6  # torch's numbers of its dtypes
+_DELETE = _LIBRARY.aoti_torch_delete_tensor_object
+_DELETE.argtypes = [ctypes.c_int64]
 
 
 class TensorHandle:
@@ -59,9 +61,7 @@ class TensorHandle:
             raise RuntimeError("torch cannot make a tensor of this memory")
         self.address = int(handle[0])
 
-    def __del__(self) -> None:
-        delete = _LIBRARY.aoti_torch_delete_tensor_object
-        delete.argtypes = [ctypes.c_int64]
+    def __del__(self, delete: Any = _DELETE) -> None:  # a default: when the interpreter ends, the module's names are gone first
         delete(self.address)
 
 

@@ -14,7 +14,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from runner import models
-from runner.rollout.sglang.entry import shared_file, shared_segment
+from runner.rollout.sglang.plugin.shared import shared_file, shared_segment
 from runner.weights.transports import broadcast
 
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from runner import lock
-from runner.cli.sweep.jobs import Job, run_command
-from runner.cli.sweep.summary import job_results, write_summary
 from runner.config.overrides import shell, typed
 from runner.errors import UserError
 from runner.redaction import shown
 from runner.storage import atomic_write
+from runner.sweep.jobs import Job, run_command
+from runner.sweep.summary import job_results, write_summary
 from runner.tracking.folder import read_status
 from runner.tracking.report import write_comparison
 

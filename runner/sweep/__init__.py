@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import sys
 
-from runner.cli.verb import Command, Verb
-
 
 def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None:
     """The overrides of a sweep, or None when this is a single run.
@@ -50,32 +48,11 @@ def sweep_overrides(overrides: list[str], *, multirun: bool) -> list[str] | None
 
 def run(overrides: list[str]) -> int:
     """Expand, check every job, run. Raises UserError before anything starts when a job's config is wrong."""
-    from runner.cli.sweep import jobs
-    from runner.cli.sweep.supervise import Sweep
     from runner.config.compose import load_config
+    from runner.sweep import jobs
+    from runner.sweep.supervise import Sweep
 
     folder, planned = jobs.plan(overrides, load_config)
     for note in jobs.merged(overrides):
         print(f"note: {note}", file=sys.stderr, flush=True)
     return Sweep(folder, planned).run()
-
-
-def start(command: Command) -> int:
-    return run(sweep_overrides(command.overrides, multirun=True) or [])
-
-
-VERB = Verb(
-    name="sweep",
-    summary="every combination of key=a,b,c, one fresh process per job; restartable",
-    usage="[key=a,b,c ...] [key=value ...]",
-    about="""Every combination of the values of key=a,b,c runs in a process and a folder of its own, one after the other. The same
-command again goes on where the sweep stopped: completed jobs are skipped. `python -m runner -m` is the same.
-Writes summary.md, summary.csv and comparison.html. Exit code 0: every job completed; 1: one did not; 130: Ctrl-C.""",
-    examples=(
-        ("sweep precision.group_size=32,64,128", "three jobs and a summary table"),
-        ("sweep precision=bf16,int4_qat seed=1,2,3", "six jobs; means over the seeds, too"),
-        ("sweep recipe=laptop_r3", "a recipe that is a sweep (`run` starts it as well)"),
-    ),
-    start=start,
-    groups=True,
-)

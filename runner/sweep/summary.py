@@ -8,9 +8,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from runner.cli.sweep.jobs import Job
 from runner.errors import UserError
 from runner.storage import atomic_write
+from runner.sweep.jobs import Job
 from runner.tracking.charts import format_number
 from runner.tracking.report import key_results, read_run
 
