@@ -24,7 +24,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-recipes test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-recipes test-peers test-gptq same lock lint format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -83,7 +83,15 @@ test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's
 	$(BIN)/python -m pytest -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
-test-night: setup-sglang test-gptq ## What CI leaves out: GPTQ, random runs, further layouts, whole runs; drafts, the router, p2p and Ray with SGLang servers
+# --no-deps: what these tests touch of verl and TRL needs this much, and nothing may change what .venv has.
+PEERS := verl==0.9.1 trl==1.16.0 codetiming==1.4.0 tensordict==0.15.3 accelerate==1.15.0 datasets==5.2.0 pyarrow pandas dill multiprocess \
+	xxhash torchdata==0.11.0 pylatexenc peft==0.21.2 pyvers cloudpickle orjson importlib-metadata pytz python-dateutil zipp
+test-peers: setup ## Losses, gradients and advantages against verl and TRL, in a folder of their own (elsewhere they are skipped)
+	@test -e .peers/.installed || { $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers $(PEERS) && \
+		rm -rf .peers/tests .peers/scripts && touch .peers/.installed; }
+	PYTHONPATH=.peers OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_peers.py
+
+test-night: setup-sglang test-gptq test-peers ## What CI leaves out: GPTQ, random runs, further layouts, whole runs; drafts, the router, p2p and Ray with SGLang servers
 	$(BIN)/python -m pytest -m night
 
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven minutes)
