@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from runner.models.images import PromptImage
+    from runner.models.images import Images
     from runner.routing.reference import RouteRef
 
 
@@ -47,7 +47,7 @@ class Request:
     sampling: SamplingParams
     seed: int
     capture_routes: bool = False
-    image: PromptImage | None = None  # of the prompt, shared by its samples; `tokens` has room for it
+    images: Images = ()  # what placeholders among `tokens` stand for; those of the prompt are shared by its samples
     conversation: str = ""  # turns of one conversation share it: an engine may keep what it computed between them
     known_routes: int = 0  # rows of routes that the asker has: only those after them come back
 
@@ -74,7 +74,8 @@ class Sample:
                       through when token t + 1 was predicted; None without capture. An engine's answer to a request with
                       `known_routes` begins after those rows
     rewards           the parts of the reward by name, weighted: they add up to it; {} where it has none
-    image             the prompt's image: the same object in all samples of a prompt
+    images            what placeholders among `tokens` stand for, in their order: the prompt's, which are the same objects in all
+                      samples of a prompt, then those of observations
     """
 
     prompt_id: str
@@ -91,7 +92,7 @@ class Sample:
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
-    image: PromptImage | None = None
+    images: Images = ()
 
     @property
     def prompt_length(self) -> int:

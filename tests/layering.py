@@ -27,6 +27,7 @@ BACK = {
     ("config", "models"): "the families that model.family may name, and the config.json that a local checkpoint has",
     ("config", "precision.formats"): "the formats that a grid may name",
     ("config", "algorithms.estimators"): "the estimators that algorithm.estimator may name",
+    ("tools", "tasks"): "the type of a prompt, for checkers only",
     ("models", "models.families"): "the table of families, and the visual tower of one of them",
     ("models", "precision"): "a built model loads the weights of a quantized folder",
     ("models", "convert"): "... through the converter's reader of published folders",

@@ -307,16 +307,16 @@ def test_a_published_tower_computes_what_transformers_does(tmp_path: Path) -> No
             image_grid_thw=torch.tensor([image.grid_thw]),
             mm_token_type_ids=kinds[None],
         ).logits[0]
-        ours = built.lm_head(hidden_states(built, row[None], [image]))[0]
+        ours = built.lm_head(hidden_states(built, row[None], [(image,)]))[0]
         engine = EngineModel(
             config, PrecisionPlan.with_format(config, TensorFormat.bf16(), ()), torch.float32, torch.device("cpu"), module
         )
-        features = engine.encode([image])
+        features = engine.encode([(image,)])
         assert features is not None and len(features.deepstack) == 3
-        placed = features.placed([image], [0], [len(tokens)], [0])
+        placed = features.placed([(image,)], [0], [len(tokens)], [0])
         cache = KVCache(1, 64, torch.float32, torch.device("cpu"))
         hidden = engine.forward(
-            cache, row.numpy(), np.array([0]), np.array([len(tokens)]), images=np.array([image.extent]), placed=placed
+            cache, row.numpy(), np.array([0]), np.array([len(tokens)]), images=np.array([[image.extent]]), placed=placed
         )
         decoded = engine.logits(hidden)
     assert (ours - theirs).abs().max() < 1e-4 and (decoded - theirs).abs().max() < 1e-4

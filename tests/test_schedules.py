@@ -15,7 +15,7 @@ import torch
 from runner.data import Sample, Status, WeightSpan
 from runner.errors import UserError
 from runner.models.families.qwen3_vl import tower
-from runner.models.images import PromptImage
+from runner.models.images import PlacedImage
 from runner.run import mismatch, pending
 from runner.run.collect import Group, Interrupted, Rollout
 from runner.run.schedules import Rollouts
@@ -190,7 +190,7 @@ def test_nothing_is_saved_where_nothing_waits(tmp_path: Path) -> None:
     assert rollouts("sync", Weights()).load(tmp_path, []) == []
 
 
-def _sample(image: PromptImage | None, **changes: Any) -> Sample:
+def _sample(images: tuple[PlacedImage, ...], **changes: Any) -> Sample:
     sample = Sample(
         prompt_id="p",
         sample_index=1,
@@ -205,7 +205,7 @@ def _sample(image: PromptImage | None, **changes: Any) -> Sample:
         weight_spans=[WeightSpan(7, 0, 3)],
         reward=0.1 + 0.2,
         info={"prompt": 'a "quote"\n', "text": "ü", "ids": (1, 2)},
-        image=image,
+        images=images,
     )
     for name, value in changes.items():
         setattr(sample, name, value)
@@ -214,9 +214,10 @@ def _sample(image: PromptImage | None, **changes: Any) -> Sample:
 
 def test_a_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)[::-1]
-    image = PromptImage(pixels, 2, tower(composed("model=tiny_vlm").model))
-    samples = [_sample(image), _sample(image), _sample(None, routes=None, reward=None)]
-    group = Group(Prompt("p", "text", (1, 2), "answer", {"k": [1, None, True]}, image), samples)
+    image = PlacedImage(pixels, 2, tower(composed("model=tiny_vlm").model))
+    crop = PlacedImage(pixels[:4, :8], 3, image.tower)
+    samples = [_sample((image,)), _sample((image, crop)), _sample((), routes=None, reward=None)]
+    group = Group(Prompt("p", "text", (1, 2), "answer", {"k": [1, None, True]}, (image,)), samples)
     written = Rollout([group], [group, Group(group.prompt, [])], {"rollout/raw_reward": 0.1})
     pending.write(tmp_path / "rollout", (3, written))
     step, read = pending.read(tmp_path / "rollout")
@@ -226,16 +227,18 @@ def test_a_rollout_comes_back_as_it_was(tmp_path: Path) -> None:
             found = getattr(after, name)
             if isinstance(value, torch.Tensor):
                 assert found.dtype == value.dtype and torch.equal(found.nan_to_num(-9.0), value.nan_to_num(-9.0)), name
-            elif name != "image":
+            elif name != "images":
                 assert found == value, name
-    assert read.samples[0].image is read.samples[1].image is read.groups[0].prompt.image
-    assert np.array_equal(read.samples[0].image.pixels, pixels) and read.samples[0].image.grid == image.grid
+    (one,), (again, part), (shown,) = read.samples[0].images, read.samples[1].images, read.groups[0].prompt.images
+    assert one is again is shown and not read.samples[2].images
+    assert np.array_equal(one.pixels, pixels) and one.grid == image.grid
+    assert np.array_equal(part.pixels, crop.pixels) and part.start == 3
 
 
 def test_what_is_not_known_is_neither_written_nor_read(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="Path"):
-        pending.write(tmp_path / "a", _sample(None, info={"where": tmp_path}))
-    pending.write(tmp_path / "b", _sample(None))
+        pending.write(tmp_path / "a", _sample((), info={"where": tmp_path}))
+    pending.write(tmp_path / "b", _sample(()))
     objects = tmp_path / "b" / pending.OBJECTS
     intact = objects.read_text()
     for damage in (

@@ -423,7 +423,7 @@ def test_a_prompts_image_is_seen_in_all_turns() -> None:
     asked = Asked(SamplingParams(1.0, 100, stop_token_ids=(END,)), step=0, capture_routes=False, evaluating=False)
     found = Conversations(talk, None, codec(), concurrency=4, lockstep=True).run(pool, prompts, 2, asked, lambda: None)
     assert pool.metrics()["perf/rollout_cached_tokens"] > 0
-    scored = pool.score([sample.tokens for sample in found], [sample.image for sample in found])
+    scored = pool.score([sample.tokens for sample in found], [sample.images for sample in found])
     blind = pool.score([sample.tokens for sample in found])
     for sample, logprobs, other in zip(found, scored, blind, strict=True):
         own = logprobs[sample.prompt_length - 1 :][sample.loss_mask]
@@ -466,13 +466,13 @@ def templated(template: str) -> Any:
 
 def test_an_observation_is_what_the_template_writes_between_two_turns() -> None:
     tokenizer = templated(Template.QWEN3)
-    found = codec("tool", tokenizer).observation("46", 100, first=False, closed=True)
+    found = codec("tool", tokenizer).observation("46", 100, first=False, closed=True)[0]
     asked = [{"role": "user", "content": "12+34"}]
     answered = [*asked, {"role": "assistant", "content": "call"}, {"role": "tool", "content": "46"}]
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False) + "call<eos>"
     after = tokenizer.apply_chat_template(answered, add_generation_prompt=True, tokenize=False)
     assert before + tokenizer.decode(found) == after
-    hidden = codec("tool", tokenizer).observation("46<eos>", 100, first=False, closed=True)
+    hidden = codec("tool", tokenizer).observation("46<eos>", 100, first=False, closed=True)[0]
     assert END in found and hidden.count(END) == found.count(END)  # the data's is text
 
 

@@ -25,7 +25,8 @@ from runner.config.schema import Config, Role
 from runner.data import Batch, Request, Sample, SamplingParams
 from runner.errors import UserError
 from runner.models.build import build_model, load_tokenizer
-from runner.models.images import ImageProcessor, PromptImage, image_processor, rotary_positions
+from runner.models.images import ImageProcessor, Images, PlacedImage, image_processor, rotary_positions
+from runner.models.pictures import open_rgb, resized
 from runner.models.visual import ImageFeatures, hidden_states
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local import LocalPool
@@ -33,7 +34,6 @@ from runner.run import samples as kept
 from runner.run.collect import Collector
 from runner.run.sync import _probe_batch
 from runner.tasks.geo3k import Geo3kTask
-from runner.tasks.pictures import open_rgb, resized
 from runner.tasks.protocol import Prompt
 from runner.tasks.visual_count import VisualCountTask, draw
 from runner.trainer.protocol import StepResult
@@ -63,30 +63,41 @@ def noise_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def reference_inputs(tokens: torch.Tensor, image: PromptImage) -> dict[str, Any]:
-    """What transformers' own forward takes: pixels, grid, and which tokens are the image's."""
+def reference_inputs(tokens: torch.Tensor, images: Images) -> dict[str, Any]:
+    """What transformers' own forward takes: pixels, grids, and which tokens are an image's."""
+    if not images:
+        return {"input_ids": tokens[None]}
     kinds = torch.zeros_like(tokens)
-    kinds[image.start : image.start + image.tokens] = 1
-    grid = torch.tensor([image.grid_thw])
-    return {"input_ids": tokens[None], "pixel_values": image.patches(), "image_grid_thw": grid, "mm_token_type_ids": kinds[None]}
+    for image in images:
+        kinds[image.start : image.start + image.tokens] = 1
+    return {
+        "input_ids": tokens[None],
+        "pixel_values": torch.cat([image.patches() for image in images]),
+        "image_grid_thw": torch.tensor([image.grid_thw for image in images]),
+        "mm_token_type_ids": kinds[None],
+    }
 
 
 def requests(prompts: list[Prompt], samples: int = 1, tokens: int = 12, temperature: float = 1.0) -> list[Request]:
     params = SamplingParams(temperature, tokens, stop_token_ids=(1,))
     return [
-        Request(p.prompt_id, i, p.tokens, params, seed=100 * n + i, image=p.image)
+        Request(p.prompt_id, i, p.tokens, params, seed=100 * n + i, images=p.images)
         for n, p in enumerate(prompts)
         for i in range(samples)
     ]
 
 
 def mixed_prompts(cfg: Config) -> list[Prompt]:
-    """Prompts with images of three sizes, two that differ in nothing but the image, and one without any."""
+    """Prompts with images of three sizes, two that differ in nothing but the image, two with several, and one without any."""
     made = processor(cfg)
     prompts = []
     for number, (height, width) in enumerate([(32, 32), (32, 32), (16, 40), (48, 8)]):
-        tokens, image = made.place([30, 31, IMAGE, 32, 33, 34], noise_image(height, width, number))
-        prompts.append(Prompt(f"p{number}", "", tokens, "", {}, image))
+        tokens, images = made.place([30, 31, IMAGE, 32, 33, 34], [noise_image(height, width, number)])
+        prompts.append(Prompt(f"p{number}", "", tuple(tokens), "", {}, images))
+    for number, sides in enumerate([((16, 40), (8, 24)), ((8, 24), (16, 40), (24, 8))]):
+        shown = [noise_image(*side, seed) for seed, side in enumerate(sides)]
+        tokens, images = made.place([30, IMAGE, 31, *[IMAGE, 35] * (len(sides) - 1), 32], shown)
+        prompts.append(Prompt(f"several{number}", "", tuple(tokens), "", {}, images))
     return [*prompts, Prompt("text", "", (30, 31, 32, 33), "")]
 
 
@@ -123,7 +134,7 @@ def test_pixels_become_the_patches_of_transformers_own_processor(height: int, wi
     expected = theirs([picture], return_tensors="pt")
     made = processor(config())
     high, wide = made.fitted_size(height, width, least, most)
-    image = PromptImage(resized(picture, high, wide), 0, made.tower)
+    image = PlacedImage(resized(picture, high, wide), 0, made.tower)
     assert expected["image_grid_thw"].tolist() == [list(image.grid_thw)]
     assert torch.equal(expected["pixel_values"], image.patches())
 
@@ -135,27 +146,37 @@ def test_far_too_long_images_are_refused() -> None:
 
 def test_a_placeholder_becomes_as_many_tokens_as_the_image_has() -> None:
     made = processor(config())
-    tokens, image = made.place([7, IMAGE, 8], noise_image(16, 24))
-    assert tokens == (7, *[IMAGE] * 6, 8) and image.extent == (1, 2, 3)
+    tokens, (image,) = made.place([7, IMAGE, 8], [noise_image(16, 24)])
+    assert tokens == [7, *[IMAGE] * 6, 8] and image.extent == (1, 2, 3)
+    tokens, images = made.place([IMAGE, 7, IMAGE], [noise_image(8, 8), noise_image(8, 16)], first=5)
+    assert tokens == [IMAGE, 7, IMAGE, IMAGE] and [image.start for image in images] == [5, 7]
+    pixels = [image.pixels for image in images]
+    assert [image.start for image in made.at([9] * 5 + tokens, pixels)] == [5, 7]
     for wrong in ([7, 8], [IMAGE, IMAGE]):
         with pytest.raises(ValueError, match="not 1"):
-            made.place(wrong, noise_image(8, 8))
+            made.place(wrong, [noise_image(8, 8)])
 
 
-@pytest.mark.parametrize("extent", [(1, 4, 4), (0, 1, 5), (3, 6, 1)])
-def test_rotary_positions_are_those_of_transformers(extent: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "extent", [[(1, 4, 4)], [(0, 1, 5)], [(3, 6, 1)], [(1, 4, 4), (19, 2, 3)], [(0, 1, 5), (6, 6, 1), (14, 2, 2)]]
+)
+def test_rotary_positions_are_those_of_transformers(extent: list[tuple[int, int, int]]) -> None:
     cfg = config()
     built = build_model(cfg.model, dtype=torch.float32, seed=0)
-    start, rows, columns = extent
-    total = start + rows * columns + 7
+    last = extent[-1]
+    total = last[0] + last[1] * last[2] + 7
     kinds = torch.zeros(1, total, dtype=torch.int64)
-    kinds[0, start : start + rows * columns] = 1
-    grid = torch.tensor([[1, 2 * rows, 2 * columns]])
+    for start, rows, columns in extent:
+        kinds[0, start : start + rows * columns] = 1
+    grid = torch.tensor([[1, 2 * rows, 2 * columns] for _, rows, columns in extent])
     expected, delta = built.base_model.get_rope_index(torch.ones(1, total, dtype=torch.int64), kinds, image_grid_thw=grid)
-    ours = rotary_positions(np.arange(total), *np.array(extent))
+    ours = rotary_positions(np.arange(total), np.array(extent))
     assert np.array_equal(ours, expected[:, 0].numpy())
     assert ours[0, -1] - (total - 1) == int(delta)
-    assert np.array_equal(rotary_positions(np.arange(9), *np.zeros(3, np.int64)), np.tile(np.arange(9), (3, 1)))
+    padded = rotary_positions(np.arange(total), np.array([*extent, (0, 0, 0)]))
+    assert np.array_equal(ours, padded)
+    assert np.array_equal(rotary_positions(np.arange(9), np.zeros((1, 3), np.int64)), np.tile(np.arange(9), (3, 1)))
+    assert np.array_equal(rotary_positions(np.arange(9), np.zeros((0, 3), np.int64)), np.tile(np.arange(9), (3, 1)))
 
 
 # -- forward: trainer's, engine's, transformers' --------------------------------------------------------------------------
@@ -166,11 +187,10 @@ def test_batched_hidden_states_equal_transformers_one_by_one(fp32: tuple[LocalPo
     prompts = mixed_prompts(cfg)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(p.tokens) for p in prompts], batch_first=True)
     with torch.no_grad():
-        ours = hidden_states(built, tokens, [p.image for p in prompts])
+        ours = hidden_states(built, tokens, [p.images for p in prompts])
         for row, prompt in enumerate(prompts):
             ids = torch.tensor(prompt.tokens)
-            given = {"input_ids": ids[None]} if prompt.image is None else reference_inputs(ids, prompt.image)
-            expected = built.base_model(**given, use_cache=False).last_hidden_state[0]
+            expected = built.base_model(**reference_inputs(ids, prompt.images), use_cache=False).last_hidden_state[0]
             torch.testing.assert_close(ours[row, : len(ids)], expected, atol=2e-5, rtol=0)
 
 
@@ -179,10 +199,10 @@ def test_an_image_is_encoded_once_for_all_rows_that_show_it() -> None:
     built = build_model(cfg.model, dtype=torch.float32, seed=0)
     seen: list[int] = []
     built.base_model.visual.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
-    first, second = (PromptImage(noise_image(16, 16, seed), 1, processor(cfg).tower) for seed in range(2))
-    features = ImageFeatures(built.base_model.visual, [first, second, first, None, first])
+    first, second = (PlacedImage(noise_image(16, 16, seed), 1, processor(cfg).tower) for seed in range(2))
+    features = ImageFeatures(built.base_model.visual, [(first,), (second,), (first,), (), (first,)])
     assert seen == [2 * 16]
-    placed = features.placed([first, None, first], [0, 0, 3], [9, 9, 9], [0, 9, 18])
+    placed = features.placed([(first,), (), (first,)], [0, 0, 3], [9, 9, 9], [0, 9, 18])
     assert placed is not None and placed.where.tolist() == [1, 2, 3, 4, 18, 19]
     assert torch.equal(placed.embeds[2:4], placed.embeds[4:6])
 
@@ -192,10 +212,14 @@ def test_greedy_tokens_and_logprobs_are_those_of_transformers_generate(fp32: tup
     prompts = mixed_prompts(cfg)
     for prompt, sample in zip(prompts, in_order(pool, requests(prompts, temperature=0.0)), strict=True):
         ids = torch.tensor(prompt.tokens)
-        given = {"input_ids": ids[None]} if prompt.image is None else reference_inputs(ids, prompt.image)
         with torch.no_grad():
             made = built.generate(
-                **given, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=1
+                **reference_inputs(ids, prompt.images),
+                max_new_tokens=12,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                eos_token_id=1,
             )
         assert sample.tokens.tolist() == made.sequences[0].tolist()
         logprobs = torch.cat(made.logits).log_softmax(-1).gather(-1, sample.response_tokens[:, None])[:, 0]
@@ -219,11 +243,11 @@ def test_trainer_and_engine_agree_and_samples_share_their_image() -> None:
     assert pool.update_weights(0, trainer.export()).problems == []
     prompts = mixed_prompts(cfg)
     samples = in_order(pool, requests(prompts, samples=3))
-    assert all(sample.image is prompts[i // 3].image for i, sample in enumerate(samples))
+    assert all(sample.images is prompts[i // 3].images for i, sample in enumerate(samples))
     batch = Batch(samples, [torch.ones(sample.response_length) for sample in samples], temperature=1.0)
     for ours, sample in zip(trainer.logprobs(batch), samples, strict=True):
         torch.testing.assert_close(ours, sample.rollout_logprobs, atol=1e-4, rtol=0)
-    images = [prompt.image for prompt in prompts]
+    images = [prompt.images for prompt in prompts]
     probe = [torch.tensor(prompt.tokens) for prompt in prompts]
     for ours, theirs in zip(trainer.logprobs(_probe_batch(probe, images)), pool.score(probe, images), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -234,9 +258,9 @@ def test_a_placeholder_that_the_policy_samples_is_an_ordinary_token(fp32: tuple[
     prompt = mixed_prompts(cfg)[0]
     tokens = torch.tensor([*prompt.tokens, IMAGE, 40, IMAGE, 41])
     with torch.no_grad():
-        hidden = hidden_states(built, tokens[None], [prompt.image])[0]
+        hidden = hidden_states(built, tokens[None], [prompt.images])[0]
         expected = built.get_output_embeddings()(hidden)[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
-    torch.testing.assert_close(pool.score([tokens], [prompt.image])[0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(pool.score([tokens], [prompt.images])[0], expected, atol=1e-4, rtol=0)
 
 
 def test_n_gram_proposals_change_nothing() -> None:
@@ -270,7 +294,7 @@ def test_new_weights_in_the_middle_of_a_run_see_the_image_again() -> None:
     switch = late.weight_spans[1].start
     assert switch == 3 and late.weight_spans[1].version == 1
     with torch.no_grad():
-        hidden = hidden_states(new, late.tokens[None], [prompt.image])[0, late.prompt_length - 1 : -1]
+        hidden = hidden_states(new, late.tokens[None], [prompt.images])[0, late.prompt_length - 1 : -1]
         expected = new.get_output_embeddings()(hidden).log_softmax(-1).gather(-1, late.response_tokens[:, None])[:, 0]
     torch.testing.assert_close(late.rollout_logprobs[switch:], expected[switch:], atol=1e-4, rtol=0)
 
@@ -288,7 +312,7 @@ def test_quantization_leaves_the_tower_alone_and_training_moves_it(tmp_path: Pat
     before = {name: tensor.clone() for name, tensor in trainer.unquantized_weights().items()}
     prompts = task.train_prompts(0, 2)
     picks = [(torch.tensor([*p.tokens, 60, 61, 1]), len(p.tokens)) for p in prompts]
-    trainer.sft_step(picks, 1e-3, [p.image for p in prompts])
+    trainer.sft_step(picks, 1e-3, [p.images for p in prompts])
     vision = [name for name in before if ".visual." in name]
     moved = [name for name in vision if not torch.equal(before[name], trainer.unquantized_weights()[name])]
     still = set(vision) - set(moved)
@@ -300,7 +324,7 @@ def test_quantization_leaves_the_tower_alone_and_training_moves_it(tmp_path: Pat
     again = TorchTrainer(cfg)
     again.load(folder)
     for one in (trainer, again):
-        one.sft_step(picks, 1e-3, [p.image for p in prompts])
+        one.sft_step(picks, 1e-3, [p.images for p in prompts])
     assert all(torch.equal(trainer.optimizer.masters[name], again.optimizer.masters[name]) for name in before)
 
 
@@ -314,7 +338,7 @@ def test_transformers_loads_model_and_image_processor_from_a_checkpoint(tmp_path
     assert torch.equal(tower.to(torch.bfloat16), trainer.unquantized_weights()["model.visual.patch_embed.proj.weight"])
     picture = Image.fromarray(noise_image(48, 32))
     expected = AutoImageProcessor.from_pretrained(tmp_path)([picture], return_tensors="pt")["pixel_values"]
-    assert torch.equal(PromptImage(np.asarray(picture), 0, processor(cfg).tower).patches(), expected)
+    assert torch.equal(PlacedImage(np.asarray(picture), 0, processor(cfg).tower).patches(), expected)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -325,7 +349,7 @@ def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
     masters = []
     for kind in ("none", recompute):
         trainer = TorchTrainer(config(*FP32, f"trainer.recompute={kind}"))
-        trainer.sft_step(picks, 1e-3, [p.image for p in prompts])
+        trainer.sft_step(picks, 1e-3, [p.images for p in prompts])
         masters.append(trainer.optimizer.masters)
     for name in masters[0]:
         torch.testing.assert_close(masters[0][name], masters[1][name], atol=1e-6, rtol=0)
@@ -340,7 +364,7 @@ def test_prompts_with_images_become_rewarded_samples_and_no_row_of_a_log_holds_p
     params = SamplingParams(1.0, 8, stop_token_ids=collector.stop_token_ids)
     prompts = task.train_prompts(0, 3)
     samples = collector.generate(prompts, 2, params, 0, capture_routes=False)
-    assert [sample.image for sample in samples] == [prompt.image for prompt in prompts for _ in range(2)]
+    assert [sample.images for sample in samples] == [prompt.images for prompt in prompts for _ in range(2)]
     assert all(sample.reward == 0.0 and sample.info["prompt"].startswith("<image>how many") for sample in samples)
     advantages = [torch.zeros(sample.response_length) for sample in samples]
     update = StepResult({}, [sample.rollout_logprobs for sample in samples], old_version=0)
@@ -356,11 +380,11 @@ def test_scenes_depend_on_seed_split_and_index_alone() -> None:
     two.eval_prompts(5), two.worked_solutions(3, 1)
     for a, b, c in zip(one.train_prompts(3, 4), two.train_prompts(3, 4), other.train_prompts(3, 4), strict=True):
         assert (a.text, a.tokens, a.answer) == (b.text, b.tokens, b.answer)
-        assert a.image is not None and b.image is not None and c.image is not None
-        assert np.array_equal(a.image.pixels, b.image.pixels) and not np.array_equal(a.image.pixels, c.image.pixels)
+        (mine,), (again,), (others,) = a.images, b.images, c.images
+        assert np.array_equal(mine.pixels, again.pixels) and not np.array_equal(mine.pixels, others.pixels)
     assert one.train_prompts(3, 2)[1].answer == one.train_prompts(3, 9)[1].answer  # how many are asked for does not matter
-    held = [prompt.image.pixels.tobytes() for prompt in one.eval_prompts(256) if prompt.image is not None]
-    assert held == [prompt.image.pixels.tobytes() for prompt in other.eval_prompts(256) if prompt.image is not None]
+    held = [image.pixels.tobytes() for prompt in one.eval_prompts(256) for image in prompt.images]
+    assert held == [image.pixels.tobytes() for prompt in other.eval_prompts(256) for image in prompt.images]
     assert len(set(held)) == 256
 
 
@@ -423,6 +447,7 @@ def geo3k(folder: Path, rows: list[dict[str, Any]], *overrides: str) -> Geo3kTas
 def test_geometry_problems_from_files_and_from_text(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "1.png").write_bytes(png(seed=1))
+    (tmp_path / "d" / "2.png").write_bytes(png(32, 32, seed=3))
     text = base64.b64encode(png(200, 200, seed=2)).decode()
     task = geo3k(
         tmp_path,
@@ -430,22 +455,25 @@ def test_geometry_problems_from_files_and_from_text(tmp_path: Path) -> None:
             {"problem": "<image>Find x.", "answer": "12", "image": "d/1.png"},
             {"problem": "Find y.", "answer": 0.5, "image_base64": text},
             {"problem": "See <image>. Find z.", "answer": "\\frac{3}{4}", "images": ["d/1.png"]},
+            {"problem": "Is <image> like <image>?", "answer": "1", "images": ["d/1.png", "d/2.png"]},
+            {"problem": "Same?", "answer": "1", "images": ["d/1.png", "d/2.png"]},
         ],
     )
-    first, second, third = task.eval_prompts(9)
-    assert first.image is not None and second.image is not None and third.image is not None
-    assert first.image.grid == (4, 6) and second.image.grid == (8, 8)  # 30 x 50 enlarged, 200 x 200 reduced
-    assert np.array_equal(first.image.pixels, third.image.pixels)
-    for prompt in (first, second, third):
-        assert prompt.image is not None
+    first, second, third, several, before = task.eval_prompts(9)
+    one, two, three = (prompt.images[0] for prompt in (first, second, third))
+    assert one.grid == (4, 6) and two.grid == (8, 8)  # 30 x 50 enlarged, 200 x 200 reduced
+    assert np.array_equal(one.pixels, three.pixels)
+    for prompt, count in zip((first, second, third, several, before), (1, 1, 1, 2, 2), strict=True):
         places = [i for i, token in enumerate(prompt.tokens) if token == IMAGE]
-        assert places == list(range(prompt.image.start, prompt.image.start + prompt.image.tokens))
-        assert prompt.tokens[places[0] - 1] == 2 and prompt.tokens[places[-1] + 1] == 3  # between the marks of vision
-    assert first.text == "<image>Find x. Answer in \\boxed{}." and third.image.start > first.image.start
+        assert places == [image.start + i for image in prompt.images for i in range(image.tokens)] and len(prompt.images) == count
+        for image in prompt.images:  # between the marks of vision
+            assert prompt.tokens[image.start - 1] == 2 and prompt.tokens[image.start + image.tokens] == 3
+    assert first.text == "<image>Find x. Answer in \\boxed{}." and three.start > one.start
+    assert [image.grid for image in several.images] == [(4, 6), (4, 4)] and before.text.startswith("<image><image>Same?")
     assert task.reward(first, "so \\boxed{12.0}") == 1.0 and task.reward(first, "12") == 0.0
     assert task.reward(second, "Answer: 1/2") == 1.0 and task.reward(third, "\\boxed{0.75}") == 1.0
     drawn = task.train_prompts(0, 3, 0) + task.train_prompts(0, 3, 1)
-    assert all(prompt.image is not None for prompt in drawn)
+    assert all(prompt.images for prompt in drawn)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +482,8 @@ def test_geometry_problems_from_files_and_from_text(tmp_path: Path) -> None:
         ({"answer": "1", "image": "1.png"}, "no field 'problem'"),
         ({"problem": "x", "answer": "", "image": "1.png"}, "`answer` is empty"),
         ({"problem": "x", "answer": "1"}, "0 images"),
-        ({"problem": "x", "answer": "1", "images": ["1.png", "1.png"]}, "2 images"),
+        ({"problem": "x", "answer": "1", "images": ["1.png"], "image_base64": "aa"}, "without `image_base64`"),
+        ({"problem": "<image>", "answer": "1", "images": ["1.png", "1.png"]}, "names 1 images, the line has 2"),
         ({"problem": "x", "answer": "1", "images": "1.png"}, "must be a list"),
         ({"problem": "x", "answer": "1", "image": {"bytes": ""}}, "path of a file"),
         ({"problem": "<image><image>", "answer": "1", "image": "1.png"}, "names 2 images"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner import PROGRAM
 from runner.cli.verb import Command, Parser, Verb
 from runner.errors import UserError
+from runner.tracking import pictures
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -18,7 +19,7 @@ STYLES = {"model": "bold green", "environment": "cyan"}
 
 def start(command: Command) -> int:
     from runner.tracking.folder import read_jsonl, rollout_files
-    from runner.tracking.report import find_runs
+    from runner.tracking.report import find_runs, with_images
 
     if not command.words or len(command.words) > 3:
         raise UserError("show needs a run, and takes a step and a sample", fix=f"{PROGRAM} show outputs/<run> 10 0")
@@ -37,15 +38,18 @@ def start(command: Command) -> int:
     chosen = [_whole(command.words[2], "sample", samples)] if len(command.words) > 2 else list(range(len(rows)))
     if chosen and chosen[0] >= len(rows):
         raise UserError(f"step {step + 1} keeps {len(rows)} samples", fix=samples)
-    shown = [(number, rows[number]) for number in chosen]
     if command.flags.out:
-        print(_page(command.flags.out, folder.name, step, shown))
+        page_rows = [with_images(files[step].parent, step, rows[number]) for number in chosen]
+        print(_page(command.flags.out, folder.name, step, page_rows))
         return 0
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(soft_wrap=True)
-    for number, row in shown:
-        console.print(text_of(row, f"step {step + 1}  sample {number}"))
+    for number in chosen:
+        found = pictures.of_row(files[step].parent, step, rows[number])
+        images = [pictures.drawn(file) if console.is_terminal else Text(f"{'':>12}  {file}\n", "dim") for file in found]
+        console.print(text_of(rows[number], f"step {step + 1}  sample {number}", images))
     return 0
 
 
@@ -55,18 +59,18 @@ def _whole(text: str, what: str, fix: str) -> int:
     return int(text)
 
 
-def _page(path: Path, name: str, step: int, rows: list[tuple[int, dict[str, Any]]]) -> Path:
+def _page(path: Path, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
     """The samples as a page that a browser opens without a network."""
     from runner.storage import atomic_write
     from runner.tracking import page
 
-    body = page.header(name, f"step {step + 1}", [], []) + page.samples([(step, row) for _, row in rows])
+    body = page.header(name, f"step {step + 1}", [], []) + page.samples([(step, row) for row in rows])
     atomic_write(path, page.document(f"{name}, step {step + 1}", body))
     return path
 
 
-def text_of(row: dict[str, Any], title: str) -> Text:
-    """A sample's prompt, turns, parts of the reward, and the tokens on which engine and trainer disagree most."""
+def text_of(row: dict[str, Any], title: str, images: list[Text] | None = None) -> Text:
+    """A sample's prompt, turns, images, parts of the reward, and the tokens on which engine and trainer disagree most."""
     from rich.text import Text
 
     text = Text()
@@ -76,11 +80,16 @@ def text_of(row: dict[str, Any], title: str) -> Text:
     for name, value in (row.get("rewards") or {}).items():
         text.append(f"  reward/{name} {value:g}\n", "yellow")
     text.append(f"{row.get('prompt', '')}\n", "dim")
-    for turn in row.get("turns") or [{"by": "model", "text": row.get("response", "")}]:
+    before, of_turns = pictures.by_turn(row, images or [])
+    for image in before:
+        text.append(image)
+    for number, turn in enumerate(row.get("turns") or [{"by": "model", "text": row.get("response", "")}]):
         by = str(turn.get("by", ""))
         text.append(f"{by:>12}  ", "dim").append(f"{turn.get('text', '')}", STYLES.get(by, ""))
         notes = turn.get("notes")
         text.append(f"   {json.dumps(notes, ensure_ascii=False)}\n" if notes else "\n", "magenta")
+        for image in of_turns[number] if of_turns else []:
+            text.append(image)
     for token in row.get("worst") or []:
         apart = abs(token["engine"] - token["trainer"])
         style = "bold red" if apart > 0.1 else "red" if apart > 0.01 else "dim"

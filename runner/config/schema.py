@@ -227,6 +227,11 @@ class ConversationConfig:
     max_turn_tokens: Optional[int] = number(ge=1, le=2**24)  # of one turn of the model; null: what is left of the response
     max_observation_tokens: int = number(ge=1, le=2**24)  # a longer one is a flood, and ends its sample as failed
     observation_role: ObservationRole = MISSING  # none: an observation is plain text; else a message of the chat template
+    max_images: int = number(ge=0, le=10**4)  # of one conversation, its prompt's included; one with more is failed
+    min_image_pixels: int = number(
+        ge=1, le=2**28
+    )  # an environment's images are resized to whole tokens with so many pixels at least
+    max_image_pixels: int = number(ge=1, le=2**28)  # and so many at most
     stop: list[str] = field(default_factory=list)  # texts that end a turn, beside the end tokens
     timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)  # of one conversation, generation included
     lockstep_seconds: float = number(ge=0, le=LONGEST_SECONDS)  # that an in-process engine waits for environments
@@ -256,6 +261,7 @@ class TaskConfig:
     seed: int = number(ge=0, le=2**32 - 1)  # of prompt order and generated problems; follows the run's seed
     rollout: ConversationConfig = field(default_factory=ConversationConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)  # by name: parts beside the task's own, which is `task`
+    toy_twin: str = MISSING  # the made-up task that scale=laptop puts in this one's place
 
 
 @dataclass

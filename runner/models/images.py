@@ -1,7 +1,7 @@
-"""Images of prompts: pixels, patches, placeholder tokens and rotary positions, as Qwen3-VL's processor makes them.
+"""Images among tokens: pixels, patches, placeholder tokens and rotary positions, as Qwen3-VL's processor makes them.
 
-An image is resized to whole tokens once, when its prompt is made. Its uint8 pixels travel by reference: all samples of a
-prompt, their training batch included, share one `PromptImage`. Patches are made where a visual tower asks for them.
+An image is resized to whole tokens once, when its prompt or observation is made. Its uint8 pixels travel by reference: all
+samples of a prompt, their training batch included, share its `PlacedImage`s. Patches are made where a visual tower asks for them.
 
 Shape legend: H, W pixels; h, w tokens of an image (after merging); p patch size, m merge, t temporal patch size.
 """
@@ -28,11 +28,11 @@ MAX_ASPECT = 200  # longer side over shorter side, as in Qwen's processor
 
 
 @dataclass(frozen=True, eq=False)
-class PromptImage:
-    """The image of one prompt.
+class PlacedImage:
+    """An image at its place in a sequence of tokens.
 
     pixels  uint8 [H, W, 3], H and W multiples of p * m; nobody writes into it
-    start   place of its first token in the prompt
+    start   place of its first token in the sequence
     """
 
     pixels: np.ndarray
@@ -52,7 +52,7 @@ class PromptImage:
 
     @property
     def extent(self) -> tuple[int, int, int]:
-        """(start, h, w): what `rotary_positions` needs. A prompt without an image has NO_IMAGE."""
+        """(start, h, w): what `rotary_positions` needs."""
         return self.start, *self.grid
 
     @property
@@ -72,22 +72,37 @@ class PromptImage:
         return torch.from_numpy(still.reshape(rows * columns * m * m, 3 * t * p * p))
 
 
-NO_IMAGE = (0, 0, 0)
+Images = tuple[PlacedImage, ...]  # of one sequence, in the order of their places
 
 
-def rotary_positions(place: np.ndarray, start: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Positions in time, height and width [3, ...] of tokens at `place` of sequences with an image (`PromptImage.extent`).
+def extents(sequences: Sequence[Images]) -> np.ndarray:
+    """int64 [B, I, 3]: `PlacedImage.extent` of every image of these sequences; zeros where one has fewer than the others."""
+    most = max((len(images) for images in sequences), default=0)
+    found = np.zeros((len(sequences), most, 3), dtype=np.int64)
+    for row, images in enumerate(sequences):
+        for number, image in enumerate(images):
+            found[row, number] = image.extent
+    return found
+
+
+def rotary_positions(place: np.ndarray, extent: np.ndarray) -> np.ndarray:
+    """Positions in time, height and width [3, ...] of tokens at `place` of sequences with images of these extents [..., I, 3].
 
     Text counts on in all three; an image's tokens share a time, and count its rows and columns; text after it goes on at the
-    largest of these plus one. Arguments broadcast. Without an image (0, 0, 0) a position is the place.
+    largest of these plus one. `place` and the images' numbers broadcast. Without an image (zeros) a position is the place.
     """
-    tokens = rows * columns
-    offset = place - start
-    inside = (offset >= 0) & (offset < tokens)
-    text = np.where(offset < tokens, place, place - tokens + np.maximum(rows, columns))
-    width = np.maximum(columns, 1)
-    down, right = start + offset // width, start + offset % width
-    return np.stack([np.where(inside, start, text), np.where(inside, down, text), np.where(inside, right, text)])
+    shape = np.broadcast_shapes(place.shape, extent.shape[:-2])
+    text = np.broadcast_to(place, shape)  # positions as far as the images before a place have moved them
+    found = [text, text, text]
+    for start, rows, columns in np.moveaxis(extent, (-2, -1), (0, 1)):
+        tokens, width = rows * columns, np.maximum(columns, 1)
+        offset = place - start
+        inside, after = (offset >= 0) & (offset < tokens), (offset >= tokens) & (tokens > 0)
+        begin = text - offset
+        text = np.where(after, text - tokens + np.maximum(rows, columns), text)
+        shown = (begin, begin + offset // width, begin + offset % width)
+        found = [np.where(inside, own, np.where(after, text, old)) for own, old in zip(shown, found, strict=True)]
+    return np.stack(found)
 
 
 @dataclass(frozen=True)
@@ -107,20 +122,33 @@ class ImageProcessor:
         """Pixels of a token, in height and width."""
         return self.tower.patch_size * self.tower.merge
 
-    def place(self, tokens: list[int], pixels: np.ndarray) -> tuple[tuple[int, ...], PromptImage]:
-        """The tokens of a prompt whose one placeholder becomes as many as the image has tokens, and the image in its place.
+    def place(self, tokens: Sequence[int], pixels: Sequence[np.ndarray], first: int = 0) -> tuple[list[int], Images]:
+        """The tokens, each placeholder becoming as many as its image has, and the images in these places; `first`: of the
+        first token in its sequence.
 
-        ValueError when there is not exactly one placeholder.
+        ValueError when there are not as many placeholders as images.
         """
-        found = tokens.count(self.token_id)
-        if found != 1:
-            raise ValueError(f"the prompt has {found} image placeholders, not 1")
-        image = self.at(tokens, pixels)
-        return (*tokens[: image.start], *[self.token_id] * image.tokens, *tokens[image.start + 1 :]), image
+        found = [token for token in tokens if token == self.token_id]
+        if len(found) != len(pixels):
+            raise ValueError(f"the text has {len(found)} image placeholders, not {len(pixels)}")
+        placed: list[int] = []
+        images: list[PlacedImage] = []
+        for token in tokens:
+            if token != self.token_id:
+                placed.append(token)
+                continue
+            images.append(PlacedImage(pixels[len(images)], first + len(placed), self.tower))
+            placed += [token] * images[-1].tokens
+        return placed, tuple(images)
 
-    def at(self, tokens: Sequence[int], pixels: np.ndarray) -> PromptImage:
-        """The image at the first placeholder."""
-        return PromptImage(pixels, tokens.index(self.token_id), self.tower)
+    def at(self, tokens: Sequence[int], pixels: Sequence[np.ndarray]) -> Images:
+        """The images in their order, the first of them at the first placeholder, each at the next one that no image has."""
+        images: list[PlacedImage] = []
+        after = 0
+        for each in pixels:
+            images.append(PlacedImage(each, tokens.index(self.token_id, after), self.tower))
+            after = images[-1].start + images[-1].tokens
+        return tuple(images)
 
     def fitted_size(self, height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
         """Height and width in whole tokens, near the given ones, with min_pixels to max_pixels pixels, as Qwen's processor

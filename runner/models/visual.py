@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runner.models.images import NO_IMAGE, PromptImage, rotary_positions
+from runner.models.images import Images, extents, rotary_positions
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Placed:
 
 
 class ImageFeatures:
-    """What the tower says about the distinct images among `images`; equal objects are one image."""
+    """What the tower says about the distinct images of these sequences; equal objects are one image."""
 
-    def __init__(self, visual: nn.Module, images: Sequence[PromptImage | None]) -> None:
-        distinct = {id(image): image for image in images if image is not None}
+    def __init__(self, visual: nn.Module, images: Sequence[Images]) -> None:
+        distinct = {id(image): image for shown in images for image in shown}
         self._first: dict[int, int] = {}  # id of an image -> its first row
         self.embeds: torch.Tensor | None = None
         if not distinct:
@@ -50,21 +50,18 @@ class ImageFeatures:
         output = visual(patches, grid_thw=grids)
         self.embeds, self.deepstack = output.pooler_output, list(output.deepstack_features)
 
-    def placed(
-        self, images: Sequence[PromptImage | None], first: Sequence[int], stop: Sequence[int], base: Sequence[int]
-    ) -> Placed | None:
+    def placed(self, images: Sequence[Images], first: Sequence[int], stop: Sequence[int], base: Sequence[int]) -> Placed | None:
         """The features of rows that hold tokens [first, stop) of their sequences at flat places base, base + 1, ...
 
         None when no image token lies in them.
         """
         where, rows = [], []
-        for image, low, high, flat in zip(images, first, stop, base, strict=True):
-            if image is None:
-                continue
-            begin, end = max(image.start, low), min(image.start + image.tokens, high)
-            if begin < end:
-                where.append(np.arange(begin, end) - low + flat)
-                rows.append(np.arange(begin, end) - image.start + self._first[id(image)])
+        for shown, low, high, flat in zip(images, first, stop, base, strict=True):
+            for image in shown:
+                begin, end = max(image.start, low), min(image.start + image.tokens, high)
+                if begin < end:
+                    where.append(np.arange(begin, end) - low + flat)
+                    rows.append(np.arange(begin, end) - image.start + self._first[id(image)])
         if not where:
             return None
         assert self.embeds is not None
@@ -76,8 +73,8 @@ class ImageFeatures:
         )
 
 
-def hidden_states(model: nn.Module, tokens: torch.Tensor, images: Sequence[PromptImage | None]) -> torch.Tensor:
-    """[B, W, H] after the last norm of right-padded token rows [B, W], each with its prompt's image or None.
+def hidden_states(model: nn.Module, tokens: torch.Tensor, images: Sequence[Images]) -> torch.Tensor:
+    """[B, W, H] after the last norm of right-padded token rows [B, W], each with the images that it shows, if any.
 
     The same sum as transformers' own forward with pixels. Two things differ: an image is encoded once for all rows that show
     it, and placeholders that a policy has sampled itself stay ordinary tokens.
@@ -90,8 +87,7 @@ def hidden_states(model: nn.Module, tokens: torch.Tensor, images: Sequence[Promp
     embeds = decoder.embed_tokens(tokens)
     mask = torch.zeros(rows * width, dtype=torch.bool, device=tokens.device)
     mask[placed.where] = True
-    extents = np.array([NO_IMAGE if image is None else image.extent for image in images])
-    places = rotary_positions(np.arange(width)[None], *extents.T[:, :, None])
+    places = rotary_positions(np.arange(width)[None], extents(images)[:, None])
     output = decoder(
         inputs_embeds=embeds.flatten(0, 1).index_copy(0, placed.where, placed.embeds.to(embeds.dtype)).view_as(embeds),
         position_ids=torch.from_numpy(places).to(tokens.device),

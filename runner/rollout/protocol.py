@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from runner.data import Request, Sample, WeightStream
-from runner.models.images import PromptImage
+from runner.models.images import Images
 
 
 @dataclass
@@ -58,7 +58,7 @@ class RolloutPool(Protocol):
         """Pause, flush caches, load every tensor, verify (hash on arrival, residency), continue."""
         ...
 
-    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
+    def score(self, sequences: list[torch.Tensor], images: list[Images] | None = None) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1 of each token sequence [T]; `images`: one per sequence."""
         ...
 

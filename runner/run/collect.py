@@ -11,6 +11,7 @@ from runner.config.option import engine_layout
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
 from runner.errors import UserError
+from runner.models.images import image_processor
 from runner.rollout.protocol import RolloutPool
 from runner.tasks import parts
 from runner.tasks.protocol import Prompt, Task, WalksThroughData
@@ -18,6 +19,7 @@ from runner.tasks.rewards import score
 from runner.turns.codec import Codec
 from runner.turns.conversations import Asked, Conversations
 from runner.turns.conversations import metrics as conversation_metrics
+from runner.turns.pictures import Pictures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +78,12 @@ class Collector:
         self.conversations: Conversations | None = None
         if cfg.task.rollout._target_ is not None:
             assert tokenizer is not None
-            codec, engines = Codec(tokenizer, decode, stop_token_ids, cfg.task.rollout.observation_role), engine_layout(cfg)
+            talk, engines = cfg.task.rollout, engine_layout(cfg)
+            pictures = None
+            if cfg.model.vision:
+                pixels = talk.min_image_pixels, talk.max_image_pixels
+                pictures = Pictures(image_processor(cfg.model, tokenizer), talk.max_images, *pixels)
+            codec = Codec(tokenizer, decode, stop_token_ids, talk.observation_role, pictures)
             room = cfg.rollout.max_concurrency * engines.engines
             self.conversations = Conversations(cfg, task, codec, room, lockstep=engines.in_process)
         self.cfg, self.task, self.pool = cfg, task, pool
@@ -175,7 +182,7 @@ class Collector:
                 sampling=sampling,
                 seed=request_seed(self.cfg.seed, step, prompt.prompt_id, index),
                 capture_routes=capture_routes,
-                image=prompt.image,
+                images=prompt.images,
             )
             for prompt in prompts
             for index in range(samples_per_prompt)

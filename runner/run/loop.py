@@ -115,7 +115,8 @@ def _step(c: Components, step: int) -> dict[str, float]:
             c.rollouts.settle()
     metrics |= c.sync()
     with _clock(metrics, "perf/other_time"):
-        c.tracker.log_samples(step, samples.rows(batch, update, c.collector.decode))
+        rows = samples.rows(batch, update, c.collector.decode)
+        c.tracker.log_samples(step, rows, samples.pictures(batch))
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)

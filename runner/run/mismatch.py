@@ -77,7 +77,7 @@ def _recorded(part: Batch) -> Routes:
 def engine_logprobs(pool: RolloutPool, batch: Batch, num_samples: int) -> list[torch.Tensor]:
     """[R] of the first `num_samples` samples: what the engines say of them now, with the newest weights; at temperature 1."""
     samples = batch.samples[:num_samples]
-    rows = pool.score([sample.tokens for sample in samples], [sample.image for sample in samples])
+    rows = pool.score([sample.tokens for sample in samples], [sample.images for sample in samples])
     return [row[len(row) - sample.response_length :].cpu() for row, sample in zip(rows, samples, strict=True)]
 
 

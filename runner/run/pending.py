@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from runner.data import Sample, Status, WeightSpan
 from runner.errors import UserError
 from runner.models.families.qwen3_vl import VisualTower
-from runner.models.images import PromptImage
+from runner.models.images import PlacedImage
 from runner.routing.reference import RouteRef
 from runner.run.collect import Group, Rollout
 from runner.tasks.protocol import Prompt
@@ -29,7 +29,7 @@ from runner.tasks.protocol import Prompt
 OBJECTS = "rollout.json"
 ARRAYS = "tensors.safetensors"
 CLASSES: dict[str, type] = {
-    kind.__name__: kind for kind in (Rollout, Group, Prompt, PromptImage, Sample, VisualTower, WeightSpan)
+    kind.__name__: kind for kind in (Rollout, Group, Prompt, PlacedImage, Sample, VisualTower, WeightSpan)
 }
 ENUMS: dict[str, type[Enum]] = {kind.__name__: kind for kind in (Status,)}
 

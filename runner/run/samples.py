@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.data import Batch, Sample
+from runner.tracking.pictures import name as named
 from runner.trainer.protocol import StepResult
+
+if TYPE_CHECKING:
+    import numpy as np
 
 KEPT = 8  # samples per step, of as many prompts as there are
 WORST = 5  # tokens per sample
@@ -15,12 +19,30 @@ MAX_TURN_CHARACTERS = 20_000
 
 def rows(batch: Batch, update: StepResult, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
     """A JSON-serializable row of some of the samples that a step trained on."""
+    names = _names(batch)
+    return [_row(batch, update, place, decode, names) for place in _spread(batch)]
+
+
+def pictures(batch: Batch) -> dict[str, np.ndarray]:
+    """The images of these samples by the names that their rows have for them; one that several show has one."""
+    shown = {id(image): image for place in _spread(batch) for image in batch.samples[place].images}
+    return {name: shown[key].pixels for key, name in _names(batch).items()}
+
+
+def _spread(batch: Batch) -> list[int]:
     places = list(range(len(batch.samples)))
-    spread = places[:: max(1, len(places) // KEPT)][:KEPT]
-    return [_row(batch, update, place, decode) for place in spread]
+    return places[:: max(1, len(places) // KEPT)][:KEPT]
 
 
-def _row(batch: Batch, update: StepResult, place: int, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def _names(batch: Batch) -> dict[int, str]:
+    """File name by the id of an image."""
+    shown = {id(image): image for place in _spread(batch) for image in batch.samples[place].images}
+    return {key: named(number, image.pixels) for number, (key, image) in enumerate(shown.items())}
+
+
+def _row(
+    batch: Batch, update: StepResult, place: int, decode: Callable[[list[int]], str], names: dict[int, str]
+) -> dict[str, Any]:
     sample = batch.samples[place]
     row = {
         "prompt_id": sample.prompt_id,
@@ -35,6 +57,8 @@ def _row(batch: Batch, update: StepResult, place: int, decode: Callable[[list[in
     if turns := sample.info.get("turns"):
         row["finish_reason"] = sample.finish_reason
         row["turns"] = [turn | {"text": str(turn.get("text", ""))[:MAX_TURN_CHARACTERS]} for turn in turns]
+    if sample.images:
+        row["images"] = [{"file": names[id(image)], "place": image.start, "tokens": list(image.grid)} for image in sample.images]
     row["worst"] = _worst(sample, update, place, decode)
     return row
 

@@ -283,7 +283,7 @@ def _run(
     when its checkpoint has been taken up."""
     pool, run_dir = collector.pool, folder.path
     probe = collector.task.eval_prompts(cfg.mismatch.probe_sequences) if cfg.mismatch.probe_sequences else []
-    sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.image for p in probe])
+    sync = WeightSync(trainer, pool, [torch.tensor(p.tokens) for p in probe], tracker, [p.images for p in probe])
     watcher = Watcher(cfg)
     rollouts = Rollouts(cfg, collector)
     first_step = 0

@@ -8,7 +8,7 @@ import torch
 
 from runner.data import Batch, Sample, Status
 from runner.errors import Failure
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.rollout.protocol import RolloutPool, SyncReport
 from runner.tracking.base import Tracker
 from runner.trainer.protocol import Trainer
@@ -19,7 +19,7 @@ ATTEMPTS = 2  # a session, or its retry, sends every tensor of every quantized m
 class WeightSync:
     """Brings the trainer's weights to the pool and says what it found.
 
-    `probe` is a fixed list of token sequences [T], with an image or None each, scored on both sides after every sync. A probe
+    `probe` is a fixed list of token sequences [T], with the images of each, scored on both sides after every sync. A probe
     alone cannot see one flipped low bit (it moves an output by less than bf16 noise); the arrival hash and the residency
     check can.
     """
@@ -30,10 +30,10 @@ class WeightSync:
         pool: RolloutPool,
         probe: list[torch.Tensor],
         tracker: Tracker,
-        images: list[PromptImage | None] | None = None,
+        images: list[Images] | None = None,
     ) -> None:
         self.trainer, self.pool, self.tracker = trainer, pool, tracker
-        self.probe, self.images = probe, images or [None] * len(probe)
+        self.probe, self.images = probe, images or [()] * len(probe)
         self._batch = _probe_batch(probe, self.images) if probe else None
 
     def __call__(self) -> dict[str, float]:
@@ -67,10 +67,10 @@ class WeightSync:
         return {"probe/logprob_abs_diff": float(difference.mean()), "probe/logprob_abs_diff_max": float(difference.max())}
 
 
-def _probe_batch(probe: list[torch.Tensor], images: list[PromptImage | None]) -> Batch:
+def _probe_batch(probe: list[torch.Tensor], images: list[Images]) -> Batch:
     """Teacher-forced sequences as samples whose response is everything after the first token."""
     samples = []
-    for index, (tokens, image) in enumerate(zip(probe, images, strict=True)):
+    for index, (tokens, shown) in enumerate(zip(probe, images, strict=True)):
         length = len(tokens) - 1
         samples.append(
             Sample(
@@ -82,7 +82,7 @@ def _probe_batch(probe: list[torch.Tensor], images: list[PromptImage | None]) ->
                 rollout_logprobs=torch.zeros(length),
                 status=Status.completed,
                 finish_reason="probe",
-                image=image,
+                images=shown,
             )
         )
     return Batch(samples=samples, advantages=[torch.zeros(s.response_length) for s in samples], temperature=1.0)

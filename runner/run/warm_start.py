@@ -20,7 +20,7 @@ from runner import __version__, storage
 from runner.config.schema import Config
 from runner.data import SamplingParams
 from runner.errors import Failure, UserError
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.run.collect import Collector, Interrupted
 from runner.run.sync import WeightSync
 from runner.tasks.protocol import HasWorkedSolutions, Task
@@ -115,7 +115,7 @@ def _train(
         for step in range(section.max_steps):
             picks = [corpus[order[(step * section.batch_size + i) % len(corpus)]] for i in range(section.batch_size)]
             # Warm-up over 20 steps: Adam's second moments are noise before that.
-            pairs, images = [(tokens, prompt) for tokens, prompt, _ in picks], [image for *_, image in picks]
+            pairs, images = [(tokens, prompt) for tokens, prompt, _ in picks], [shown for *_, shown in picks]
             metrics = trainer.sft_step(pairs, lr=section.lr * min(1.0, (step + 1) / 20), images=images)
             steps = step + 1
             progress.advance(1, f"loss {metrics['sft/loss']:.3f}  success {reward:.2f}")
@@ -145,8 +145,8 @@ def _success(cfg: Config, collector: Collector, step: int, prompts: int, round: 
 
 def _tokenize(
     task: Task, tokenizer: PreTrainedTokenizerBase, end_token_id: int, count: int, seed: int
-) -> list[tuple[torch.Tensor, int, PromptImage | None]]:
-    """(tokens of prompt and solution, prompt length, image) of `count` worked solutions."""
+) -> list[tuple[torch.Tensor, int, Images]]:
+    """(tokens of prompt and solution, prompt length, images) of `count` worked solutions."""
     if not isinstance(task, HasWorkedSolutions):
         raise UserError(
             f"task {task.name} has no worked solutions to warm-start from",
@@ -156,7 +156,7 @@ def _tokenize(
     pairs = task.worked_solutions(count, seed)
     texts = tokenizer([prompt if isinstance(prompt, str) else "" for prompt, _ in pairs], add_special_tokens=False)["input_ids"]
     prompts = [text if isinstance(prompt, str) else list(prompt.tokens) for text, (prompt, _) in zip(texts, pairs, strict=True)]
-    images = [None if isinstance(prompt, str) else prompt.image for prompt, _ in pairs]
+    images = [() if isinstance(prompt, str) else prompt.images for prompt, _ in pairs]
     answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
     rows = zip(prompts, answers, images, strict=True)
-    return [(torch.tensor(p + a + [end_token_id]), len(p), image) for p, a, image in rows]
+    return [(torch.tensor(p + a + [end_token_id]), len(p), shown) for p, a, shown in rows]

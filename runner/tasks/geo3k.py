@@ -1,7 +1,8 @@
 r"""Geometry3K: questions about a diagram; a line is {"problem": "<image>Find x.", "answer": "12", "image": "diagrams/7.png"}.
 
-`image` is a path relative to the file; `image_base64` holds the file's bytes instead. `images: [...]` with one entry is read too.
-A problem without <image> gets it in front. Encoded images stay in memory; pixels exist while a prompt is in use.
+`image` is a path relative to the file; `image_base64` holds the file's bytes instead; `images: [...]` are several paths, in the
+order of the problem's <image>s. A problem without any gets them in front. Encoded images stay in memory; pixels exist while a
+prompt is in use.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from runner.config.option import Option
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.models.families import qwen3_vl
+from runner.models.pictures import image_bytes, open_rgb, resized
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
-from runner.tasks.pictures import image_bytes, open_rgb, resized
 from runner.tasks.protocol import Prompt
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDER = "<image>"
 CACHED_IMAGES = 256  # decoded at one time, besides those in use
+MAX_ORIGINAL_PIXELS = 1 << 22  # of an image that tools look at closer: larger ones are reduced to 4 million
 
 
 @dataclass
@@ -46,8 +48,9 @@ class Geo3kTask(JsonlTask):
         """As JsonlTask; every image is decoded once here, so that a bad one stops the run before it starts."""
         self.processor = processor
         self._limits = cfg.min_image_pixels, cfg.max_image_pixels
-        self._encoded: dict[str, bytes] = {}  # by the problem's place
+        self._encoded: dict[str, list[bytes]] = {}  # by the problem's place
         self._pixels = lru_cache(maxsize=CACHED_IMAGES)(self._decode)
+        self._keeps_originals = cfg.rollout._target_ is not None  # a tool may look closer
         super().__init__(cfg, tokenizer)
         symbolic.shared.start()
 
@@ -57,12 +60,13 @@ class Geo3kTask(JsonlTask):
             raise TypeError("`problem` must be a string, and `answer` a string or a number")
         if not str(answer).strip():
             raise ValueError("`answer` is empty")
-        if question.count(PLACEHOLDER) > 1:
-            raise ValueError(f"`problem` names {question.count(PLACEHOLDER)} images; a problem has one")
         self._encoded[place] = image_bytes(row, Path(place.rpartition(":")[0]).parent)
+        named, given = question.count(PLACEHOLDER), len(self._encoded[place])
+        if named not in (0, given):
+            raise ValueError(f"`problem` names {named} images, the line has {given}")
         self._decode(place)
-        if PLACEHOLDER not in question:
-            question = PLACEHOLDER + question
+        if not named:
+            question = PLACEHOLDER * given + question
         return Problem(({"role": "user", "content": question},), str(answer).strip(), place)
 
     def grade(self, answer: str, text: str) -> bool:
@@ -77,7 +81,7 @@ class Geo3kTask(JsonlTask):
         return [self._shown(prompt) for prompt in super().eval_prompts(count)]
 
     def _tokenize(self, problems: list[Problem], texts: list[str], key: str) -> Sequence[Sequence[int]]:
-        """The placeholder of a text is as many tokens as its image."""
+        """Each placeholder of a text is as many tokens as its image."""
         marked = [text.replace(PLACEHOLDER, self.processor.mark) for text in texts]
         rows = []
         for problem, ids in zip(problems, super()._tokenize(problems, marked, key), strict=True):
@@ -88,18 +92,25 @@ class Geo3kTask(JsonlTask):
         return rows
 
     def _hidden(self, message: dict[str, str]) -> dict[str, str]:
-        """All but the one placeholder, which stands for the image."""
+        """All but the placeholders, which stand for the images."""
         parts = message["content"].split(PLACEHOLDER)
         return super()._hidden(message) | {"content": PLACEHOLDER.join(self.encoder.hide(parts))}
 
-    def _decode(self, place: str) -> np.ndarray:
-        image = open_rgb(self._encoded[place])
-        return resized(image, *self.processor.fitted_size(image.height, image.width, *self._limits))
+    def _decode(self, place: str) -> list[np.ndarray]:
+        opened = [open_rgb(data) for data in self._encoded[place]]
+        return [resized(image, *self.processor.fitted_size(image.height, image.width, *self._limits)) for image in opened]
 
     def _shown(self, prompt: Prompt) -> Prompt:
-        """The prompt with its image, whose tokens are in place already."""
-        image = self.processor.at(prompt.tokens, self._pixels(prompt.info["place"]))
-        return replace(prompt, image=image)
+        """The prompt with its images, whose tokens are in place already."""
+        place = prompt.info["place"]
+        originals = tuple(map(_original, self._encoded[place])) if self._keeps_originals else ()
+        return replace(prompt, images=self.processor.at(prompt.tokens, self._pixels(place)), originals=originals)
+
+
+def _original(data: bytes) -> np.ndarray:
+    image = open_rgb(data)
+    shrink = min(1.0, (MAX_ORIGINAL_PIXELS / (image.width * image.height)) ** 0.5)
+    return resized(image, max(1, int(image.height * shrink)), max(1, int(image.width * shrink)))
 
 
 def image_tokens(cfg: Config) -> Iterator[UserError]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from runner.data import Sample
-    from runner.models.images import PromptImage
+    from runner.models.images import Images
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Prompt:
     prompt_id  unique within a split and stable over runs with the same seed
     tokens     [P] ids of the whole prompt, ready for a Request
     answer     the reference answer, in the task's own normal form
-    image      what the placeholder tokens among `tokens` stand for
+    images     what the placeholder tokens among `tokens` stand for, in their order
+    originals  uint8 [H, W, 3] each: the same images before they were reduced, where somebody may look closer; () otherwise
     """
 
     prompt_id: str
@@ -26,7 +29,8 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str
     info: dict[str, Any] = field(default_factory=dict)
-    image: PromptImage | None = None
+    images: Images = ()
+    originals: tuple[np.ndarray, ...] = ()
 
 
 class Task(Protocol):
@@ -70,5 +74,5 @@ class HasWorkedSolutions(Protocol):
 
     def worked_solutions(self, count: int, seed: int) -> Sequence[tuple[str | Prompt, str]]:
         """(prompt, solution text) pairs for the supervised warm start; an end token follows the solution. A prompt is its
-        text, or a Prompt where an image belongs to it."""
+        text, or a Prompt where images belong to it."""
         ...

@@ -135,8 +135,8 @@ class VisualCountTask:
         color, shape = scene.wanted
         question = f"how many {color} {shape}s?"
         ids = self.tokenizer(f"{self.processor.mark}{question}", add_special_tokens=False).input_ids
-        tokens, image = self.processor.place(ids, draw(scene, self.cfg))
-        return Prompt(prompt_id, f"<image>{question}", tokens, str(scene.count), {}, image)
+        tokens, images = self.processor.place(ids, [draw(scene, self.cfg)])
+        return Prompt(prompt_id, f"<image>{question}", tuple(tokens), str(scene.count), {}, images)
 
 
 def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
@@ -152,12 +152,12 @@ def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
         if kind is None:
             continue
         top, left = place // cfg.grid * cell + down, place % cfg.grid * cell + right
-        pixels[top : top + size, left : left + size][_mask(kind[1], size)] = COLORS[kind[0]]
+        pixels[top : top + size, left : left + size][mask(kind[1], size)] = COLORS[kind[0]]
     pixels += generator.integers(-cfg.noise, cfg.noise + 1, pixels.shape)
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def _mask(shape: str, size: int) -> np.ndarray:
+def mask(shape: str, size: int) -> np.ndarray:
     """bool [size, size]: the pixels of a shape as large as its box."""
     import numpy as np
 

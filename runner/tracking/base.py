@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
 
 POOL_DECISION = "pool_decision"  # the kind of the event that a pool decided something by its own clock
 State = Literal["running", "completed", "failed", "interrupted", "stopped"]  # of a run
+NONE: Mapping[str, np.ndarray] = MappingProxyType({})  # no pictures
 
 
 class Progress(Protocol):
@@ -23,8 +28,9 @@ class Tracker(Protocol):
         """The metrics of one finished step, counted from 0. May be called again for the same step (evaluation)."""
         ...
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """A few samples as JSON objects; `prompt`, `response` and `reward` are shown in the report."""
+    def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
+        """A few samples as JSON objects; `prompt`, `response` and `reward` are shown in the report. `pictures`: their images,
+        uint8 [H, W, 3], by the names that the rows have for them."""
         ...
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
@@ -57,7 +63,7 @@ class BaseTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         return
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
         return
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:

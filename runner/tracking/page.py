@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from runner.tracking.charts import format_number
+from runner.tracking.pictures import by_turn
 
 __all__ = [
     "details",
@@ -73,6 +74,7 @@ pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace
 .sample{border-top:1px solid var(--line);padding:10px 0}.sample:first-child{border:0}
 .sample header{color:var(--dim);font-size:13px;margin-bottom:4px}
 .sample .by{color:var(--dim);font-size:12px}.sample .note{color:var(--dim);font-size:12px}
+.sample img{display:block;min-width:96px;max-width:256px;margin:6px 0;image-rendering:pixelated;border-radius:4px}
 .sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
 .scroll{overflow-x:auto;margin-top:18px}
 table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
@@ -106,7 +108,7 @@ tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(e.clientY
 
 def document(title: str, body: str) -> str:
     """The whole page. The policy forbids any connection, so the file shows the same everywhere and forever."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -176,25 +178,31 @@ def samples(rows: list[tuple[int, dict[str, Any]]]) -> str:
     """Texts of a few samples; keys beside prompt, response and turns go into the line above them."""
     parts = []
     for step, row in rows:
-        rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "turns", "worst")}
+        rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "turns", "worst", "images")}
         facts_line = "  ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
-        body = turns(row["turns"]) if row.get("turns") else html.escape(str(row.get("response", "")))
+        before, of_turns = by_turn(row, [uri for uri in row.get("images") or [] if isinstance(uri, str)])
+        body = turns(row["turns"], of_turns) if row.get("turns") else html.escape(str(row.get("response", "")))
         parts.append(
             f'<div class="sample"><header>step {step + 1}  ·  {html.escape(facts_line)}</header>'
-            f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>'
+            f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>{images(before)}'
             f"{body}</pre>{worst(row.get('worst') or [])}</div>"
         )
     return f'<h2>Samples</h2><div class="panel">{"".join(parts)}</div>' if parts else ""
 
 
-def turns(rows: list[dict[str, Any]]) -> str:
-    """A conversation: the model's words, what the environment answered, and what is noted beside a turn."""
+def images(uris: list[str]) -> str:
+    return "".join(f'<img alt="image" src="{html.escape(uri)}">' for uri in uris)
+
+
+def turns(rows: list[dict[str, Any]], shown: list[list[str]]) -> str:
+    """A conversation: the model's words, what the environment answered and showed, and what is noted beside a turn."""
     lines = []
-    for turn in rows:
+    for turn, uris in zip(rows, shown, strict=True):
         notes = turn.get("notes")
         note = f'<span class="note">  {html.escape(json.dumps(notes))}</span>' if notes else ""
         lines.append(
             f'\n<span class="by">{html.escape(str(turn.get("by", "")))}</span> {html.escape(str(turn.get("text", "")))}{note}'
+            + images(uris)
         )
     return "".join(lines)
 

@@ -15,7 +15,7 @@ import yaml
 
 from runner.errors import UserError
 from runner.storage import atomic_write
-from runner.tracking import page
+from runner.tracking import page, pictures
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
 from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
@@ -158,8 +158,14 @@ def read_run(folder: Path) -> RunData:
         environment=_mapping(folder / "environment.json", json.loads),
         metrics=read_metrics(folder),
         events=read_jsonl(folder / "events.jsonl", event_problem),
-        samples=[(step, row) for step, path in steps for row in read_jsonl(path)[:SHOWN_SAMPLES]],
+        samples=[(step, with_images(path.parent, step, row)) for step, path in steps for row in read_jsonl(path)[:SHOWN_SAMPLES]],
     )
+
+
+def with_images(rollouts: Path, step: int, row: dict[str, Any]) -> dict[str, Any]:
+    """A kept sample's row with its images in it, for a page that needs no other file."""
+    files = pictures.of_row(rollouts, step, row)
+    return row | {"images": [pictures.data_uri(file) for file in files]} if files else row
 
 
 def _status(folder: Path) -> dict[str, Any]:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.config.choices import WandbMode
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.storage import atomic_write
-from runner.tracking.base import POOL_DECISION, BaseTracker, Progress, State
+from runner.tracking import pictures as pictured
+from runner.tracking.base import NONE, POOL_DECISION, BaseTracker, Progress, State
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
     Problem,
@@ -33,6 +35,9 @@ from runner.tracking.folder import (
     write_resolved,
     write_status,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 REPORT_INTERVAL_SECONDS = 20.0  # at least, between refreshes of report.html while the run goes on
 REPORT_TIME_SHARE = 0.01  # of a run's time that refreshes may take: long runs have slow reports
@@ -84,6 +89,7 @@ class JsonlTracker(BaseTracker):
         for step, path in rollout_files(self.run_dir):
             if step >= first_step:
                 path.unlink()
+                shutil.rmtree(pictured.folder_of(path.parent, step), ignore_errors=True)
 
     def _rewrite(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -110,7 +116,9 @@ class JsonlTracker(BaseTracker):
         self.step = step + 1
         self._append("metrics.jsonl", {"step": step} | {key: encode_number(value) for key, value in metrics.items()})
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
+        if pictures:
+            pictured.write(self.run_dir / "rollouts", step, pictures)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write(self.run_dir / "rollouts" / f"step_{step}.jsonl", text)
 
@@ -199,10 +207,10 @@ class CompositeTracker:
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
         self.check()
         for tracker in self.trackers:
-            tracker.log_samples(step, rows)
+            tracker.log_samples(step, rows, pictures)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self.check()
@@ -260,8 +268,8 @@ class LateTracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._tracker().log(step, metrics)
 
-    def log_samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        self._tracker().log_samples(step, rows)
+    def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
+        self._tracker().log_samples(step, rows, pictures)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self._tracker().event(kind, message, data)

@@ -20,7 +20,7 @@ from runner.config.schema import Config
 from runner.data import Batch, Sample
 from runner.errors import UserError
 from runner.models.family import Family
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.routing import routes as route_checks
 from runner.trainer import policy_step
 from runner.trainer.microbatch import MicroBatch, TokenScores
@@ -135,7 +135,7 @@ class PolicyUpdates(ABC):
         sequences: Sequences,
         loss: Loss,
         *,
-        images: Sequence[PromptImage | None],
+        images: Sequence[Images],
         temperature: float = 1.0,
         replayed: Sequence[Sample] | None = None,
     ) -> None:
@@ -212,12 +212,12 @@ class PolicyUpdates(ABC):
             return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
 
         sequences, masks = sequences_of(batch)
-        images = [sample.image for sample in batch.samples]
+        images = [sample.images for sample in batch.samples]
         self.mtp.begin(sequences, masks)
         self._train(sequences, loss, images=images, temperature=batch.temperature, replayed=batch.samples)
         return collected
 
-    def supervised(self, samples: Sequences, lr: float, images: Sequence[PromptImage | None] | None = None) -> Updated:
+    def supervised(self, samples: Sequences, lr: float, images: Sequence[Images] | None = None) -> Updated:
         """One step on the mean loss over response tokens, with the masters and moments of RL."""
         sums = policy_step.Sums()
         normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
@@ -228,7 +228,7 @@ class PolicyUpdates(ABC):
             return value
 
         self.mtp.begin(samples, all_tokens(samples))
-        self._train(samples, loss, images=images or [None] * len(samples))
+        self._train(samples, loss, images=images or [()] * len(samples))
         total = self._means(sums).get("train/loss", 0.0)  # a mean over 0 counted tokens: the plain sum
         norm = self._update(sums, lr)
         metrics = {"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr, **self.mtp.take_metrics("sft")}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # checkpoints, folders and the composition of a resumed run n
     import torch
 
     from runner.data import Batch, WeightStream
-    from runner.models.images import PromptImage
+    from runner.models.images import Images
 
 Weights = Literal["quantized", "master"]
 Routes = Literal["replayed", "own"]
@@ -80,7 +80,7 @@ class Trainer(Protocol):
         ...
 
     def sft_step(
-        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[Images] | None = None
     ) -> dict[str, float]:
         """One supervised step for the warm start: (tokens [T], prompt length P) pairs, mean loss over response tokens;
         `images`: those of the prompts, one per sample."""

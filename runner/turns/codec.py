@@ -16,10 +16,13 @@ from runner.config.choices import ObservationRole
 from runner.errors import UserError
 from runner.tasks.encoding import MAX_CHARACTERS_PER_TOKEN, TextEncoder
 from runner.turns.failure import Failed
+from runner.turns.pictures import Pictures, is_image, parts_of
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+    from runner.models.images import Images
     from runner.turns.transcript import Turn
 
 KEY = "task.rollout.observation_role"
@@ -31,11 +34,16 @@ class Codec:
     """`decode` gives the text of response ids without special tokens and without the end token."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, decode: Callable[[list[int]], str], ends: Iterable[int], role: ObservationRole
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        decode: Callable[[list[int]], str],
+        ends: Iterable[int],
+        role: ObservationRole,
+        pictures: Pictures | None = None,
     ) -> None:
-        """UserError where the chat template cannot be continued."""
+        """`pictures`: of a model that sees. UserError where the chat template cannot be continued."""
         self.tokenizer, self.decode, self.ends, self.role = tokenizer, decode, frozenset(ends), role
-        self.encoder = TextEncoder(tokenizer)
+        self.encoder, self.pictures = TextEncoder(tokenizer), pictures
         if role != ObservationRole.none:
             _between(tokenizer, role, SAID)
 
@@ -43,25 +51,53 @@ class Codec:
         """Ids of a text in which nothing is a control token. ValueError for half a character."""
         return self.encoder.encode([self.encoder.hide(text)])[0]
 
-    def observation(self, text: object, most: int, first: bool, closed: bool) -> list[int]:
-        """Ids of what an environment says after a turn (`first`: before any; `closed`: the model wrote its end token itself).
-        Failed for no text, or more than `most` tokens."""
-        if not isinstance(text, str):
-            raise Failed("rubbish", f"the environment's observation is a {type(text).__name__}, not a text")
-        if len(text) > most * MAX_CHARACTERS_PER_TOKEN:
-            raise Failed("flood", f"an observation of {len(text):,} characters; {most} tokens are allowed")
+    def observation(
+        self, seen: object, most: int, first: bool, closed: bool, place: int = 0, shown: int = 0
+    ) -> tuple[list[int], Images]:
+        """Ids and images of what an environment says after a turn (`first`: before any; `closed`: the model wrote its end token
+        itself), which begins at `place` of its sequence, where `shown` images are before it.
+
+        Failed for what is neither text nor image, for more than `most` tokens, and for images that are too many or unreadable.
+        """
+        parts = parts_of(seen)
+        texts = [part for part in parts if isinstance(part, str)]
+        for part in parts or [None]:
+            if not isinstance(part, str) and not is_image(part):
+                inside = "a list with a " if isinstance(seen, list) else "a "
+                raise Failed(
+                    "rubbish", f"the environment's observation is {inside}{type(part).__name__}, not of texts and images"
+                )
+        if (length := sum(map(len, texts))) > most * MAX_CHARACTERS_PER_TOKEN:
+            raise Failed("flood", f"an observation of {length:,} characters; {most} tokens are allowed")
+        pixels = self._pixels([part for part in parts if not isinstance(part, str)], shown)
+        mark = self.pictures.processor.mark if self.pictures else ""
         try:
-            hidden = self.encoder.hide(text)
+            hidden = "".join(self.encoder.hide(part) if isinstance(part, str) else mark for part in parts)
             if self.role == ObservationRole.none or first:
                 ids = self.encoder.encode([hidden])[0]
             else:
                 ids = self.encoder.encode([self._written.replace(SEEN, hidden)])[0]
                 ids = ids[1:] if closed and ids[0] in self.ends else ids
+            images: Images = ()
+            if self.pictures is not None and pixels:
+                ids, images = self.pictures.processor.place(ids, pixels, place)
         except ValueError as error:
             raise Failed("rubbish", f"the environment's observation: {error}") from None
         if len(ids) > most:
-            raise Failed("flood", f"an observation of {len(ids):,} tokens; {most} are allowed")
-        return ids
+            of_images = f" ({sum(image.tokens for image in images):,} of images)" if images else ""
+            raise Failed("flood", f"an observation of {len(ids):,} tokens{of_images}; {most} are allowed")
+        return ids, images
+
+    def _pixels(self, given: list[object], shown: int) -> list[np.ndarray]:
+        if given and self.pictures is None:
+            raise Failed("image", "the environment shows an image, and the model has no visual tower")
+        if self.pictures is None or not given:
+            return []
+        if shown + len(given) > self.pictures.most:
+            raise Failed(
+                "image", f"{shown + len(given)} images in one conversation; task.rollout.max_images={self.pictures.most}"
+            )
+        return [self.pictures.pixels(part) for part in given]
 
     def until_stop(self, ids: list[int], stop: tuple[str, ...]) -> tuple[int, str | None]:
         """How many of the ids hold everything up to the first of the texts, and what they say up to its end; all and None

@@ -53,7 +53,7 @@ class Engine:
             sampling=replace(self.sampling, max_response_tokens=most),
             seed=talk.seed,
             capture_routes=self.capture_routes,
-            image=talk.prompt.image,
+            images=tuple(talk.images),
             conversation=talk.key,
             known_routes=talk.rows,
         )

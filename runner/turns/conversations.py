@@ -20,7 +20,7 @@ import torch
 
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
-from runner.errors import UserError, told
+from runner.errors import UserError, UserErrors, told
 from runner.rollout.feed import Feed
 from runner.rollout.protocol import RolloutPool
 from runner.tasks.protocol import Prompt
@@ -282,6 +282,10 @@ def user_code(cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any] | Non
             key="task.rollout.arguments",
             fix="+task.rollout.arguments.NAME=VALUE, for each that its __init__ wants",
         )
+    if environment is not None and isinstance(inspect.getattr_static(environment, "check_arguments", None), staticmethod):
+        found = list(environment.check_arguments(**dict(section.arguments)))
+        if found:
+            raise UserErrors(found)
     return function, environment
 
 

@@ -9,23 +9,27 @@ from runner.data import Sample, Status
 from runner.tasks.protocol import Prompt
 from runner.turns.context import Context, Engine
 from runner.turns.failure import Failed
+from runner.turns.pictures import text_of
 from runner.turns.transcript import Transcript
 
 SHOWN_CHARACTERS = 10_000  # of an observation that only people see
 
 
 class Environment(Protocol):
-    """What `task.rollout.environment` names: made anew for every sample as `Environment(**task.rollout.arguments)`.
+    """What `task.rollout.environment` names: made anew for every sample as `Environment(**task.rollout.arguments)`. A static
+    method `check_arguments` with the same arguments, where there is one, yields UserErrors before a run begins.
 
     Methods may be async; others run in a thread of their own, so that one which hangs costs its sample and no other.
     """
 
-    def reset(self, prompt: Prompt) -> str | None:
-        """A text that follows the prompt before the model's first turn; None or "" where the prompt says everything."""
+    def reset(self, prompt: Prompt) -> Any:
+        """An observation that follows the prompt before the model's first turn; None or "" where the prompt says everything."""
         ...
 
-    def step(self, response: str) -> tuple[str, bool, dict[str, Any]]:
+    def step(self, response: str) -> tuple[Any, bool, dict[str, Any]]:
         """(observation, done, info) after a turn of the model. The observation of the last turn is not shown to it.
+
+        An observation is a text, an image (of PIL, or a uint8 array [height, width, 3]), or a list of both, in their order.
 
         info["reward"] is a number, info["rewards"] a dict of such by name: they are added up over the turns and logged as
         reward/<name>; without any the task's own reward is asked. info["penalties"], a dict by name, is added to the task's.
@@ -40,7 +44,7 @@ async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
     talk = context.start(prompt)
     try:
         before = await context.call(environment.reset, prompt)
-        if before and not talk.observe(before):
+        if before is not None and before != "" and not talk.observe(before):
             raise Failed("context", "what the environment says first leaves the model no room")
         for _ in range(context.max_turns):
             turn = await engine.generate(talk)
@@ -49,8 +53,8 @@ async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
             observation, done, info = _answer(await context.call(environment.step, turn.text))
             _reward(talk, info)
             if done:
-                if isinstance(observation, str) and observation:
-                    talk.turns.append({"by": "environment", "text": observation[:SHOWN_CHARACTERS], "left_out": True})
+                if last := text_of(observation):
+                    talk.turns.append({"by": "environment", "text": last[:SHOWN_CHARACTERS], "left_out": True})
                 return talk.sample(reason="done")
             if not talk.observe(observation):
                 return talk.sample()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Kind = Literal["environment", "rollout", "timeout", "flood", "rubbish", "context", "engine"]
+Kind = Literal["environment", "rollout", "timeout", "flood", "rubbish", "image", "context", "engine"]
 
 
 class Failed(Exception):

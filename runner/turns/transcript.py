@@ -14,10 +14,12 @@ import torch
 
 from runner.data import Sample, Status, WeightSpan
 from runner.errors import told
+from runner.models.images import PlacedImage
 from runner.routing.reference import here
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
 from runner.turns.failure import Failed
+from runner.turns.pictures import text_of
 
 MAX_NOTE_CHARACTERS = 20_000  # of a turn
 
@@ -56,6 +58,7 @@ class Transcript:
     budget: int
     max_observation_tokens: int
     tokens: list[int] = field(default_factory=list)
+    images: list[PlacedImage] = field(default_factory=list)  # the prompt's, then those of observations
     mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw: list[float] | None = field(default_factory=list)
@@ -68,7 +71,7 @@ class Transcript:
     full: bool = False  # something did not fit any more
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt.tokens)
+        self.tokens, self.images = list(self.prompt.tokens), list(self.prompt.images)
 
     @property
     def room(self) -> int:
@@ -105,18 +108,24 @@ class Transcript:
         self.codec.look_at(turn)
         return turn
 
-    def observe(self, text: str) -> bool:
-        """Add what an environment says, with loss_mask 0. False where that and a turn after it do not fit any more: then the
-        conversation is over. Failed for what is no text, or more than task.rollout.max_observation_tokens."""
+    def observe(self, seen: Any) -> bool:
+        """Add what an environment says, with loss_mask 0: a text, an image (of PIL, or a uint8 array [height, width, 3]), or a
+        list of both. False where that and a turn after it do not fit any more: then the conversation is over.
+
+        Failed for anything else, for more than task.rollout.max_observation_tokens, and for images that cannot be shown.
+        """
         closed = self.tokens[-1] in self.codec.ends
-        tokens = self.codec.observation(text, self.max_observation_tokens, first=not self.turns, closed=closed)
-        note: dict[str, Any] = {"by": "environment", "text": text}
+        tokens, images = self.codec.observation(
+            seen, self.max_observation_tokens, not self.turns, closed, len(self.tokens), len(self.images)
+        )
+        note: dict[str, Any] = {"by": "environment", "text": text_of(seen), **({"images": len(images)} if images else {})}
         if len(tokens) >= self.room:
             self.full = True
             self.turns.append(note | {"left_out": True})
             return False
         start = len(self.mask)
         self.tokens += tokens
+        self.images += images
         self.mask += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
         if self.raw is not None:
@@ -161,7 +170,7 @@ class Transcript:
             weight_spans=list(self.spans),
             rewards=dict(self.rewards),
             info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},
-            image=self.prompt.image,
+            images=tuple(image for image in self.images if image.start + image.tokens <= total),
         )
 
 
@@ -188,6 +197,7 @@ def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: boo
         lengths = {len(sample.loss_mask), len(sample.rollout_logprobs), response}
         if tuple(sample.tokens[: total - response].tolist()) != tuple(prompt.tokens):
             raise Failed("rubbish", "the sample does not begin with its prompt's tokens")
+        _check_images(sample, prompt)
         if not response or not bool(sample.loss_mask.any()):
             raise Failed("rubbish", "the sample has no token of the model")
         if len(lengths) > 1 or rows != total - 1:
@@ -198,3 +208,15 @@ def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: boo
         if sample.prompt_id != prompt.prompt_id or sample.sample_index != sample_index:
             raise Failed("rubbish", "the sample names another prompt or another number than its own")
     return samples
+
+
+def _check_images(sample: Sample, prompt: Prompt) -> None:
+    """Failed unless the prompt's images come first, and all lie one after the other inside the sample."""
+    if sample.images[: len(prompt.images)] != prompt.images:
+        raise Failed("rubbish", "the sample does not begin with its prompt's images")
+    after = 0
+    for image in sample.images:
+        there = set(sample.tokens[image.start : image.start + image.tokens].tolist())
+        if image.start < after or image.start + image.tokens > len(sample.tokens) or len(there) != 1:
+            raise Failed("rubbish", f"an image at token {image.start} of the sample does not stand on placeholders of its own")
+        after = image.start + image.tokens

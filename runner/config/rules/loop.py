@@ -284,6 +284,12 @@ def conversations(cfg: Config) -> Iterator[UserError]:
     for name, path in (("_target_", section._target_), ("environment", section.environment)):
         if path is not None and not all(part.isidentifier() for part in f"{path}.".split(".")[:-1]) or (path and "." not in path):
             yield UserError(f"{path!r} is no package.module.name", key=f"{key}.{name}", fix=f"{key}.{name}=mymodule.name")
+    if section.min_image_pixels > section.max_image_pixels:
+        yield UserError(
+            f"images of {section.min_image_pixels} to {section.max_image_pixels} pixels",
+            key=f"{key}.min_image_pixels",
+            fix=f"{key}.min_image_pixels={section.max_image_pixels}",
+        )
     if "" in section.stop:
         yield UserError("an empty text would end every turn", key=f"{key}.stop", fix=f"{key}.stop=[]")
 

@@ -12,6 +12,7 @@ import torch
 
 from runner.data import Request, Sample, WeightSpan
 from runner.errors import UserError
+from runner.models.images import Images
 from runner.rollout.feed import Feed
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
 from runner.rollout.local.model import EngineModel
@@ -23,9 +24,10 @@ from runner.rollout.local.verify import Proposal, verify_drawn, verify_sampled
 
 @dataclass
 class _Kept:
-    """What is left of a turn: its tokens, and the keys and values of all of them."""
+    """What is left of a turn: its tokens and images, and the keys and values of all of them."""
 
     tokens: np.ndarray
+    images: Images
     cache: dict[tuple[int, str], torch.Tensor]
 
 
@@ -151,8 +153,8 @@ class Engine:
     def _prefill(self, slots: Slots, first: int) -> None:
         """Fill the cache of new slots (each distinct prompt once) and draw their first tokens."""
         cache = self._cache_for(slots)
-        # prompts differ in their tokens or in their image; one whose beginning was kept is filled by itself
-        owners: dict[tuple[tuple[int, ...], int, str], int] = {}
+        # prompts differ in their tokens or in their images; one whose beginning was kept is filled by itself
+        owners: dict[tuple[tuple[int, ...], tuple[int, ...], str], int] = {}
         source = np.zeros(slots.running - first, dtype=np.int64)
         begin = np.zeros(slots.running, dtype=np.int64)
         for slot in range(first, slots.running):
@@ -160,7 +162,7 @@ class Engine:
             assert request is not None
             begin[slot] = self._put_back(cache, slot, request)
             own = request.conversation if begin[slot] else ""
-            source[slot - first] = owners.setdefault((request.tokens, id(request.image), own), slot)
+            source[slot - first] = owners.setdefault((request.tokens, tuple(map(id, request.images)), own), slot)
         last: dict[int, torch.Tensor] = {}
         for group in self._chunks(slots, sorted(owners.values())):
             last.update(self._fill(slots, cache, group, slots.length, keep_routes=True, begin=begin))
@@ -192,7 +194,9 @@ class Engine:
             assert request is not None
             if request.conversation and self.cache is not None:
                 cached = int(slots.processed[slot])
-                self.kept[request.conversation] = _Kept(slots.tokens[slot, :cached].copy(), self.cache.keep(slot, cached))
+                self.kept[request.conversation] = _Kept(
+                    slots.tokens[slot, :cached].copy(), request.images, self.cache.keep(slot, cached)
+                )
 
     def _put_back(self, cache: KVCache, slot: int, request: Request) -> int:
         """Positions of the request's prompt that its conversation had left, and are in the slot's cache now; 0: none.
@@ -208,6 +212,9 @@ class Engine:
             most = min(most, request.known_routes)
         differs = np.nonzero(kept.tokens[:most] != np.array(request.tokens[:most]))[0]
         length = int(differs[0]) if len(differs) else most
+        for image in (*kept.images, *request.images):
+            if image not in kept.images or image not in request.images:  # equal placeholders, another image
+                length = min(length, image.start)
         if length:
             cache.put_back(slot, kept.cache, length)
         self.counters["cached_tokens"] += length
@@ -239,15 +246,18 @@ class Engine:
         rows = np.array(sorted(group))
         at = np.zeros(len(rows), dtype=np.int64) if begin is None else begin[rows]
         slots.processed[rows] = until[rows]
-        features = self.model.encode([slots.image_of(slot) for slot in rows.tolist()])
+        # images whose tokens are all cached are not encoded again
+        new = {slot: slots.images_of(slot, int(start)) for slot, start in zip(rows.tolist(), at, strict=True)}
+        features = self.model.encode(list(new.values()))
+        any_image = any(slots.images_of(slot) for slot in rows.tolist())
         while len(rows):
             counts = np.minimum(until[rows] - at, max(1, self.prefill_chunk // len(rows)))
             row = np.repeat(rows, counts)
             column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(at, counts)
-            images = placed = None
+            images = slots.images[rows] if any_image else None
+            placed = None
             if features is not None:
-                images = slots.image[rows]
-                shown = [slots.image_of(slot) for slot in rows.tolist()]
+                shown = [new[slot] for slot in rows.tolist()]
                 placed = features.placed(shown, at.tolist(), (at + counts).tolist(), (np.cumsum(counts) - counts).tolist())
             hidden = self.model.forward(cache, slots.tokens[row, column], at, counts, rows, images, placed)
             self.counters["prefill_tokens"] += len(row)
@@ -311,8 +321,8 @@ class Engine:
         self.speculation.record(proposal, kept, total, seconds)
 
     def _images(self, slots: Slots) -> np.ndarray | None:
-        """Extents [running, 3] of the images of running rows; None for a model that sees none."""
-        return None if self.model.visual is None else slots.image[: slots.running]
+        """Extents [running, I, 3] of the images of running rows; None for a model that sees none."""
+        return None if self.model.visual is None else slots.images[: slots.running]
 
     def _verify_sampled(
         self, slots: Slots, hidden: torch.Tensor, proposal: Proposal, row: np.ndarray, counts: np.ndarray

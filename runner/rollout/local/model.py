@@ -13,7 +13,7 @@ from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
-from runner.models.images import PromptImage, rotary_positions
+from runner.models.images import Images, rotary_positions
 from runner.models.visual import ImageFeatures, Placed
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
@@ -139,8 +139,8 @@ class EngineModel:
         """Hidden states [N, H] after the last norm of new tokens; writes their keys and values.
 
         tokens [N] int64, sorted by row; row r (in slot slots[r], ascending; None: slot r) has counts[r] new tokens (at
-        least 1), the first of them at position starts[r]. Vision models: images [B, 3] are the extents of the rows' images
-        (None: no row has one), placed the features of those of their tokens that are new.
+        least 1), the first of them at position starts[r]. Vision models: images [B, I, 3] are the extents of the rows' images
+        (None: no row has any), placed the features of those of their tokens that are new.
         """
         rows, width = len(counts), int(counts.max())
         row, column = rows_and_columns(counts)
@@ -193,14 +193,14 @@ class EngineModel:
         return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
 
     def _image_angles(self, positions: np.ndarray, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [N, 1, d] of tokens at these positions [N] of sequences with these images [N, 3]."""
-        places = self._to_device(rotary_positions(positions, *images.T))
+        """cos and sin [N, 1, d] of tokens at these positions [N] of sequences with these images [N, I, 3]."""
+        places = self._to_device(rotary_positions(positions, images))
         cos, sin = self.decoder.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), places.unsqueeze(1))
         return cos.transpose(0, 1), sin.transpose(0, 1)
 
-    def encode(self, images: Sequence[PromptImage | None]) -> ImageFeatures | None:
-        """The visual tower's features of these rows' images; None where no row has one."""
-        if not any(image is not None for image in images):
+    def encode(self, images: Sequence[Images]) -> ImageFeatures | None:
+        """The visual tower's features of these rows' images; None where no row has any."""
+        if not any(images):
             return None
         if self.visual is None:
             raise UserError(f"{self.config.name} has no visual tower", key="model", fix="model=tiny_vlm")

@@ -15,7 +15,7 @@ from runner.config.choices import DeviceKind, Drafting, KvDtype
 from runner.config.schema import Config, SpeculativeConfig
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
-from runner.models.images import PromptImage
+from runner.models.images import Images, extents
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.local.attention import LENGTH_BUCKET, KVCache
@@ -94,22 +94,22 @@ class LocalPool:
             return self.store.check_resident(stream)
 
     @torch.inference_mode()
-    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
+    def score(self, sequences: list[torch.Tensor], images: list[Images] | None = None) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1, through the decoding kernels and a cache of its own."""
         self._need_weights()
-        shown = images or [None] * len(sequences)
+        shown = images or [()] * len(sequences)
         rows = zip(sequences, shown, strict=True)
-        return [self._score(sequence.cpu().numpy().astype(np.int64), image) for sequence, image in rows]
+        return [self._score(sequence.cpu().numpy().astype(np.int64), images) for sequence, images in rows]
 
-    def _score(self, tokens: np.ndarray, image: PromptImage | None) -> torch.Tensor:
+    def _score(self, tokens: np.ndarray, images: Images) -> torch.Tensor:
         total = len(tokens)
-        features = self.model.encode([image])
-        extent = None if image is None else np.array([image.extent])
+        features = self.model.encode([images])
+        extent = extents([images]) if images else None
         cache = KVCache(1, -(-total // LENGTH_BUCKET) * LENGTH_BUCKET, self.engine.kv_dtype, self._device)
         rows, chunk = [], self.engine.prefill_chunk
         for start in range(0, total - 1, chunk):
             piece = tokens[start : min(start + chunk, total - 1)]
-            placed = None if features is None else features.placed([image], [start], [start + len(piece)], [0])
+            placed = None if features is None else features.placed([images], [start], [start + len(piece)], [0])
             hidden = self.model.forward(cache, piece, np.array([start]), np.array([len(piece)]), images=extent, placed=placed)
             logprobs = self.model.logits(hidden).log_softmax(-1)
             targets = torch.from_numpy(tokens[start + 1 : start + 1 + len(piece)]).to(logprobs.device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from runner.data import Request, Sample, Status, WeightSpan
-from runner.models.images import NO_IMAGE, PromptImage
+from runner.models.images import Images
 from runner.rollout.local.attention import LENGTH_BUCKET
 
 
@@ -19,7 +19,7 @@ class Slots:
     processed  tokens whose keys and values are cached; length - 1 between steps
     logprobs, raw  [slot, position] fp32 of the token at that position (response only)
     routes     [slot, position, L, K]; None when nothing is captured
-    image      [slot, 3] `PromptImage.extent` of the prompt's image; zeros without one
+    images     [slot, I, 3] `PlacedImage.extent` of a sequence's images; zeros where it has fewer than I, the most so far
     """
 
     def __init__(self, capacity: int, length: int, route_shape: tuple[int, int] | None, route_dtype: torch.dtype) -> None:
@@ -35,7 +35,7 @@ class Slots:
         self.top_p = np.zeros(capacity)
         self.top_k = np.zeros(capacity, dtype=np.int64)
         self.stop_set = np.zeros(capacity, dtype=np.int64)
-        self.image = np.zeros((capacity, 3), dtype=np.int64)
+        self.images = np.zeros((capacity, 1, 3), dtype=np.int64)
         self.requests: list[Request | None] = [None] * capacity
         self.spans: list[list[WeightSpan]] = [[] for _ in range(capacity)]
         self.route_shape, self.route_dtype = route_shape, route_dtype
@@ -55,16 +55,24 @@ class Slots:
         sampling = request.sampling
         self.temperature[slot], self.top_p[slot], self.top_k[slot] = sampling.temperature, sampling.top_p, sampling.top_k
         self.stop_set[slot] = self._stop_index(sampling.stop_token_ids, vocab)
-        self.image[slot] = NO_IMAGE if request.image is None else request.image.extent
+        self._place(slot, request.images)
         self.requests[slot] = request
         self.spans[slot] = [WeightSpan(version, 0, 0)]
         if request.capture_routes and self.routes is None and self.route_shape is not None:
             self.routes = torch.zeros(self.capacity, self.max_length, *self.route_shape, dtype=self.route_dtype)
         return slot
 
-    def image_of(self, slot: int) -> PromptImage | None:
+    def _place(self, slot: int, images: Images) -> None:
+        if (more := len(images) - self.images.shape[1]) > 0:
+            self.images = np.pad(self.images, ((0, 0), (0, more), (0, 0)))
+        self.images[slot] = 0
+        for number, image in enumerate(images):
+            self.images[slot, number] = image.extent
+
+    def images_of(self, slot: int, after: int = 0) -> Images:
+        """Those of a slot's sequence that have tokens at `after` or behind it."""
         request = self.requests[slot]
-        return None if request is None else request.image
+        return () if request is None else tuple(image for image in request.images if image.start + image.tokens > after)
 
     def grow(self, length: int) -> None:
         """Room for `length` tokens per slot."""
@@ -138,7 +146,7 @@ class Slots:
             raw_logprobs=torch.from_numpy(self.raw[slot, prompt:total].copy()),
             routes=routes,
             weight_spans=[span for span in spans if span.stop > span.start],
-            image=request.image,
+            images=request.images,
         )
 
     def release(self, slots: np.ndarray, move_cache: Callable[[np.ndarray, np.ndarray], None]) -> None:
@@ -149,7 +157,7 @@ class Slots:
         if len(holes):
             for array in (
                 self.tokens, self.logprobs, self.raw, self.length, self.processed, self.limit, self.seed,
-                self.temperature, self.top_p, self.top_k, self.stop_set, self.image,
+                self.temperature, self.top_p, self.top_k, self.stop_set, self.images,
             ):  # fmt: skip
                 array[holes] = array[movers]
             if self.routes is not None:

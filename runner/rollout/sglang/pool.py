@@ -26,7 +26,7 @@ from runner.config.schema import Config, Role
 from runner.data import ExportedTensor, Request, Sample
 from runner.errors import UserError
 from runner.models.draft_folder import check_folder
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.precision.plan import PrecisionPlan
 from runner.rollout.feed import WATCH_SECONDS, Feed
 from runner.rollout.protocol import EngineDescription, SyncReport
@@ -267,7 +267,7 @@ class SglangPool:
             chosen += [name for name in order if layer_of(name) in layers]
         return list(dict.fromkeys(part for name in chosen for part in self.plan.same_matrix(name)))
 
-    def score(self, sequences: list[torch.Tensor], images: list[PromptImage | None] | None = None) -> list[torch.Tensor]:
+    def score(self, sequences: list[torch.Tensor], images: list[Images] | None = None) -> list[torch.Tensor]:
         """Teacher-forced logprobs [T - 1] fp32 at temperature 1."""
         self._need_weights()
         futures = [self._loop.submit(self._fleet.score(sequence.tolist())) for sequence in sequences]

@@ -16,7 +16,7 @@ from runner.cluster.launcher import Ranks
 from runner.config.schema import Config
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError, UserErrors
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.trainer.megatron import arguments, untrusted
 from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
@@ -67,7 +67,7 @@ class MegatronTrainer(PolicyTrainer):
         return self._merged(self.ranks.call("updates", _light(batch)))
 
     def sft_step(
-        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[Images] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two. No images: rules
         refuse vision models."""

@@ -26,7 +26,7 @@ from runner.config.choices import Recompute
 from runner.config.schema import Config, QatPlacement
 from runner.data import Batch, ExportedTensor, Sample
 from runner.errors import UserError
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.trainer import policy_step
@@ -217,7 +217,7 @@ class Worker(PolicyUpdates):
         sequences: Sequences,
         loss: Loss,
         *,
-        images: Sequence[PromptImage | None],
+        images: Sequence[Images],
         temperature: float = 1.0,
         replayed: Sequence[Sample] | None = None,
     ) -> None:

@@ -22,7 +22,7 @@ from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError
 from runner.models import family_of, visual
 from runner.models.build import build_model, disk_tensors, named_weights
-from runner.models.images import PromptImage
+from runner.models.images import Images
 from runner.precision import cpu_matmul
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
@@ -179,7 +179,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
     def _score(self, batch: Batch, replayed: Sequence[Sample] | None) -> list[torch.Tensor]:
         result: list[torch.Tensor] = [torch.empty(0)] * len(batch)
         sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
-        images = [sample.image for sample in batch.samples]
+        images = [sample.images for sample in batch.samples]
         for micro in self._micro_batches(sequences):
             with self._replaying(replayed, micro) as current:
                 if current is not None:
@@ -194,10 +194,10 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         for indices in microbatch.split_by_tokens(lengths, self.config.max_tokens_per_gpu):
             yield microbatch.build(sequences, indices, self.device)
 
-    def _hidden(self, micro: MicroBatch, images: Sequence[PromptImage | None]) -> torch.Tensor:
+    def _hidden(self, micro: MicroBatch, images: Sequence[Images]) -> torch.Tensor:
         """Hidden states [B, W, H] behind the last norm; `images`: one per sequence that the micro-batch was cut from."""
         shown = [images[i] for i in micro.indices]
-        if any(image is not None for image in shown):
+        if any(shown):
             return visual.hidden_states(self.model, micro.tokens, shown)
         hidden: torch.Tensor = self.model.base_model(input_ids=micro.tokens, use_cache=False).last_hidden_state
         return hidden
@@ -228,7 +228,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         return self.updates(batch)
 
     def sft_step(
-        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[PromptImage | None] | None = None
+        self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[Images] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
         return self.supervised(samples, lr, images).metrics
@@ -238,7 +238,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         sequences: Sequences,
         loss: Loss,
         *,
-        images: Sequence[PromptImage | None],
+        images: Sequence[Images],
         temperature: float = 1.0,
         replayed: Sequence[Sample] | None = None,
     ) -> None:

@@ -19,8 +19,8 @@ MAX_FILE_BYTES = 32 << 20
 MAX_PIXELS = 1 << 25  # 32 million, 96 MiB as RGB: what a compressed file may unfold into
 
 
-def image_bytes(row: dict[str, Any], folder: Path) -> bytes:
-    """The encoded image of a problem: `image`, a path relative to `folder`, or `image_base64`; or one of either in `images`.
+def image_bytes(row: dict[str, Any], folder: Path) -> list[bytes]:
+    """The encoded images of a problem: `image`, a path relative to `folder`, or `image_base64`; or several paths in `images`.
 
     ValueError saying what is missing or cannot be read.
     """
@@ -29,19 +29,25 @@ def image_bytes(row: dict[str, Any], folder: Path) -> bytes:
         if not isinstance(row["images"], list):
             raise ValueError("`images` must be a list")
         given += row["images"]
-    if len(given) != 1:
-        raise ValueError(f"{len(given)} images; a problem has one")
-    if not isinstance(given[0], str):
+    if not given:
+        raise ValueError("0 images; a problem has one or more")
+    if not all(isinstance(entry, str) for entry in given):
         raise ValueError("an image is the path of a file, or its bytes as text in `image_base64`")
     if row.get("image_base64") is not None:
-        return _decoded(given[0])
-    path = folder / given[0]
+        if len(given) > 1:
+            raise ValueError(f"{len(given)} images; several are paths in `images`, without `image_base64`")
+        return [_decoded(given[0])]
+    return [_read(folder, name) for name in given]
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"image '{given[0]}' has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
+            raise ValueError(f"image '{name}' has {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read image '{given[0]}' beside the file: {error.strerror}") from None
+        raise ValueError(f"cannot read image '{name}' beside the file: {error.strerror}") from None
 
 
 def _decoded(text: str) -> bytes:
