@@ -108,14 +108,20 @@ def compose_raw(overrides: list[str]) -> DictConfig:
 
 
 def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
-    """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the model's `toy_twin` in its
-    place, in the run that the model itself chose."""
+    """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the `toy_twin`s of model and task
+    in their places, in the run that the model itself chose. A task that the command line names stays."""
     raw = _composed(overrides)
-    if raw.scale == Scale.laptop and raw.model.toy_twin != raw.model.name:
-        kept = [item for item in overrides if override_key(item) not in ("model", "run")]
-        overrides = [*kept, f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
-        raw = _composed(overrides)
-    elif raw.scale != Scale.laptop:
+    if raw.scale == Scale.laptop:
+        twins = []
+        if raw.task.toy_twin != raw.task.name and "task" not in map(override_key, overrides):
+            twins.append(f"task={raw.task.toy_twin}")
+        if raw.model.toy_twin != raw.model.name:
+            overrides = [item for item in overrides if override_key(item) not in ("model", "run")]
+            twins += [f"model={raw.model.toy_twin}", f"run={raw.hydra.runtime.choices.run}"]
+        if twins:
+            overrides = [*overrides, *twins]
+            raw = _composed(overrides)
+    else:
         _take_architecture(raw.model, overrides)
     with open_dict(raw):
         del raw["hydra"]
