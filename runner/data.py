@@ -74,6 +74,7 @@ class Sample:
                       through when token t + 1 was predicted; None without capture. An engine's answer to a request with
                       `known_routes` begins after those rows
     rewards           the parts of the reward by name, weighted: they add up to it; {} where it has none
+    turn_rewards      (response tokens before it, part, value) of what was given after single turns, weighted as the parts are
     images            what placeholders among `tokens` stand for, in their order: the prompt's, which are the same objects in all
                       samples of a prompt, then those of observations
     """
@@ -91,6 +92,7 @@ class Sample:
     weight_spans: list[WeightSpan] = field(default_factory=list)
     reward: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
+    turn_rewards: list[tuple[int, str, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     images: Images = ()
 

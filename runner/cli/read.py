@@ -86,7 +86,9 @@ def text_of(row: dict[str, Any], title: str, images: list[Text] | None = None) -
     for number, turn in enumerate(row.get("turns") or [{"by": "model", "text": row.get("response", "")}]):
         by = str(turn.get("by", ""))
         text.append(f"{by:>12}  ", "dim").append(f"{turn.get('text', '')}", STYLES.get(by, ""))
-        notes = turn.get("notes")
+        notes = turn.get("notes") or {}
+        if "advantage" in turn:
+            notes = {"advantage": turn["advantage"], **notes}
         text.append(f"   {json.dumps(notes, ensure_ascii=False)}\n" if notes else "\n", "magenta")
         for image in of_turns[number] if of_turns else []:
             text.append(image)

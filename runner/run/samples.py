@@ -57,6 +57,10 @@ def _row(
     if turns := sample.info.get("turns"):
         row["finish_reason"] = sample.finish_reason
         row["turns"] = [turn | {"text": str(turn.get("text", ""))[:MAX_TURN_CHARACTERS]} for turn in turns]
+        if bool((batch.advantages[place] != batch.advantages[place][0]).any()):
+            for turn in row["turns"]:
+                if turn["by"] == "model":
+                    turn["advantage"] = round(float(batch.advantages[place][turn["start"]]), 4)
     if sample.images:
         row["images"] = [{"file": names[id(image)], "place": image.start, "tokens": list(image.grid)} for image in sample.images]
     row["worst"] = _worst(sample, update, place, decode)

@@ -47,6 +47,10 @@ def add(configured: dict[str, RewardConfig], items: Sequence[Item]) -> list[str]
             name: value * (configured[name].weight if name in configured else 1.0) for name, value in sample.rewards.items()
         }
         sample.rewards = weighted
+        sample.turn_rewards = [
+            (place, name, value * (configured[name].weight if name in configured else 1.0))
+            for place, name, value in sample.turn_rewards
+        ]
         sample.reward = None if index in failed else sum(weighted.values())
     return warnings
 

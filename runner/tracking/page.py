@@ -198,7 +198,9 @@ def turns(rows: list[dict[str, Any]], shown: list[list[str]]) -> str:
     """A conversation: the model's words, what the environment answered and showed, and what is noted beside a turn."""
     lines = []
     for turn, uris in zip(rows, shown, strict=True):
-        notes = turn.get("notes")
+        notes = turn.get("notes") or {}
+        if "advantage" in turn:
+            notes = {"advantage": turn["advantage"], **notes}
         note = f'<span class="note">  {html.escape(json.dumps(notes))}</span>' if notes else ""
         lines.append(
             f'\n<span class="by">{html.escape(str(turn.get("by", "")))}</span> {html.escape(str(turn.get("text", "")))}{note}'

@@ -90,6 +90,6 @@ def _reward(talk: Transcript, info: dict[str, Any]) -> None:
         if name in parts:
             talk.reward(number, str(name))
         else:
-            talk.penalties[name] = talk.penalties.get(name, 0.0) + number
+            talk.penalty(number, str(name))
     shown = {str(key): value for key, value in info.items() if key not in ("reward", "rewards", "penalties")}
     talk.note(**shown, **({"rewards": parts | penalties} if parts or penalties else {}))

@@ -68,6 +68,7 @@ class Transcript:
     turns: list[dict[str, Any]] = field(default_factory=list)  # what a reader sees
     rewards: dict[str, float] = field(default_factory=dict)
     penalties: dict[str, float] = field(default_factory=dict)  # beside the task's own reward
+    turn_rewards: list[tuple[int, str, float]] = field(default_factory=list)
     full: bool = False  # something did not fit any more
 
     def __post_init__(self) -> None:
@@ -139,8 +140,14 @@ class Transcript:
             self.turns[-1].setdefault("notes", {}).update(_plain(notes))
 
     def reward(self, value: float, name: str = "environment") -> None:
-        """Add to a part of the reward. A conversation without any is rewarded by its task."""
+        """Add to a part of the reward, as given for the turn before. A conversation without any is rewarded by its task."""
         self.rewards[name] = self.rewards.get(name, 0.0) + float(value)
+        self.turn_rewards.append((len(self.mask), name, float(value)))
+
+    def penalty(self, value: float, name: str) -> None:
+        """Add to a part that stands beside the task's own reward."""
+        self.penalties[name] = self.penalties.get(name, 0.0) + float(value)
+        self.turn_rewards.append((len(self.mask), name, float(value)))
 
     def sample(self, status: Status | None = None, reason: str | None = None) -> Sample:
         """The conversation as a Sample. It ends with the model's last turn: nobody was asked about an observation after it.
@@ -169,6 +176,7 @@ class Transcript:
             routes=torch.cat(self.routes) if self.routes else None,
             weight_spans=list(self.spans),
             rewards=dict(self.rewards),
+            turn_rewards=list(self.turn_rewards),
             info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},
             images=tuple(image for image in self.images if image.start + image.tokens <= total),
         )

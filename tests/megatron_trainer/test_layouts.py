@@ -152,9 +152,28 @@ def _whole_step(aggregation: LossAggregation, changes: dict[str, object]) -> tup
     return _after_a_step(TorchTrainer(cfg), cfg)
 
 
-def _after_a_step(trainer: Any, cfg: Config) -> tuple[dict[str, float], torch.Tensor]:
-    """(a step's metrics, how far it moved the policy's logprobs); the old policy and the reference are near the policy."""
+def test_a_turns_advantage_stays_with_its_tokens() -> None:
+    """Two turns of a sample with advantages of their own (algorithm.turn_credit), tokens packed and divided over ranks, against
+    the torch trainer; with one advantage for both turns the policy after the step is another one."""
+    changes: dict[str, object] = {**FP32, **DESCENT}
+    divided = megatron_config("dense", "cp2", **changes, **{"trainer.max_tokens_per_gpu": 24})
+    with megatron(divided) as trainer:
+        metrics, moved = _after_a_step(trainer, divided, turns=True)
+    cfg = config(MODELS["dense"], **changes)
+    expected_metrics, expected = _after_a_step(TorchTrainer(cfg), cfg, turns=True)
+    assert (moved - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert metrics["train/pg_loss"] == pytest.approx(expected_metrics["train/pg_loss"], rel=1e-4, abs=1e-6)
+    _, other = _after_a_step(TorchTrainer(cfg), cfg)
+    assert (other - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+def _after_a_step(trainer: Any, cfg: Config, turns: bool = False) -> tuple[dict[str, float], torch.Tensor]:
+    """(a step's metrics, how far it moved the policy's logprobs); the old policy and the reference are near the policy. `turns`:
+    the second half of a sample has another advantage than the first."""
     data, other = random_batch(cfg), random_batch(cfg, seed=1)
+    if turns:
+        for advantages in data.advantages:
+            advantages[len(advantages) // 2 :] *= -0.5
     for sample in (*data.samples, *other.samples):
         sample.tokens[sample.tokens == PAD_ID] = PAD_ID + 1  # its zero embedding would move out of proportion
     old = [row + 0.02 * (-1) ** index for index, row in enumerate(trainer.logprobs(data))]

@@ -284,6 +284,12 @@ def conversations(cfg: Config) -> Iterator[UserError]:
     for name, path in (("_target_", section._target_), ("environment", section.environment)):
         if path is not None and not all(part.isidentifier() for part in f"{path}.".split(".")[:-1]) or (path and "." not in path):
             yield UserError(f"{path!r} is no package.module.name", key=f"{key}.{name}", fix=f"{key}.{name}=mymodule.name")
+    if cfg.algorithm.turn_credit != "none" and section._target_ is None:
+        yield UserError(
+            "a sample of one response has no turns to credit",
+            key="algorithm.turn_credit",
+            fix="algorithm.turn_credit=none, or a task of several turns",
+        )
     if section.min_image_pixels > section.max_image_pixels:
         yield UserError(
             f"images of {section.min_image_pixels} to {section.max_image_pixels} pixels",
