@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from runner.config.choices import Schedule
 from runner.config.option import engine_layout
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
 from runner.errors import UserError
 from runner.models.images import image_processor
 from runner.rollout.protocol import RolloutPool
+from runner.run.surplus import Surplus
 from runner.tasks import parts
 from runner.tasks.protocol import Prompt, Task, WalksThroughData
 from runner.tasks.rewards import score
@@ -104,11 +106,14 @@ class Collector:
         everything: list[Sample] = []
         generated: list[Group] = []
         kept: list[Group] = []
+        aborted = 0
         for number in range(rounds):
             prompts = self.task.train_prompts(step, per_round, number)
+            surplus = self._surplus(prompts, wanted - len(kept))
             samples = self.generate(
-                prompts, algorithm.samples_per_prompt, sampling, step, capture_routes=self.cfg.router_replay.rollout
+                prompts, algorithm.samples_per_prompt, sampling, step, self.cfg.router_replay.rollout, surplus
             )
+            aborted += surplus.aborted if surplus else 0
             everything += samples
             new = _groups(prompts, samples)
             generated += new
@@ -132,9 +137,25 @@ class Collector:
                 fix="the messages above say why: the engine failed, or the task's reward function did",
             )
         metrics = _metrics(generated, rounds_used=number + 1)
+        if self.cfg.algorithm.schedule == Schedule["async"] and self.cfg.algorithm.oversample_prompts:
+            metrics["rollout/aborted"] = float(aborted)
         if self.conversations is not None:
             metrics |= conversation_metrics(everything)
         return Rollout(kept, generated, metrics)
+
+    def _surplus(self, prompts: Sequence[Prompt], wanted: int) -> Surplus | None:
+        """What tells when enough of a round's prompts are complete; None where all of them are waited for: then the same prompts
+        are trained on whoever is fast, which only an asynchronous schedule gives up."""
+        algorithm = self.cfg.algorithm
+        if algorithm.schedule != Schedule["async"] or len(prompts) <= wanted:
+            return None
+
+        def usable(prompt: Prompt, samples: list[Sample]) -> bool:
+            self._grade_whole([(prompt, sample) for sample in samples])
+            group = _groups([prompt], samples)
+            return bool(group) and not (algorithm.dynamic_sampling and group[0].is_flat)
+
+        return Surplus(prompts, algorithm.samples_per_prompt, wanted, usable)
 
     @property
     def prompts_per_round(self) -> int:
@@ -149,31 +170,51 @@ class Collector:
         return self.task.continue_at(step, state) if isinstance(self.task, WalksThroughData) else None
 
     def generate(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParams,
+        step: int,
+        capture_routes: bool,
+        surplus: Surplus | None = None,
     ) -> list[Sample]:
-        """Rewarded samples in request order; failed ones keep reward None. Raises Interrupted between samples."""
+        """Rewarded samples in request order; failed ones keep reward None. Raises Interrupted between samples. With `surplus`
+        those of complete groups only: as soon as it has enough, what is still under way is aborted."""
         by_id = {prompt.prompt_id: prompt for prompt in prompts}
         if self.conversations is None:
-            samples = self._respond(prompts, samples_per_prompt, sampling, step, capture_routes)
+            samples = self._respond(prompts, samples_per_prompt, sampling, step, capture_routes, surplus)
         else:
             asked = Asked(sampling, step, capture_routes, evaluating=step < 0)
-            samples = self.conversations.run(self.pool, prompts, samples_per_prompt, asked, self._look)
+            enough = surplus.add if surplus else None
+            samples = self.conversations.run(self.pool, prompts, samples_per_prompt, asked, self._look, enough)
+        if surplus is not None:
+            samples = surplus.samples
         failed = [sample for sample in samples if sample.status is Status.failed]
         if failed:
             first = f"prompt {failed[0].prompt_id}, sample {failed[0].sample_index}: {failed[0].finish_reason}"
             where = "in the engine" if self.conversations is None else "on the way"
             self.warn(f"{len(failed)} of {len(samples)} samples failed {where} and are left out ({first})")
-        self._grade([(by_id[sample.prompt_id], sample) for sample in samples if sample.status is not Status.failed])
+        if surplus is None:
+            self._grade_whole([(by_id[sample.prompt_id], sample) for sample in samples])
         return samples
+
+    def _grade_whole(self, pairs: list[tuple[Prompt, Sample]]) -> None:
+        self._grade([(prompt, sample) for prompt, sample in pairs if sample.status is not Status.failed])
 
     def _look(self) -> None:
         if self.should_stop():
             raise Interrupted
 
     def _respond(
-        self, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: SamplingParams, step: int, capture_routes: bool
+        self,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        sampling: SamplingParams,
+        step: int,
+        capture_routes: bool,
+        surplus: Surplus | None,
     ) -> list[Sample]:
-        """One response to every request, in their order."""
+        """One response to every request, in their order; nothing where `surplus` took them."""
         requests = [
             Request(
                 prompt_id=prompt.prompt_id,
@@ -188,10 +229,15 @@ class Collector:
             for index in range(samples_per_prompt)
         ]
         finished: dict[tuple[str, int], Sample] = {}
-        for sample in self.pool.generate(requests):
+        generating = self.pool.generate(requests)
+        for sample in generating:
             if self.should_stop():
                 raise Interrupted
             finished[sample.prompt_id, sample.sample_index] = sample
+            if surplus is not None and surplus.add(sample.prompt_id, sample.sample_index, [sample]):
+                if close := getattr(generating, "close", None):
+                    close()  # aborts what runs
+                return []
         if len(finished) != len(requests):
             raise RuntimeError(f"the pool returned {len(finished)} samples for {len(requests)} requests")
         return [finished[request.prompt_id, request.sample_index] for request in requests]

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ from runner.turns.failure import Failed
 from runner.turns.transcript import checked
 
 BLOCKED_SECONDS = 30.0  # a function that holds the event loop for so long is interrupted; all others wait meanwhile
+
+
+Enough = Callable[[str, int, list[Sample]], bool]
+
+
+class _Stop(Exception):
+    """There is enough."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +65,30 @@ class Conversations:
         self.function, self.environment = user_code(cfg)
 
     def run(
-        self, pool: RolloutPool, prompts: Sequence[Prompt], samples_per_prompt: int, asked: Asked, watch: Callable[[], None]
+        self,
+        pool: RolloutPool,
+        prompts: Sequence[Prompt],
+        samples_per_prompt: int,
+        asked: Asked,
+        watch: Callable[[], None],
+        enough: Enough | None = None,
     ) -> list[Sample]:
-        """Samples in the order of prompts and numbers; failed ones have no reward and say why. `watch` may raise to stop."""
+        """Samples in the order of prompts and numbers; failed ones have no reward and say why. `watch` may raise to stop.
+
+        `enough` is told (prompt, number, samples) of every conversation that is over, and whether it is the last that is waited
+        for: all others are aborted then.
+        """
         jobs = [(prompt, index) for prompt in prompts for index in range(samples_per_prompt)]
-        return _Rollout(self, jobs, asked).run(pool, watch)
+        return _Rollout(self, jobs, asked, enough).run(pool, watch)
 
 
 class _Rollout:
     """The conversations of one rollout. Methods with `loop:` run in the event loop's thread."""
 
-    def __init__(self, owner: Conversations, jobs: list[tuple[Prompt, int]], asked: Asked) -> None:
-        self.owner, self.jobs, self.asked = owner, jobs, asked
+    def __init__(self, owner: Conversations, jobs: list[tuple[Prompt, int]], asked: Asked, enough: Enough | None) -> None:
+        self.owner, self.jobs, self.asked, self.enough = owner, jobs, asked, enough
+        self.over: SimpleQueue[int] = SimpleQueue()  # places whose results nobody has looked at
+        self.stopped = False
         self.feed = Feed(owner.wait_seconds)
         self.waiting: dict[int, tuple[int, Request, asyncio.Future[Sample]]] = {}  # ticket -> (place, request, who waits)
         self.results: dict[int, list[Sample]] = {}
@@ -85,6 +105,7 @@ class _Rollout:
         def look() -> None:
             watch()
             self._interrupt_a_blocked_loop()
+            self._count()
 
         self.feed.watch = look
         self.thread.start()
@@ -94,13 +115,24 @@ class _Rollout:
             for sample in samples:
                 look()
                 self._deliver(sample)
+            self._count()
+        except _Stop:
+            self.stopped = True
         finally:
             if close := getattr(samples, "close", None):
                 close()
             self._close()
         if self.mistake is not None:
             raise self.mistake
-        return [sample for place in range(len(self.jobs)) for sample in self.results[place]]
+        return [sample for place in range(len(self.jobs)) for sample in self.results.get(place, ())]
+
+    def _count(self) -> None:
+        """Raises _Stop when what is over is enough."""
+        while self.enough is not None and self.mistake is None and not self.over.empty():
+            place = self.over.get()
+            prompt, index = self.jobs[place]
+            if self.enough(prompt.prompt_id, index, self.results[place]):
+                raise _Stop
 
     def _deliver(self, sample: Sample) -> None:
         place, request, future = self.waiting.pop(sample.sample_index)
@@ -198,14 +230,16 @@ class _Rollout:
         except Failed as failure:
             self.results[place] = [_failed(prompt, index, failure, context)]
         except (UserError, asyncio.CancelledError) as error:
-            self.mistake = self.mistake or error
+            if not self.stopped:
+                self.mistake = self.mistake or error
             self.results[place] = []
-        if self.next_job < len(self.jobs) and self.mistake is None:
+        if self.next_job < len(self.jobs) and self.mistake is None and not self.stopped:
             self._begin()
-        elif self.mistake is not None:
+        elif self.mistake is not None or self.stopped:
             self.feed.close()
         for talk in context.started:
             self.feed.forget(talk.key)
+        self.over.put(place)
         self.feed.end(place)
 
     async def _result(self, engine: Engine, prompt: Prompt, context: Context) -> list[Sample]:

@@ -75,11 +75,11 @@ def estimator(cfg: Config) -> Iterator[UserError]:
             key="algorithm.oversample_prompts",
             fix=f"algorithm.oversample_prompts={2 * algorithm.prompts_per_step}, or 0",
         )
-    if algorithm.oversample_prompts and not algorithm.dynamic_sampling:
+    if algorithm.oversample_prompts and not algorithm.dynamic_sampling and algorithm.schedule != "async":
         yield UserError(
             "without dynamic sampling nothing is dropped, so nothing more is asked for",
             key="algorithm.oversample_prompts",
-            fix="algorithm.dynamic_sampling=true, or algorithm.oversample_prompts=0",
+            fix="algorithm.dynamic_sampling=true, algorithm.schedule=async (the surplus is aborted), or 0",
         )
     if algorithm.correction is not Correction.none and not algorithm.correction_low <= 1 <= algorithm.correction_high:
         yield UserError(
