@@ -41,7 +41,7 @@ EXTRA = {
     **{
         (model, "nvfp4_qat"): ("NVFP4 has a scale over a whole weight", ["trainer=torch", "parallelism=h200x1"])
         for model in BIG
-        if model != "qwen3_4b"
+        if model not in ("qwen3_4b", "qwen3_vl_2b")
     },
 }
 
@@ -170,7 +170,7 @@ def test_laptop_puts_the_toy_twin_in_a_models_place(model: str) -> None:
     cfg = compose.load([f"model={model}", "scale=laptop"]).config
     assert cfg.model.name == full.model.toy_twin and cfg.model.family == full.model.family
     assert cfg.model == compose.load([f"model={cfg.model.name}"]).config.model  # not a mixture of the two
-    assert (cfg.cluster.gpus_per_node, cfg.parallelism.gpus, cfg.task.name) == (0, 0, "arithmetic")
+    assert (cfg.cluster.gpus_per_node, cfg.parallelism.gpus, cfg.task.name) == (0, 0, full.task.toy_twin)
     assert cfg.router_replay == full.router_replay and cfg.precision.convention == full.precision.convention
     assert cfg.rollout.sampling.max_response_tokens < cfg.model.max_context_tokens and cfg.warm_start.enabled
     preflight.check(cfg)  # a laptop can run it
@@ -184,8 +184,14 @@ def test_the_twin_is_the_one_that_the_key_names() -> None:
 
 def test_laptop_means_toy_sizes_whatever_the_model_chose() -> None:
     cfg = compose.load(["model=tiny_vlm", "scale=laptop"]).config
-    assert cfg.model.name == "tiny_vlm" and cfg.task.name == "arithmetic"
-    assert (cfg.trainer.optimizer.lr, cfg.algorithm.prompts_per_step) == (8.0e-4, 32)  # those of run/toy_vision suit its task
+    assert cfg.model.name == "tiny_vlm" and cfg.task.name == "visual_count"
+    assert (cfg.trainer.optimizer.lr, cfg.algorithm.prompts_per_step) == (8.0e-4, 32)
+
+
+def test_the_tasks_twin_takes_its_place_unless_the_command_line_names_a_task() -> None:
+    assert compose.load(["recipe=qwen3_vl_2b_geo3k", "scale=laptop"]).config.task.name == "visual_zoom"
+    assert compose.load(["model=qwen3_4b", "task=calculator", "scale=laptop"]).config.task.name == "calculator"
+    assert compose.load(["model=qwen3_4b", "scale=laptop", "task.toy_twin=calculator"]).config.task.name == "calculator"
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
@@ -218,7 +224,7 @@ def test_a_folder_that_holds_no_configs_is_a_mistake(tmp_path: Path, monkeypatch
         compose.load([])
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_235b_int4", "kimi_k2_int4", "qwen3_30b_fp8", "qwen3_4b_fp8"])
+@pytest.mark.parametrize("recipe", ["qwen3_235b_int4", "kimi_k2_int4", "qwen3_30b_fp8", "qwen3_4b_fp8", "qwen3_vl_2b_geo3k"])
 def test_recipes_at_laptop_scale_run_here(recipe: str) -> None:
     cfg = compose.load([f"recipe={recipe}", "scale=laptop"]).config
     assert cfg.recipe == recipe and cfg.scale == "laptop" and cfg.model.name.startswith("tiny")

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runner.config import compose
 from runner.errors import UserError
+from runner.models.families.qwen3_vl import VisualTower
+from runner.models.images import PlacedImage
+from runner.tasks.protocol import Prompt
 from runner.tools.calculator import calculate
 from runner.tools.calls import calls
 from runner.tools.protocol import ToolError
 from runner.tools.sandbox import PythonSandbox
+from runner.tools.zoom import Zoom
+from runner.turns.conversations import user_code
 from runner.turns.tools import ToolEnvironment
 
 HERMES = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "2*3"}}\n</tool_call>'
@@ -137,3 +146,109 @@ def test_time_and_output_are_bounded_and_children_are_killed_with_it(tmp_path: P
         time.sleep(0.05)
     os.kill(pid, 9)
     raise AssertionError("the child outlived the sandbox")
+
+
+# ---- a closer look
+
+
+def looked_at(*pictures: np.ndarray) -> Zoom:
+    zoom = Zoom(max_calls=2)
+    zoom.begin(Prompt("p", "", (), "", {}, (), pictures))
+    return zoom
+
+
+def test_zoom_shows_a_part_of_an_image_at_full_size() -> None:
+    first, second = np.zeros((40, 20, 3), np.uint8), np.arange(30 * 60 * 3, dtype=np.uint8).reshape(30, 60, 3)
+    text, shown = looked_at(first, second).call(image=2, box=[500, 0, 1000, 400])
+    assert np.array_equal(shown, second[:12, 30:]) and text == "image 2, [500, 0, 1000, 400]: "
+    assert np.array_equal(
+        looked_at(second).call(image="1", box="[500, 0, 1000, 400]")[1], shown
+    )  # as Qwen3-Coder's format has it
+    assert looked_at(first).call(image=1, box=[-5, -5, 5000, 5000])[1].shape == first.shape
+    small = Prompt("p", "", (), "", {}, (PlacedImage(second, 0, VisualTower(8, 8, 1)),))
+    zoom = Zoom()
+    zoom.begin(small)  # a task that keeps no originals
+    assert np.array_equal(zoom.call(image=1, box=[0, 0, 1000, 1000])[1], second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"image": 3, "box": [0, 0, 9, 9]}, "there are 2 images"),
+        ({"image": 0, "box": [0, 0, 9, 9]}, "there are 2 images"),
+        ({"image": "one", "box": [0, 0, 9, 9]}, "no whole number"),
+        ({"image": True, "box": [0, 0, 9, 9]}, "no whole number"),
+        ({"image": 1, "box": [0, 0, 9]}, "four numbers"),
+        ({"image": 1, "box": "[0, 0"}, "four numbers"),
+        ({"image": 1, "box": {"x": 1}}, "four numbers"),
+        ({"image": 1, "box": [0, 0, 0.5, 9]}, "no whole number"),
+        ({"image": 1, "box": [0, 0, 1e400, 9]}, "no whole number"),
+        ({"image": 1, "box": [500, 0, 400, 1000]}, "the box holds 0 x 40 pixels"),
+    ],
+)
+def test_a_look_at_nothing_is_an_error_that_the_model_sees(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ToolError, match=re.escape(said)):
+        looked_at(np.zeros((40, 20, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)).call(**arguments)
+
+
+def test_looks_are_counted_by_conversation() -> None:
+    zoom = looked_at(np.zeros((40, 20, 3), np.uint8))
+    for _ in range(2):
+        zoom.call(image=1, box=[0, 0, 1000, 1000])
+    with pytest.raises(ToolError, match="no more than 2"):
+        zoom.call(image=1, box=[0, 0, 1000, 1000])
+
+
+def test_images_of_tools_are_images_of_the_observation() -> None:
+    environment = ToolEnvironment(["zoom", "calculator"])
+    prompt = Prompt("p", "", (), "", {}, (), (np.full((20, 20, 3), 7, np.uint8),))
+
+    async def asked(text: str) -> tuple[Any, bool, dict[str, Any]]:
+        await environment.reset(prompt)
+        return await environment.step(text)
+
+    call = '<tool_call>{"name": "zoom", "arguments": {"image": 1, "box": [0, 0, 500, 1000]}}</tool_call>'
+    seen, done, info = asyncio.run(asked(call + HERMES))
+    assert [part if isinstance(part, str) else part.shape for part in seen] == [
+        "image 1, [0, 0, 500, 1000]: ", (20, 10, 3), "\n", "6"
+    ]  # fmt: skip
+    assert not done and info["tool_calls"] == 2 and info["tool_errors"] == 0
+    assert asyncio.run(asked(HERMES + HERMES))[0] == "6\n6"
+
+
+class Unfinished:
+    """A tool without a call."""
+
+    name, description, parameters = "unfinished", "", {}
+
+
+class Refuses:
+    """A tool that cannot be made."""
+
+    def __init__(self) -> None:
+        raise OSError("no such device")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"tools": ["oracle"]}, "there is no tool 'oracle'"),
+        ({"tools": ["calculator", "nowhere.Tool"]}, "cannot be imported"),
+        ({"tools": [f"{__name__}.Refuses"]}, "cannot be made: OSError: no such device"),
+        ({"tools": [f"{__name__}.Unfinished"]}, "has no call"),
+        ({"tools": ["python"], "settings": {"python": {"minutes": 1}}}, "cannot be made"),
+        ({"tools": ["calculator"], "settings": {"python": {}}}, "none of the tools"),
+        ({"tools": ["calculator", "calculator"]}, "two tools have the name 'calculator'"),
+        ({"tools": []}, "no list of tools"),
+        ({"tools": "calculator"}, "no list of tools"),
+        ({"tools": ["calculator"], "format": "xml"}, "no format of calls"),
+        ({"tools": ["calculator"], "error_penalty": "much"}, "no number"),
+    ],
+)
+def test_tools_are_looked_at_before_a_run(arguments: dict[str, Any], said: str) -> None:
+    cfg = compose.load_config(["task=calculator"])
+    values = {"environment": "runner.turns.tools.ToolEnvironment", "arguments": arguments}
+    section = dataclasses.replace(cfg.task.rollout, **values)
+    with pytest.raises(UserError) as caught:
+        user_code(dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, rollout=section)))
+    assert said in str(caught.value)
