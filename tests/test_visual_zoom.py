@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
+import subprocess
+import sys
+import time
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,3 +208,48 @@ def test_fields_that_cut_image_tokens_are_refused_with_what_would_fit() -> None:
     with pytest.raises(UserError, match="an image token is 8") as caught:
         task("task.grid=3", "task.cell_pixels=9")
     assert caught.value.fix == "task.cell_pixels=16"
+
+
+# ---- whole runs
+
+SHORT = [
+    "model=tiny_vlm", "task=visual_zoom", "steps=4", "warm_start.max_steps=60", "warm_start.check_interval_steps=60",
+    "warm_start.cache=false", "checkpoint.interval_steps=2", "algorithm.prompts_per_step=4", "algorithm.samples_per_prompt=4",
+    "evaluation.interval_steps=4", "evaluation.num_prompts=8", "tracking=none", "speculative.auto_disable=false",
+    "trainer.threads=1", "algorithm.schedule=one_step_off", "task.rollout.lockstep_seconds=60", "algorithm.turn_credit=returns",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_resumed_run_repeats_the_uninterrupted_one_and_its_images_are_shown(tmp_path: Path) -> None:
+    """One step off policy: the checkpoint after step 2 holds the conversations of step 3, images included."""
+
+    def run(*arguments: str) -> str:
+        line = [sys.executable, "-m", "runner", *arguments]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=900)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        return result.stdout
+
+    run(*SHORT, f"outputs_dir={tmp_path}", "run_name=whole")
+    line = [sys.executable, "-m", "runner", *SHORT, f"outputs_dir={tmp_path}", "run_name=killed"]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 900
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run(f"resume={tmp_path / 'killed'}")
+    whole, again = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    )
+    for one, other in zip(whole, again, strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith("perf/")} == {
+            k: v for k, v in other.items() if not k.startswith("perf/")
+        }
+    assert all(row["rollout/failed"] == 0 and row["rollout/turns/mean"] > 1 and row["rollout/tool_calls"] > 0 for row in whole)
+    page = tmp_path / "page.html"
+    run("show", str(tmp_path / "whole"), "4", "--out", str(page))
+    assert page.read_text().count("data:image/png") >= 8 and "data:image/png" in (tmp_path / "whole" / "report.html").read_text()

@@ -131,7 +131,11 @@ def limits(cfg: Config) -> Iterator[UserError]:
     if transport := TRANSPORTS.get(rollout.weight_transport):  # what is none, rules/numbers.py names
         yield from transport.problems(cfg)
     if cfg.model.vision:
-        yield UserError("the SGLang pool sends tokens, not images", key="rollout", fix="rollout=local")
+        yield UserError(
+            "the SGLang pool sends tokens, not images: nobody has shown here that its servers place them as the trainer does",
+            key="rollout",
+            fix="rollout=local",
+        )
 
 
 RULES = (options, speculation, formats, limits, whole_engines, over_nodes)
