@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
+import json
 import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +21,11 @@ from test_vision import IMAGE, noise_image, processor, reference_inputs
 
 from runner.config import compose
 from runner.config.schema import Config
-from runner.data import Batch, Sample, SamplingParams, Status
+from runner.data import Batch, Request, Sample, SamplingParams, Status, WeightSpan
 from runner.models.build import load_tokenizer
 from runner.rollout.local import LocalPool
+from runner.run.collect import Collector
+from runner.tasks.geo3k import Geo3kTask
 from runner.tasks.protocol import Prompt
 from runner.trainer.torch.trainer import TorchTrainer
 from runner.turns.codec import Codec
@@ -286,3 +292,55 @@ def test_samples_of_a_rollout_function_are_checked() -> None:
     ):
         with pytest.raises(Failed, match=message):
             checked(dataclasses.replace(sample, images=images), prompt, 0, False)
+
+
+# ---- task=geo3k_zoom
+
+
+class Scripted:
+    """An engine that says what it is told, turn by turn."""
+
+    def __init__(self, *said: list[int]) -> None:
+        self.said, self.requests = said, list[Request]()
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
+        for request in iter(requests):
+            if request is None:
+                continue
+            new = [*self.said[len(self.requests) % len(self.said)], END]
+            self.requests.append(request)
+            yield Sample(
+                request.prompt_id, request.sample_index, torch.tensor([*request.tokens, *new]), len(new),
+                torch.ones(len(new), dtype=torch.bool), torch.full((len(new),), -1.0), Status.completed, "stop",
+                weight_spans=[WeightSpan(0, 0, len(new))], images=request.images,
+            )  # fmt: skip
+
+
+def test_geometry_over_several_turns_shows_parts_of_the_diagram_at_full_size(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    diagram = noise_image(120, 200, seed=3)
+    Image.fromarray(diagram).save(file, "PNG")
+    row = {"problem": "<image>Find x.", "answer": "12", "image_base64": base64.b64encode(file.getvalue()).decode()}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    small = [
+        "task.min_image_pixels=64",
+        "task.max_image_pixels=1024",
+        "task.max_prompt_tokens=500",
+        "model.max_context_tokens=2048",
+    ]
+    paths = [f"task.{split}_path={tmp_path / 'data.jsonl'}" for split in ("train", "eval")]
+    cfg = config("task=geo3k_zoom", *small, *paths, "task.rollout.observation_role=none", "algorithm.prompts_per_step=1")
+    tokenizer = load_tokenizer(cfg.model)
+    task = Geo3kTask(cfg.task, tokenizer, processor(cfg))  # type: ignore[arg-type]
+    call = '<tool_call>{"name": "zoom", "arguments": {"image": 1, "box": [500, 0, 620, 200]}}</tool_call>'
+    spoken = [tokenizer(text, add_special_tokens=False).input_ids for text in (call, "so \\boxed{12}")]
+    pool = Scripted(*spoken)
+    made = Collector(cfg, task, pool, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), (END,), lambda: False,
+                     pytest.fail, tokenizer)  # type: ignore[arg-type]  # fmt: skip
+    params = SamplingParams(1.0, 600, stop_token_ids=(END,))
+    (sample,) = made.generate(task.train_prompts(0, 1), 1, params, 0, capture_routes=False)
+    assert sample.reward == 1.0 and sample.finish_reason == "done" and len(sample.images) == 2
+    shown, part = sample.images
+    assert shown.grid == (3, 5) and part.grid == (3, 3)  # 120 x 200 pixels reduced; 24 x 24 of them as they are
+    assert np.array_equal(part.pixels, diagram[:24, 100:124])
+    assert pool.requests[1].images == sample.images and sample.info["turns"][1]["images"] == 1
