@@ -134,6 +134,9 @@ def taught() -> tuple[Config, TorchTrainer, LocalPool, VisualZoomTask]:
     images = [p.images for p, _ in pairs]  # type: ignore[union-attr]
     losses = [trainer.sft_step(picks, 4e-3, images)["sft/loss"] for _ in range(60)]
     assert losses[-1] < 0.35 < losses[0]
+    for master in trainer.optimizer.masters.values():
+        master.copy_(master.to(torch.bfloat16))  # what is exported
+    trainer._write_weights()
     assert pool.update_weights(trainer.version, trainer.export()).problems == []
     return cfg, trainer, pool, made
 
@@ -152,7 +155,7 @@ def test_a_taught_model_zooms_and_its_conversations_are_aligned(
     batch = Batch(samples, [torch.ones(sample.response_length) for sample in samples], temperature=1.0)
     for ours, sample in zip(trainer.logprobs(batch), samples, strict=True):
         mask = sample.loss_mask
-        torch.testing.assert_close(ours[mask], sample.rollout_logprobs[mask], atol=2e-3, rtol=0)
+        torch.testing.assert_close(ours[mask], sample.rollout_logprobs[mask], atol=1e-3, rtol=0)
         for image in sample.images[1:]:
             at = image.start - sample.prompt_length
             assert not mask[at - 1 : at + image.tokens + 1].any()
