@@ -292,7 +292,7 @@ def test_a_published_tower_computes_what_transformers_does(tmp_path: Path) -> No
     processor = image_processor(config, byte_tokenizer())
     assert processor.side == 32
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    tokens, image = processor.place([30, 31, processor.token_id, 32, 33, 34, 35], pixels)
+    tokens, (image,) = processor.place([30, 31, processor.token_id, 32, 33, 34, 35], [pixels])
     row = torch.tensor(tokens)
     kinds = torch.zeros_like(row)
     kinds[image.start : image.start + image.tokens] = 1

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from runner.algorithms.estimators import estimator_of
+from runner.config.choices import TurnCredit
 from runner.config.schema import AlgorithmConfig
 from runner.data import Sample
 from runner.errors import UserError
@@ -32,7 +33,7 @@ def compute_advantages(algorithm: AlgorithmConfig, groups: Sequence[Sequence[Sam
     `groups` holds the samples of one prompt each; every sample needs a finite reward (UserError otherwise). Tokens
     outside the loss mask get the sample's advantage too: the mask is applied in the loss.
     """
-    if algorithm.turn_credit != "none":
+    if algorithm.turn_credit != TurnCredit.none:
         return _of_turns(algorithm, groups)
     rewards = [torch.tensor([_reward(sample) for sample in group], dtype=torch.float32) for group in groups]
     counts = [torch.tensor([int(sample.loss_mask.sum()) for sample in group]) for group in groups]

@@ -134,6 +134,13 @@ class Drafting(StrEnum):
     eagle = "eagle"
 
 
+class TurnCredit(StrEnum):
+    """What a turn of a conversation is credited with; see runner/algorithms/advantages.py."""
+
+    none = "none"  # the sum of all rewards, as every other turn
+    returns = "returns"  # the rewards from it on
+
+
 class ObservationRole(StrEnum):
     """As what the text of an environment follows a turn; see runner/turns/codec.py."""
 

@@ -27,6 +27,7 @@ from runner.config.choices import (
     RouterScore,
     Scale,
     Schedule,
+    TurnCredit,
     WandbMode,
 )
 from runner.config.choices import Convention as Convention
@@ -279,9 +280,7 @@ class AlgorithmConfig:
     samples_per_prompt: int = number(ge=1, le=2**16)
     prompts_per_step: int = number(ge=1, le=2**20)
     updates_per_rollout: int = number(ge=1, le=2**20)  # optimizer steps made from one rollout's samples
-    turn_credit: str = one_of(
-        "none", "returns"
-    )  # returns: a turn is credited with the rewards from it on (algorithms/advantages.py)
+    turn_credit: TurnCredit = MISSING
     turn_discount: float = number(ge=0, le=1)  # of a reward, for each turn that it came later
     normalize_by_std: bool = MISSING  # GRPO divides advantages by the group's standard deviation
     clip_low: float = number(ge=0, le=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.algorithms.estimators import estimator_of, names
-from runner.config.choices import Drafting, Schedule
+from runner.config.choices import Drafting, Schedule, TurnCredit
 from runner.config.option import engine_layout, shares_gpus
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, Correction
@@ -75,7 +75,7 @@ def estimator(cfg: Config) -> Iterator[UserError]:
             key="algorithm.oversample_prompts",
             fix=f"algorithm.oversample_prompts={2 * algorithm.prompts_per_step}, or 0",
         )
-    if algorithm.oversample_prompts and not algorithm.dynamic_sampling and algorithm.schedule != "async":
+    if algorithm.oversample_prompts and not algorithm.dynamic_sampling and algorithm.schedule != Schedule["async"]:
         yield UserError(
             "without dynamic sampling nothing is dropped, so nothing more is asked for",
             key="algorithm.oversample_prompts",
@@ -284,7 +284,7 @@ def conversations(cfg: Config) -> Iterator[UserError]:
     for name, path in (("_target_", section._target_), ("environment", section.environment)):
         if path is not None and not all(part.isidentifier() for part in f"{path}.".split(".")[:-1]) or (path and "." not in path):
             yield UserError(f"{path!r} is no package.module.name", key=f"{key}.{name}", fix=f"{key}.{name}=mymodule.name")
-    if cfg.algorithm.turn_credit != "none" and section._target_ is None:
+    if cfg.algorithm.turn_credit != TurnCredit.none and section._target_ is None:
         yield UserError(
             "a sample of one response has no turns to credit",
             key="algorithm.turn_credit",
