@@ -20,6 +20,7 @@ from test_local_engine import FP32
 from test_vision import IMAGE, noise_image, processor, reference_inputs
 
 from runner.config import compose
+from runner.config.choices import ObservationRole
 from runner.config.schema import Config
 from runner.data import Batch, Request, Sample, SamplingParams, Status, WeightSpan
 from runner.models.build import load_tokenizer
@@ -104,12 +105,12 @@ def conversing(cfg: Config, **section: Any) -> Config:
     return dataclasses.replace(cfg, task=dataclasses.replace(cfg.task, rollout=dataclasses.replace(cfg.task.rollout, **values)))
 
 
-def codec(cfg: Config, role: str = "none") -> Codec:
+def codec(cfg: Config) -> Codec:
     tokenizer = load_tokenizer(cfg.model)
     section = cfg.task.rollout
     pictures = Pictures(processor(cfg), section.max_images, section.min_image_pixels, section.max_image_pixels)
     decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
-    return Codec(tokenizer, decode, (END,), role, pictures if cfg.model.vision else None)
+    return Codec(tokenizer, decode, (END,), ObservationRole.none, pictures if cfg.model.vision else None)
 
 
 def talk(cfg: Config, pool: LocalPool, prompts: list[Prompt], samples: int = 1, budget: int = 120) -> list[Sample]:
@@ -225,7 +226,7 @@ def test_a_chat_template_writes_images_as_it_writes_texts(pair: tuple[Config, To
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     made = processor(cfg)
-    written = Codec(tokenizer, tokenizer.decode, (END,), "tool", Pictures(made, 4, 1, 4096))
+    written = Codec(tokenizer, tokenizer.decode, (END,), ObservationRole.tool, Pictures(made, 4, 1, 4096))
     ids, (image,) = written.observation(["<image>", noise_image(8, 16), made.mark], 100, False, True, place=50)
     text = tokenizer.decode(ids)
     assert ids.count(IMAGE) == 2 and image.start == 50 + ids.index(IMAGE)  # what a text names is a text
@@ -269,7 +270,7 @@ async def one_token_turns(engine: Engine, prompt: Prompt, context: Context) -> S
 
 
 def test_a_model_without_eyes_is_shown_nothing() -> None:
-    blind = Codec(load_tokenizer(config().model), lambda ids: "", (END,), "none")
+    blind = Codec(load_tokenizer(config().model), lambda ids: "", (END,), ObservationRole.none)
     with pytest.raises(Failed, match="no visual tower"):
         blind.observation([noise_image(8, 8)], 10, True, False)
 
