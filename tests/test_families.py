@@ -77,7 +77,7 @@ def engine_logits(config: ModelConfig, built: torch.nn.Module, tokens: torch.Ten
         ("qwen3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "model.hf_checkpoint", "longest sequence of a batch"),
         ("qwen3", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "model.hf_checkpoint", "longest sequence"),
         ("qwen3", {"rope_scaling": {"rope_type": "su"}}, "model.hf_checkpoint", "known: default, linear, yarn, llama3"),
-        ("qwen3", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "model.hf_checkpoint", "only a part of a head"),
+        ("qwen3", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "model.hf_checkpoint", "another part of a head"),
         ("qwen3_moe", {"norm_topk_prob": False}, "model.hf_checkpoint", "norm_topk_prob"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "model.hf_checkpoint", "decoder_sparse_step"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "model.hf_checkpoint", "mlp_only_layers"),
@@ -123,7 +123,7 @@ def test_shipped_numbers_are_those_of_the_published_config_json(name: str) -> No
 
 
 def test_every_shipped_checkpoint_is_among_the_published_ones() -> None:
-    assert sorted(PUBLISHED) == [name for name in groups()["model"] if not name.startswith("tiny")]
+    assert sorted(PUBLISHED) == [name for name in groups()["model"] if not name.startswith("tiny") and name != "auto"]
 
 
 @pytest.mark.parametrize(("group", "family"), [("qwen3_4b", "qwen3"), ("qwen3_30b", "qwen3_moe"), ("moonlight_16b", "deepseek")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -50,6 +51,10 @@ class KnownFamily:
     """What is so of most families: transformers has them, and they bring nothing beside their decoder."""
 
     mtp: MtpLayers | None = None
+    rotary_share: float = 1.0
+    normalizes_top_k: bool = True
+    gates_shared_expert: bool = False
+    groups_experts: bool = False
 
     def register(self) -> None:
         return
@@ -67,6 +72,9 @@ class DenseFamily(KnownFamily):
     def moe_layers(self, model: ModelConfig) -> list[int]:
         return []
 
+    def routers(self, model: ModelConfig) -> list[str]:
+        return []
+
 
 class SparseFamily(KnownFamily):
     """A family whose layers after the first `num_dense_layers` have routed experts under `mlp`."""
@@ -77,6 +85,9 @@ class SparseFamily(KnownFamily):
 
     def moe_layers(self, model: ModelConfig) -> list[int]:
         return list(range(model.num_dense_layers, model.num_layers))
+
+    def routers(self, model: ModelConfig) -> list[str]:
+        return [f"model.layers.{layer}.mlp.gate" for layer in self.moe_layers(model)]
 
 
 def embedding(model: ModelConfig, prefix: str = "model.") -> Parameter:
@@ -131,6 +142,37 @@ def gated_mlp(
         fused = f"{prefix}.gate_up_proj"
         yield Parameter(f"{prefix}.{projection}.weight", role, (ffn, hidden), layer, expert, fused, Cut.outputs)
     yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert, cut=Cut.inputs)
+
+
+def dense_decoder(model: ModelConfig, *, output_bias: bool) -> Iterator[Parameter]:
+    """Every parameter of a decoder of grouped-query attention and gated mlps."""
+    yield embedding(model)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        yield from grouped_query_attention(model, prefix, layer, output_bias=output_bias)
+        yield from gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+        yield from layer_norms(model, prefix, layer)
+    yield from final_norm_and_head(model)
+
+
+def dense_or_shared_and_routed(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """DeepSeek-V3's mlp: dense in the first layers, then experts and shared experts in one mlp; `prefix` ends in `mlp`."""
+    hidden = model.hidden_size
+    if layer < model.num_dense_layers:
+        yield from gated_mlp(prefix, hidden, model.ffn_size, Role.dense_mlp, layer)
+        return
+    yield from routed_experts(model, prefix, layer)
+    if model.num_shared_experts:
+        shared = model.num_shared_experts * model.expert_ffn_size
+        yield from gated_mlp(f"{prefix}.shared_experts", hidden, shared, Role.shared_expert, layer)
+
+
+def drafting_layers(model: ModelConfig, names: Collection[str]) -> set[str]:
+    """Of stored tensors those of multi-token-prediction layers as DeepSeek-V3 and GLM-4.5 have them: behind the model's last layer,
+    with a projection of two states; a layer without one is a decoder layer of a longer model."""
+    layers = [(name, match) for name in names if (match := re.match(r"model\.layers\.(\d+)\.(.*)", name))]
+    drafting = {match[1] for _, match in layers if match[2].startswith("eh_proj.") and int(match[1]) >= model.num_layers}
+    return {name for name, match in layers if match[1] in drafting}
 
 
 def routed_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
@@ -276,6 +318,28 @@ def short(value: object) -> str:
     """A value of somebody else's file for a message: one short line. Texts stay without quotes."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def full_attention(reader: ConfigReader) -> None:
+    """ValueError for a config.json of Qwen2's kind some of whose layers see a window only."""
+    reader.must_be("use_sliding_window", False, absent=False)
+
+
+def no_window(reader: ConfigReader, *, absent: int | None) -> None:
+    """ValueError unless every layer sees everything; `absent` is the window that transformers takes where nothing is said."""
+    window = reader.config.get("sliding_window", absent)
+    if window is not None:
+        raise ValueError(
+            f"config.json of {reader.name}: `sliding_window` is {short(repr(window))}; the engines here see everything: null only"
+        )
+
+
+def first_layers(reader: ConfigReader, key: str) -> int:
+    """The number of layers that a list of layers names; ValueError unless they are the first."""
+    layers = reader.optional(key, [])
+    if not isinstance(layers, list) or layers != list(range(len(layers))):
+        raise ValueError(f"config.json of {reader.name}: `{key}` is {layers!r:.80}; only the first layers may be dense")
+    return len(layers)
 
 
 def even_heads(reader: ConfigReader) -> int:
