@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from runner.config import compose, rules
 from runner.config.choices import RouterScore
 from runner.config.schema import Convention, ModelConfig, Role
-from runner.config.searchpath import groups
 from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
@@ -34,7 +33,7 @@ from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.routing.replay import RouterReplay
 from runner.trainer import mtp
-from tests.configs import composed
+from tests.configs import MODELS, composed
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -123,7 +122,7 @@ def test_shipped_numbers_are_those_of_the_published_config_json(name: str) -> No
 
 
 def test_every_shipped_checkpoint_is_among_the_published_ones() -> None:
-    assert sorted(PUBLISHED) == [name for name in groups()["model"] if not name.startswith("tiny") and name != "auto"]
+    assert sorted(PUBLISHED) == [name for name in MODELS if not name.startswith("tiny")]
 
 
 @pytest.mark.parametrize(("group", "family"), [("qwen3_4b", "qwen3"), ("qwen3_30b", "qwen3_moe"), ("moonlight_16b", "deepseek")])

@@ -20,7 +20,6 @@ from tiny_models import BASE, MLA, MOE
 
 from runner.config import compose
 from runner.config.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
-from runner.config.searchpath import groups
 from runner.convert.compare import audit_checkpoint, compare_checkpoints, compare_streams, read_checkpoint
 from runner.data import ExportedTensor
 from runner.errors import UserError, UserErrors
@@ -93,7 +92,7 @@ def test_what_engines_fuse_shares_a_global_scale_where_the_format_has_one(model:
     assert all(int4.fused_with(name) == (name,) for name in int4.tensors)
 
 
-@pytest.mark.parametrize("name", [name for name in groups()["model"] if name != "auto"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_model_has_a_plan_that_reads_back(name: str) -> None:
     model = compose.load([f"model={name}"]).config.model
     plan, role = default_plan(model), Role.routed_expert if model.num_experts else Role.dense_mlp

@@ -23,10 +23,8 @@ from runner.models.vocabulary import EOS_ID, PAD_ID, VOCAB_SIZE
 
 HERE = Path(__file__).parent
 # by model group, and by family where no group of conf/model has it ("_from": whose config.json it is)
-PUBLISHED: dict[str, dict[str, Any]] = {
-    **json.loads((HERE / "published_configs.json").read_text()),
-    **json.loads((HERE / "published_families.json").read_text()),
-}
+OF_FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "published_families.json").read_text())
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((HERE / "published_configs.json").read_text()) | OF_FAMILIES
 HEADS, HEAD_DIM, HIDDEN, EXPERTS = 4, 16, 64, 8
 CONTEXT = 256
 SIZES = {  # key of a config.json -> its size in a twin
@@ -47,6 +45,8 @@ SIZES = {  # key of a config.json -> its size in a twin
     "v_head_dim": 16,
     "initializer_range": 0.05,  # sizes: so that logits of a narrow model are as wide as those of the original
 }
+# centre and spread of what transformers starts at zero or one, which would hide that it was left out
+DRAWN = {"bias": (0.0, 0.1), "gate.weight": (0.0, 0.5), "norm.weight": (1.0, 0.2)}
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,11 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     dense = min(1, config.get("first_k_dense_replace") or 0)
     if "first_k_dense_replace" in config:
         tiny["first_k_dense_replace"] = dense
-    tiny["num_hidden_layers"] = 2 + dense
+    layers = tiny["num_hidden_layers"] = 2 + dense
+    if "rotary_dim" in config:
+        tiny["rotary_dim"] = HEAD_DIM * config["rotary_dim"] // config["head_dim"]
+    of_layers = [key for key, value in config.items() if isinstance(value, list) and len(value) == config["num_hidden_layers"]]
+    tiny |= {key: config[key][:layers] for key in of_layers}
     if tiny.get("rope_scaling"):
         tiny["rope_scaling"] = _shrunk_rope(config["rope_scaling"], config["max_position_embeddings"])
     ids = {"pad_token_id": PAD_ID, "eos_token_id": EOS_ID, "bos_token_id": None}
@@ -89,8 +93,9 @@ def twin(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **changes
         torch.manual_seed(0)
         built = AutoModelForCausalLM.from_config(_transformers_config(values, family), dtype=torch.float32).to(dtype)
         for weight_name, tensor in built.state_dict().items():
-            if weight_name.endswith(("bias", "gate.weight")):
-                tensor.copy_(torch.randn(tensor.shape) * (0.1 if weight_name.endswith("bias") else 0.5))
+            for end, (centre, spread) in DRAWN.items():
+                if weight_name.endswith(end):
+                    tensor.copy_(centre + spread * torch.randn(tensor.shape))
     built.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}))

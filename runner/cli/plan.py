@@ -35,10 +35,10 @@ VERB = Verb(
     summary="what goes on which GPU, what fits, what moves; needs no GPU",
     usage="[key=value ...]",
     about="""Parameters by role and format, ranks and engines by GPU, memory at its peak, and bytes that move per step.
+`model=auto model.hf_checkpoint=DIR` plans a checkpoint of yours: its config.json is enough, and weights beside it are held against it.
 Exit code 0: it fits; 1: it does not, and the changes that would make it fit are listed; 2: a mistake to mend.""",
     examples=(
         ("plan recipe=kimi_k2_int4", "what goes on which GPU, what fits, what moves; no GPU needed"),
-        ("plan model=auto model.hf_checkpoint=DIR", "of a checkpoint of yours; config.json alone is enough"),
         ("plan model=qwen3_30b precision=bf16", "whether it fits without quantization"),
         ("plan model=qwen3_30b trainer.max_tokens_per_gpu=32768", "a change, before it is tried"),
     ),

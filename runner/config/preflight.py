@@ -15,6 +15,7 @@ from runner.config.overrides import command
 from runner.config.packages import LOCK_GPU, failures, from_lock, installed
 from runner.config.schema import Config
 from runner.errors import UserError, UserErrors
+from runner.models.auto import is_path
 from runner.models.config_file import CONFIG, check_model, read_json
 
 
@@ -111,9 +112,7 @@ def _exists(path: str) -> bool:
 
 def _is_local(path: str) -> bool:
     """A path of this machine, as against a hub id `owner/name`."""
-    return (
-        path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".parquet")
-    )
+    return is_path(path) or Path(path).suffix in (".json", ".jsonl", ".parquet")
 
 
 def _instead(cfg: Config) -> list[str]:

@@ -45,11 +45,18 @@ def dividing_group(columns: Iterable[int]) -> int | None:
     return next((size for size in GROUP_SIZES if all(width % size == 0 for width in widths)), None)
 
 
+def is_path(checkpoint: str) -> bool:
+    """Whether a name is of this machine, as against a hub id `owner/name`."""
+    return checkpoint.startswith(("/", "./", "../", "~")) or checkpoint.count("/") != 1
+
+
 def _config_of(checkpoint: str) -> Path:
     """config.json of a local folder, or of a hub id: from the hub's cache, else fetched."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder / CONFIG
+    if is_path(checkpoint):
+        raise UserError(f"there is no folder {checkpoint}", key=KEY, fix=f"{KEY}=<a folder with config.json, or a hub id>")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -199,6 +199,33 @@ def stacked_experts(model: ModelConfig, prefix: str) -> Iterator[StackedParamete
     yield StackedParameter(f"{prefix}.experts.down_proj", tuple(down))
 
 
+def block_sparse_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """The router and every expert of one MoE layer as Mixtral names them: w1 is gate, w3 up, w2 down. `prefix` ends in the layer."""
+    ffn, hidden, block = model.expert_ffn_size, model.hidden_size, f"{prefix}.block_sparse_moe"
+    yield Parameter(f"{block}.gate.weight", Role.router, (model.num_experts, hidden), layer)
+    for expert in range(model.num_experts):
+        name = f"{block}.experts.{expert}"
+        for projection in ("w1", "w3"):
+            weight = f"{name}.{projection}.weight"
+            yield Parameter(weight, Role.routed_expert, (ffn, hidden), layer, expert, f"{name}.w13", Cut.outputs)
+        yield Parameter(f"{name}.w2.weight", Role.routed_expert, (hidden, ffn), layer, expert, cut=Cut.inputs)
+
+
+def stacked_block_sparse(model: ModelConfig, prefix: str) -> Iterator[StackedParameter]:
+    """The same in memory, where transformers has them under `mlp` as those of every other family."""
+    ffn, hidden = model.expert_ffn_size, model.hidden_size
+    gate_up: list[tuple[str, int | None, int, int]] = []
+    down: list[tuple[str, int | None, int, int]] = []
+    for expert in range(model.num_experts):
+        name = f"{prefix}.block_sparse_moe.experts.{expert}"
+        gate_up += [(f"{name}.w1.weight", expert, 0, ffn), (f"{name}.w3.weight", expert, ffn, 2 * ffn)]
+        down.append((f"{name}.w2.weight", expert, 0, hidden))
+    whole = ((f"{prefix}.block_sparse_moe.gate.weight", None, 0, model.num_experts),)
+    yield StackedParameter(f"{prefix}.mlp.gate.weight", whole)
+    yield StackedParameter(f"{prefix}.mlp.experts.gate_up_proj", tuple(gate_up))
+    yield StackedParameter(f"{prefix}.mlp.experts.down_proj", tuple(down))
+
+
 def base_config(model: ModelConfig) -> dict[str, Any]:
     """config.json fields that every family writes.
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config.schema import ModelConfig, Role
+from runner.config.schema import ModelConfig
 from runner.models import common
-from runner.models.family import Cut, Parameter, StackedParameter
+from runner.models.family import Parameter, StackedParameter
 
 
 class Mixtral(common.SparseFamily):
@@ -24,26 +24,13 @@ class Mixtral(common.SparseFamily):
         for layer in range(model.num_layers):
             prefix = f"model.layers.{layer}"
             yield from common.grouped_query_attention(model, prefix, layer, output_bias=False)
-            yield Parameter(_router(prefix), Role.router, (model.num_experts, model.hidden_size), layer)
-            for expert in range(model.num_experts):
-                yield from _expert(model, f"{prefix}.block_sparse_moe.experts.{expert}", layer, expert)
+            yield from common.block_sparse_experts(model, prefix, layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
 
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        ffn, hidden = model.expert_ffn_size, model.hidden_size
         for layer in self.moe_layers(model):
-            prefix = f"model.layers.{layer}"
-            names = [f"{prefix}.block_sparse_moe.experts.{expert}" for expert in range(model.num_experts)]
-            gate_up = [
-                piece
-                for e, name in enumerate(names)
-                for piece in ((f"{name}.w1.weight", e, 0, ffn), (f"{name}.w3.weight", e, ffn, 2 * ffn))
-            ]
-            yield StackedParameter(f"{prefix}.mlp.gate.weight", ((_router(prefix), None, 0, model.num_experts),))
-            yield StackedParameter(f"{prefix}.mlp.experts.gate_up_proj", tuple(gate_up))
-            down = tuple((f"{name}.w2.weight", e, 0, hidden) for e, name in enumerate(names))
-            yield StackedParameter(f"{prefix}.mlp.experts.down_proj", down)
+            yield from common.stacked_block_sparse(model, f"model.layers.{layer}")
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
@@ -79,18 +66,6 @@ class Mixtral(common.SparseFamily):
             "experts_top_k": reader.whole("num_experts_per_tok", high=experts),
             "expert_ffn_size": reader.whole("intermediate_size"),
         }
-
-
-def _router(prefix: str) -> str:
-    return f"{prefix}.block_sparse_moe.gate.weight"
-
-
-def _expert(model: ModelConfig, prefix: str, layer: int, expert: int) -> Iterator[Parameter]:
-    ffn, hidden = model.expert_ffn_size, model.hidden_size
-    for projection in ("w1", "w3"):
-        fused = f"{prefix}.w13"
-        yield Parameter(f"{prefix}.{projection}.weight", Role.routed_expert, (ffn, hidden), layer, expert, fused, Cut.outputs)
-    yield Parameter(f"{prefix}.w2.weight", Role.routed_expert, (hidden, ffn), layer, expert, cut=Cut.inputs)
 
 
 FAMILY = Mixtral()

@@ -1,0 +1,96 @@
+"""model=auto: from a folder with config.json alone to a plan, with one message for what it cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from runner.cli.main import main
+from runner.config import compose
+from runner.errors import UserErrors
+from runner.models import family_of
+from tests import twins
+
+
+def config_alone(folder: Path, name: str, **changes: object) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(twins.PUBLISHED[name] | changes))
+    return f"model.hf_checkpoint={folder}"
+
+
+def refused(*overrides: str) -> list[str]:
+    with pytest.raises(UserErrors) as caught:
+        compose.load(["model=auto", *overrides])
+    return [str(error) for error in caught.value.errors]
+
+
+@pytest.mark.parametrize("name", sorted(twins.PUBLISHED))
+def test_every_published_config_json_composes(tmp_path: Path, name: str) -> None:
+    """With its own numbers, R3 where it has routers, and groups that divide its matrices."""
+    cfg = compose.load(["model=auto", config_alone(tmp_path / "some-model", name), "precision=int4_qat"]).config
+    model, published = cfg.model, twins.PUBLISHED[name]
+    assert (model.num_layers, model.hidden_size) == (published["num_hidden_layers"], published["hidden_size"])
+    assert model.max_context_tokens == published["max_position_embeddings"] and model.name == "some-model"
+    assert cfg.router_replay.trainer == cfg.router_replay.rollout == bool(model.num_experts)
+    assert not cfg.warm_start.enabled and cfg.precision.group_size == model.int4_group_size
+    read = family_of(model).from_hf_config(published, "some-model")
+    assert read == {field: getattr(model, field) for field in read}
+
+
+def test_a_plan_needs_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config_alone(tmp_path / "qwen", "qwen2")
+    words = [folder, "parallelism=h200x8", "trainer=megatron", "rollout=local", "parallelism.colocate=false"]
+    assert main(["plan", "model=auto", folder]) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "qwen: 7.62 B parameters" in printed and words
+
+
+def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
+    folder = config_alone(tmp_path / "m", "mixtral")
+    cfg = compose.load(["model=auto", folder, "model.max_context_tokens=16384", "router_replay=none"]).config
+    assert cfg.model.max_context_tokens == 16384 and not cfg.router_replay.trainer
+    (said,) = refused(folder, "model.num_layers=7")
+    assert "has num_layers 32, the model group 7" in said
+    both = refused(folder, "model.num_layers=7", "precision.group_sise=4")
+    assert len(both) == 2 and any("did you mean precision.group_size" in text for text in both)
+
+
+def test_one_clear_refusal(tmp_path: Path) -> None:
+    (said,) = refused()
+    assert "none is named" in said and "model.hf_checkpoint=" in said
+    (said,) = refused(f"model.hf_checkpoint={tmp_path / 'nothing'}")
+    assert "there is no folder" in said
+    (tmp_path / "empty").mkdir()
+    (said,) = refused(f"model.hf_checkpoint={tmp_path / 'empty'}")
+    assert "config.json is missing" in said
+    (said,) = refused(config_alone(tmp_path / "a", "qwen2", model_type="qwen9", architectures=["Qwen9ForCausalLM"]))
+    assert "Qwen9ForCausalLM, of model_type qwen9" in said and "the nearest is qwen2" in said and "mixtral" in said
+    (said,) = refused(config_alone(tmp_path / "b", "qwen2", architectures=["Qwen2ForSequenceClassification"]))
+    assert "family qwen2 reads Qwen2ForCausalLM" in said
+    (said,) = refused(config_alone(tmp_path / "c", "mistral", sliding_window=4096))
+    assert "`sliding_window` is 4096" in said
+    (said,) = refused(config_alone(tmp_path / "d", "glm4", partial_rotary_factor=1.0))
+    assert "partial_rotary_factor" in said
+    (said,) = refused(config_alone(tmp_path / "e", "qwen2"), "scale=laptop")
+    assert "no toy twin" in said
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral"])
+def test_headers_are_held_against_the_table_before_anything_loads(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins.twin(tmp_path / "t", name)
+    words = ["plan", "model=auto", f"model.hf_checkpoint={tmp_path / 't'}", "task=arithmetic", "run=toy"]
+    assert main(words) == 0
+    weights = twins.weights_of(tmp_path / "t")
+    first = next(key for key in weights if key.endswith(("down_proj.weight", "w2.weight")))
+    twins.write_weights(tmp_path / "t", weights | {first: torch.zeros(64, 65, dtype=torch.bfloat16)})
+    capsys.readouterr()
+    assert main(words) == 2
+    assert first in capsys.readouterr().err
+    del weights[first]
+    twins.write_weights(tmp_path / "t", weights)
+    assert main(words) == 2 and first in capsys.readouterr().err
