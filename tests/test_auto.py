@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.cli.main import main
+from runner.__main__ import main
 from runner.config import compose
 from runner.errors import UserErrors
 from runner.models import family_of
@@ -42,10 +42,9 @@ def test_every_published_config_json_composes(tmp_path: Path, name: str) -> None
 
 def test_a_plan_needs_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = config_alone(tmp_path / "qwen", "qwen2")
-    words = [folder, "parallelism=h200x8", "trainer=megatron", "rollout=local", "parallelism.colocate=false"]
     assert main(["plan", "model=auto", folder]) in (0, 1)
     printed = capsys.readouterr().out
-    assert "qwen: 7.62 B parameters" in printed and words
+    assert "qwen: 7.62 B parameters" in printed
 
 
 def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
@@ -67,7 +66,7 @@ def test_one_clear_refusal(tmp_path: Path) -> None:
     (said,) = refused(f"model.hf_checkpoint={tmp_path / 'empty'}")
     assert "config.json is missing" in said
     (said,) = refused(config_alone(tmp_path / "a", "qwen2", model_type="qwen9", architectures=["Qwen9ForCausalLM"]))
-    assert "Qwen9ForCausalLM, of model_type qwen9" in said and "the nearest is qwen2" in said and "mixtral" in said
+    assert "Qwen9ForCausalLM, of model_type qwen9" in said and "the nearest is qwen" in said and "mixtral" in said
     (said,) = refused(config_alone(tmp_path / "b", "qwen2", architectures=["Qwen2ForSequenceClassification"]))
     assert "family qwen2 reads Qwen2ForCausalLM" in said
     (said,) = refused(config_alone(tmp_path / "c", "mistral", sliding_window=4096))

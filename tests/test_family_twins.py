@@ -7,15 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CompressedTensorsConfig
 
-from runner.config.schema import Convention, ModelConfig, PrecisionConfig
-from runner.convert.engine import convert
+from runner.config.schema import ModelConfig
 from runner.models import FAMILIES, family_of
 from runner.models.build import build_model, disk_tensors, memory_tensors, named_weights
-from runner.precision import codec
-from runner.precision.audit import audit_checkpoint
-from runner.precision.plan import PrecisionPlan, quantized_roles
+from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
@@ -23,7 +19,6 @@ from runner.routing.replay import RouterReplay
 from tests import twins
 
 TWINS = sorted(twins.PUBLISHED)
-OWN = sorted(twins.OF_FAMILIES)  # the other families' conversions are those of test_convert_proof.py
 
 
 @pytest.fixture(scope="module")
@@ -81,35 +76,3 @@ def test_weights_go_to_memory_and_back_bit_for_bit(name: str, folders: dict[str,
     back = dict(disk_tensors(family, model, memory.items()))
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[key].to(tensor.dtype), tensor) for key, tensor in stored.items())
-
-
-GRIDS = {"int4": TensorFormat.int4(32, Convention.exact), "fp8": TensorFormat.fp8("block")}
-
-
-@pytest.mark.parametrize("grid_name", GRIDS)
-@pytest.mark.parametrize("name", OWN)
-def test_a_conversion_loads_in_transformers_and_is_the_fake_quantized_model(
-    name: str, grid_name: str, folders: dict[str, tuple[Path, ModelConfig]], tmp_path: Path
-) -> None:
-    """Tolerance zero, as in test_convert_proof.py; and back in bf16 it holds the effective weights."""
-    (folder, model), grid = folders[name], GRIDS[grid_name]
-    family, tokens = family_of(model), torch.arange(40).reshape(2, 20) * 7 % 272
-    roles = quantized_roles(model, PrecisionConfig(roles=None))
-    convert(folder, tmp_path / "target", grid, lambda _: roles, workers=1)
-    plan = PrecisionPlan.with_format(model, grid, roles)
-    assert audit_checkpoint(plan, tmp_path / "target") == []
-    how = {} if grid_name == "fp8" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    with torch.no_grad():
-        original = twins.loaded_by_transformers(folder, dtype=torch.bfloat16)
-        plain = original(tokens).logits
-        views = dict(disk_tensors(family, model, original.state_dict().items()))
-        quantized = [(key, view) for key, view in views.items() if key in plan.quantized]
-        for exported in codec.encode_all(quantized, plan):
-            views[exported.name].copy_(codec.decode(exported, plan.tensors[exported.name]))
-        expected = original(tokens).logits
-        loaded = twins.loaded_by_transformers(tmp_path / "target", dtype=torch.bfloat16, **how)(tokens).logits
-    assert quantized and not torch.equal(plain, expected)
-    assert torch.equal(loaded, expected)
-    convert(tmp_path / "target", tmp_path / "back", TensorFormat.bf16(), lambda _: (), workers=1)
-    back = twins.weights_of(tmp_path / "back")
-    assert all(torch.equal(back[key], view) for key, view in views.items())

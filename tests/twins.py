@@ -76,6 +76,14 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     return tiny | {key: value for key, value in ids.items() if key in config}
 
 
+def one_of_each_family() -> list[str]:
+    """Names of PUBLISHED, the first of each family."""
+    found: dict[str, str] = {}
+    for name in (*OF_FAMILIES, *PUBLISHED):
+        found.setdefault(recognized(PUBLISHED[name], name).name, name)
+    return sorted(found.values())
+
+
 def _shrunk_rope(rope: dict[str, Any], context: int) -> dict[str, Any]:
     """The same kind and factors; the original context is the same part of the twin's."""
     key = "original_max_position_embeddings"

@@ -200,7 +200,7 @@ def stacked_experts(model: ModelConfig, prefix: str) -> Iterator[StackedParamete
 
 
 def block_sparse_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
-    """The router and every expert of one MoE layer as Mixtral names them: w1 is gate, w3 up, w2 down. `prefix` ends in the layer."""
+    """Router and experts of one MoE layer as Mixtral names them: w1 is gate, w3 up, w2 down; `prefix` ends in the layer."""
     ffn, hidden, block = model.expert_ffn_size, model.hidden_size, f"{prefix}.block_sparse_moe"
     yield Parameter(f"{block}.gate.weight", Role.router, (model.num_experts, hidden), layer)
     for expert in range(model.num_experts):

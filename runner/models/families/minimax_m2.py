@@ -1,5 +1,5 @@
-"""MiniMax-M2: grouped-query attention whose norms on queries and keys span all heads, half of each head rotated; every layer routes
-by sigmoid with a selection bias. Experts lie on disk as Mixtral's."""
+"""MiniMax-M2: grouped-query attention whose norms on queries and keys span all heads, half of each head rotated; every layer
+routes by sigmoid with a selection bias. Experts lie on disk as Mixtral's."""
 
 from __future__ import annotations
 
