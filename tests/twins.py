@@ -80,8 +80,13 @@ def one_of_each_family() -> list[str]:
     """Names of PUBLISHED, the first of each family."""
     found: dict[str, str] = {}
     for name in (*OF_FAMILIES, *PUBLISHED):
-        found.setdefault(recognized(PUBLISHED[name], name).name, name)
+        found.setdefault(family_name(name), name)
     return sorted(found.values())
+
+
+def family_name(name: str) -> str:
+    """The family that reads PUBLISHED[name]."""
+    return recognized(PUBLISHED[name], name).name
 
 
 def _shrunk_rope(rope: dict[str, Any], context: int) -> dict[str, Any]:

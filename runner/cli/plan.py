@@ -35,7 +35,7 @@ VERB = Verb(
     summary="what goes on which GPU, what fits, what moves; needs no GPU",
     usage="[key=value ...]",
     about="""Parameters by role and format, ranks and engines by GPU, memory at its peak, and bytes that move per step.
-`model=auto model.hf_checkpoint=DIR`: a checkpoint of yours; config.json alone will do, and weights beside it must be what it says.
+`model=auto model.hf_checkpoint=DIR`: a checkpoint of yours; config.json alone will do, weights beside it must be what it says.
 Exit code 0: it fits; 1: it does not, and the changes that would make it fit are listed; 2: a mistake to mend.""",
     examples=(
         ("plan recipe=kimi_k2_int4", "what goes on which GPU, what fits, what moves; no GPU needed"),

@@ -17,6 +17,7 @@ FAMILIES = ("deepseek", "glm4_moe", "llama", "mimo", "mistral", "mixtral", "qwen
 # why others are not among them
 NOT_MAPPED = {
     "glm4": "Megatron-core has no norms behind the attention and the mlp, which GLM-4 has",
+    "minimax_m2": "Megatron-core's norms on queries and keys are of each head, MiniMax-M2's span all heads",
     "qwen3_vl": "trainer=megatron has no vision towers",
 }
 
