@@ -1,5 +1,5 @@
-"""Every family that rollout=sglang takes, as a tiny twin (tests/twins.py): logprobs and routes of transformers over weights that were
-synced twice, resident bits verified."""
+"""Every family that rollout=sglang takes, as a tiny twin (tests/twins.py): logprobs and routes of transformers over weights that
+were synced twice, resident bits verified."""
 
 from __future__ import annotations
 

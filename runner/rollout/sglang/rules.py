@@ -14,7 +14,7 @@ from runner.weights.transports import TRANSPORTS
 
 CPU_FORMATS = ("bf16", "int4", "fp8")
 # families that ran with real SGLang 0.5.23 servers (tests marked sglang)
-FAMILIES = ("qwen3", "qwen3_moe", "deepseek", "mimo")
+FAMILIES = ("deepseek", "llama", "mimo", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 
 
 def families(cfg: Config) -> Iterator[UserError]:
