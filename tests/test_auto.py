@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from runner.__main__ import main
-from runner.config import compose
+from runner.config import compose, preflight
 from runner.errors import UserErrors
-from runner.models import family_of
+from runner.models import agreement, family_of
 from tests import twins
 
 
@@ -57,6 +57,26 @@ def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
     assert len(both) == 2 and any("did you mean precision.group_size" in text for text in both)
 
 
+def test_what_a_machine_lacks_is_said_with_commands_for_this_checkpoint(tmp_path: Path) -> None:
+    cfg = compose.load(["model=auto", config_alone(tmp_path / "m", "llama"), "parallelism=h200x1"]).config
+    with pytest.raises(UserErrors, match="needs 1 GPU") as caught:
+        preflight.check(cfg)
+    said = str(caught.value)
+    assert f"model=auto model.hf_checkpoint={tmp_path / 'm'}" in said and "scale=laptop" not in said
+
+
+@pytest.mark.parametrize("engine", [["trainer=megatron", "parallelism=cpu2"], ["rollout=sglang"]], ids=["megatron", "sglang"])
+def test_a_window_is_refused_where_nothing_would_apply_it(tmp_path: Path, engine: list[str]) -> None:
+    """Mistral-7B-v0.1's, and not in a context that it covers."""
+    folder = config_alone(tmp_path / "m", "mistral", sliding_window=4096)
+    chosen = ["model=auto", folder, *engine, "rollout.sampling.max_response_tokens=1024"]
+    with pytest.raises(UserErrors, match="some layers of .* see 4096 tokens, of a context of 32768"):
+        compose.load(chosen)
+    cfg = compose.load([*chosen, "model.max_context_tokens=4096"]).config
+    assert agreement.window_problem(cfg.model, family_of(cfg.model), {"sliding_window": 4096}) is None
+    compose.load(["model=auto", folder])
+
+
 def test_one_clear_refusal(tmp_path: Path) -> None:
     (said,) = refused()
     assert "none is named" in said and "model.hf_checkpoint=" in said
@@ -69,8 +89,8 @@ def test_one_clear_refusal(tmp_path: Path) -> None:
     assert "Qwen9ForCausalLM, of model_type qwen9" in said and "the nearest is qwen" in said and "mixtral" in said
     (said,) = refused(config_alone(tmp_path / "b", "qwen2", architectures=["Qwen2ForSequenceClassification"]))
     assert "family qwen2 reads Qwen2ForCausalLM" in said
-    (said,) = refused(config_alone(tmp_path / "c", "mistral", sliding_window=4096))
-    assert "`sliding_window` is 4096" in said
+    (said,) = refused(config_alone(tmp_path / "c", "mistral", sliding_window="wide"))
+    assert "`sliding_window` is 'wide'" in said
     (said,) = refused(config_alone(tmp_path / "d", "glm4", partial_rotary_factor=1.0))
     assert "partial_rotary_factor" in said
     (said,) = refused(config_alone(tmp_path / "e", "qwen2"), "scale=laptop")

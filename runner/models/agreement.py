@@ -111,6 +111,18 @@ def problems(model: ModelConfig, family: Family, config: dict[str, Any]) -> Iter
             )
 
 
+def window_problem(model: ModelConfig, family: Family, config: dict[str, Any] | None) -> UserError | None:
+    """For trainers and engines that let every layer see everything: an error where some layer sees less than the run's context.
+    `config`: of the checkpoint; None: unknown until it is loaded."""
+    window = None if config is None else family.window(config)
+    if window is None or window >= model.max_context_tokens:
+        return None
+    problem = f"some layers of '{model.hf_checkpoint}' see {window} tokens, of a context of {model.max_context_tokens}"
+    return UserError(
+        problem, key="model.max_context_tokens", fix=f"model.max_context_tokens={window}, or trainer=torch rollout=local"
+    )
+
+
 def check(model: ModelConfig, family: Family, config: dict[str, Any]) -> None:
     """UserError with all problems where there are any. (A rank sends one problem to its driver, not a list.)"""
     found = list(problems(model, family, config))

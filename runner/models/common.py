@@ -62,6 +62,9 @@ class KnownFamily:
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
         return set()
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        return None
+
 
 class DenseFamily(KnownFamily):
     """A family without experts: nothing is fused in memory."""
@@ -352,13 +355,15 @@ def full_attention(reader: ConfigReader) -> None:
     reader.must_be("use_sliding_window", False, absent=False)
 
 
-def no_window(reader: ConfigReader, *, absent: int | None) -> None:
-    """ValueError unless every layer sees everything; `absent` is the window that transformers takes where nothing is said."""
-    window = reader.config.get("sliding_window", absent)
-    if window is not None:
-        raise ValueError(
-            f"config.json of {reader.name}: `sliding_window` is {short(repr(window))}; the engines here see everything: null only"
-        )
+def qwen_window(config: dict[str, Any]) -> int | None:
+    """`sliding_window` of a config.json of Qwen2's kind, where it is used at all."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+
+
+def checked_window(reader: ConfigReader, window: Any) -> None:
+    """ValueError for a window that is none."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"config.json of {reader.name}: `sliding_window` is {short(repr(window))}; it must be a whole number")
 
 
 def first_layers(reader: ConfigReader, key: str) -> int:

@@ -105,6 +105,10 @@ class Family(Protocol):
         left out, where any other tensor that the table does not have is an error."""
         ...
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        """Tokens that some layer of this config.json sees at most, itself included; None: every layer sees everything."""
+        ...
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         """The config.json of this architecture, for transformers' AutoConfig.for_model(**d) and for engines."""
         ...

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sglang
 SERVED = [name for name in twins.one_of_each_family() if twins.family_name(name) in FAMILIES]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int4_qat"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.night), "int4_qat"])
 @pytest.mark.parametrize("name", SERVED)
 def test_it_computes_what_transformers_does_and_follows_its_weights(tmp_path: Path, name: str, precision: str) -> None:
     from runner.rollout.sglang import SglangPool

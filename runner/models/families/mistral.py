@@ -1,4 +1,4 @@
-"""Mistral without a sliding window (7B v0.2 and later): Llama without biases, heads of a width of their own."""
+"""Mistral: Llama without biases, heads of a width of their own, and in 7B v0.1 a sliding window."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ class Mistral(common.DenseFamily):
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from common.dense_decoder(model, output_bias=False)
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        return config.get("sliding_window", 4096)
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
             "model_type": "mistral",
@@ -30,7 +33,7 @@ class Mistral(common.DenseFamily):
         reader = common.ConfigReader(config, name, {"num_key_value_heads": 8, "max_position_embeddings": 131072})
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("attention_bias", False, absent=False)
-        common.no_window(reader, absent=4096)
+        common.checked_window(reader, self.window(config))
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim)
 

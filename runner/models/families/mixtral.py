@@ -32,6 +32,9 @@ class Mixtral(common.SparseFamily):
         for layer in self.moe_layers(model):
             yield from common.stacked_block_sparse(model, f"model.layers.{layer}")
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        return config.get("sliding_window")
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
             "model_type": "mixtral",
@@ -58,7 +61,7 @@ class Mixtral(common.SparseFamily):
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("attention_bias", False, absent=False)
         reader.must_be("router_jitter_noise", 0, absent=0)
-        common.no_window(reader, absent=None)
+        common.checked_window(reader, self.window(config))
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         experts = reader.whole("num_local_experts", "num_experts", high=common.MAX_EXPERTS)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {

@@ -18,6 +18,9 @@ class Qwen2(common.DenseFamily):
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from common.dense_decoder(model, output_bias=False)
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        return common.qwen_window(config)
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
             "model_type": "qwen2",
@@ -30,7 +33,7 @@ class Qwen2(common.DenseFamily):
         reader = common.ConfigReader(config, name, {"num_key_value_heads": 32})
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("attention_bias", True, absent=True)
-        common.full_attention(reader)
+        common.checked_window(reader, self.window(config))
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {"attention_bias": True}
 

@@ -18,6 +18,9 @@ class Qwen3(common.DenseFamily):
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from common.dense_decoder(model, output_bias=True)
 
+    def window(self, config: dict[str, Any]) -> int | None:
+        return common.qwen_window(config)
+
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
             "model_type": "qwen3",
@@ -28,7 +31,7 @@ class Qwen3(common.DenseFamily):
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
         reader = common.ConfigReader(config, name, {"head_dim": 128, "num_key_value_heads": 32})
-        reader.must_be("use_sliding_window", False, absent=False)
+        common.checked_window(reader, self.window(config))
         reader.must_be("hidden_act", "silu", absent="silu")
         return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
 

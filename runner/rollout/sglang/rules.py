@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from runner.config.choices import Drafting, PauseMode, Schedule
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.models import family_of
+from runner.models.agreement import local_config, window_problem
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
@@ -24,6 +26,8 @@ def families(cfg: Config) -> Iterator[UserError]:
     elif model.family not in FAMILIES:
         problem = f"no weight sync of family {model.family} was ever verified in an SGLang server"
         yield UserError(problem, key="model.family", fix="rollout=local")
+    elif error := window_problem(model, family_of(model), local_config(model)):
+        yield error
 
 
 def options(cfg: Config) -> Iterator[UserError]:

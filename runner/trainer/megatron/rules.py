@@ -9,11 +9,23 @@ from runner.config.option import Rule
 from runner.config.schema import Config, QatPlacement
 from runner.errors import UserError
 from runner.models import family_of
-from runner.models.agreement import Rope, local_config
+from runner.models.agreement import Rope, local_config, window_problem
 from runner.trainer.megatron.arguments import trainer_config
 
 # families whose mapping was compared with the torch trainer: tests/megatron_trainer/test_families.py
-FAMILIES = ("deepseek", "glm4_moe", "llama", "mimo", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+FAMILIES = (
+    "deepseek",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "llama",
+    "mimo",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+)
 # why others are not among them
 NOT_MAPPED = {
     "glm4": "Megatron-core has no norms behind the attention and the mlp, which GLM-4 has",
@@ -28,6 +40,8 @@ def families(cfg: Config) -> Iterator[UserError]:
         reason = NOT_MAPPED.get(model.family, "what it would compute was compared with nothing")
         key = "model" if model.vision else "model.family"
         yield UserError(f"trainer=megatron does not train {model.family}: {reason}", key=key, fix="trainer=torch")
+    elif error := window_problem(model, family_of(model), local_config(model)):
+        yield error
     elif family_of(model).rotary_share < 1 and Rope.of(local_config(model) or {}).kind != "default":
         problem = "a scale of the attention's logits stands for the rotary scaling's factor, and part of a head is not rotated"
         yield UserError(f"{problem} in family {model.family}", key="model.hf_checkpoint", fix="trainer=torch")
