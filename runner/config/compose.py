@@ -65,21 +65,17 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
         )
     overrides = composed = readable(with_resumed(overrides))
     diagnosis: Diagnosis | None = None
-
-    def diagnosed_now() -> Diagnosis:
-        return _diagnosed(composed, overrides)
-
     try:
         raw, composed = _with_twin(overrides)
         if OmegaConf.missing_keys(raw):
             raise OmegaConfBaseException("missing values")
         if any(item.startswith(("+", "~")) for item in overrides):  # Hydra lets these past the schema
-            diagnosis = diagnosed_now()
+            diagnosis = _diagnosed(composed, overrides)
             raw = diagnosis.raw if diagnosis.problems else raw
         config = to_config(raw)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         composed = composed if composed is not overrides else _with_checkpoint(overrides, None)
-        diagnosis = diagnosed_now()
+        diagnosis = _diagnosed(composed, overrides)
         # Hydra cannot add a key of an entry that is not there yet (+task.rewards.short.weight=1); the replay can.
         if not diagnosis.problems and not str(error).startswith("Error merging override +"):
             diagnosis.problems.append(UserError(str(error).strip()))
@@ -94,7 +90,7 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
 
         broken = rules.check(config)
         if broken:
-            diagnosis = diagnosis or diagnosed_now()
+            diagnosis = diagnosis or _diagnosed(composed, overrides)
             for problem in broken:
                 problem.where = problem.where or diagnosis.source_of(problem.key)
             problems += broken
@@ -218,8 +214,8 @@ def diagnosed(overrides: list[str]) -> Diagnosis:
 
 def _diagnosed(composed: list[str], overrides: list[str]) -> Diagnosis:
     """Of what `overrides` became: what was put before them was read in a checkpoint."""
-    found = diagnosed(composed)
-    for item in composed[: len(composed) - len(overrides)] if composed[-len(overrides) :] == overrides else ():
+    found, before = diagnosed(composed), len(composed) - len(overrides)
+    for item in composed[:before] if composed[before:] == overrides else ():
         found.sources[override_key(item)] = "config.json of the checkpoint"
     return found
 
