@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.__main__ import main
 from tests import twins
 
 pytestmark = pytest.mark.slow
@@ -21,12 +22,10 @@ SHORT = [
 ]  # fmt: skip
 
 
-def runner(*words: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-m", "runner", *words], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-    )
+def run(*words: str) -> None:
+    command = [sys.executable, "-m", "runner", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -35,18 +34,19 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_three_steps_and_back_to_a_folder(tmp_path: Path, name: str) -> None:
+def test_three_steps_and_back_to_a_folder(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that trainer and engine agree on at every step, and an export of INT4 that an audit finds nothing wrong with."""
     model = twins.twin(tmp_path / "source", name)
     chosen = ["model=auto", f"model.hf_checkpoint={tmp_path / 'source'}"]
-    runner(*chosen, *SHORT, f"outputs_dir={tmp_path}", "run_name=first")
+    run(*chosen, *SHORT, f"outputs_dir={tmp_path}", "run_name=first")
     steps = metrics(tmp_path / "first")
     assert len(steps) == 3
     for step in steps:
         assert step["train/train_rollout_logprob_abs_diff"] < 0.02
         assert ("router_replay/disagreement" in step) == bool(model.num_experts)
-    runner("export", f"run={tmp_path / 'first'}", f"target={tmp_path / 'out'}", "format=int4")
-    assert "no differences" in runner("audit", str(tmp_path / "out"), "precision=int4_qat", "precision.group_size=32")
+    assert main(["export", f"run={tmp_path / 'first'}", f"target={tmp_path / 'out'}", "format=int4"]) == 0
+    assert main(["audit", str(tmp_path / "out"), "precision=int4_qat", "precision.group_size=32"]) == 0
+    assert "no differences" in capsys.readouterr().out
     exported, source = twins.weights_of(tmp_path / "out"), twins.weights_of(tmp_path / "source")
     assert {key for key in exported if not key.startswith("model.layers")} == {
         key for key in source if not key.startswith("model.layers")

@@ -179,8 +179,7 @@ def _disk_names(name: str, module: Any) -> list[str]:
         count = next(iter(own.values())).shape[0]
         first = getattr(module, "moe_ep_rank", 0) * count
         experts = range(first, first + count)
-        pieces = ("w1", "w3", "w2") if ".block_sparse_moe." in name else ("gate_proj", "up_proj", "down_proj")
-        return [f"{name}.{expert}.{piece}.weight" for expert in experts for piece in pieces]
+        return [f"{name}.{expert}.{piece}.weight" for expert in experts for piece in ("gate_proj", "up_proj", "down_proj")]
     head, _, last = name.rpartition(".")
     return [f"{head}.{piece}.weight" for piece in FUSED.get(last, (last,))]
 
