@@ -33,7 +33,7 @@ SIZES = {  # key of a config.json -> its size in a twin
     "moe_intermediate_size": 64,
     "num_attention_heads": HEADS,
     "head_dim": HEAD_DIM,
-    "vocab_size": VOCAB_SIZE,
+    "vocab_size": VOCAB_SIZE + 16,  # transformers' class of a family adds tokens of its own to the tokenizer
     "max_position_embeddings": CONTEXT,
     "num_experts": EXPERTS,
     "num_local_experts": EXPERTS,

@@ -171,8 +171,8 @@ def dense_or_shared_and_routed(model: ModelConfig, prefix: str, layer: int) -> I
 
 
 def drafting_layers(model: ModelConfig, names: Collection[str]) -> set[str]:
-    """Of stored tensors those of multi-token-prediction layers as DeepSeek-V3 and GLM-4.5 have them: behind the model's last layer,
-    with a projection of two states; a layer without one is a decoder layer of a longer model."""
+    """Of stored tensors those of multi-token-prediction layers, as DeepSeek-V3 and GLM-4.5 have them: behind the model's last
+    layer, with a projection of two states; a layer without one is a decoder layer of a longer model."""
     layers = [(name, match) for name in names if (match := re.match(r"model\.layers\.(\d+)\.(.*)", name))]
     drafting = {match[1] for _, match in layers if match[2].startswith("eh_proj.") and int(match[1]) >= model.num_layers}
     return {name for name, match in layers if match[1] in drafting}
@@ -360,10 +360,11 @@ def qwen_window(config: dict[str, Any]) -> int | None:
     return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
 
 
-def checked_window(reader: ConfigReader, window: Any) -> None:
-    """ValueError for a window that is none."""
+def checked_window(reader: ConfigReader, window: Any) -> int | None:
+    """The window; ValueError for one that is none."""
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"config.json of {reader.name}: `sliding_window` is {short(repr(window))}; it must be a whole number")
+    return window
 
 
 def first_layers(reader: ConfigReader, key: str) -> int:
@@ -379,14 +380,15 @@ def even_heads(reader: ConfigReader) -> int:
     return reader.whole("hidden_size") // reader.whole("num_attention_heads")
 
 
-def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int) -> dict[str, Any]:
+def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int, window: int | None = None) -> dict[str, Any]:
     """ModelConfig fields of a dense model without MLA, MTP or vision; families override what they have more of.
 
-    Rope scaling stays in the checkpoint's own config.json: trainers and engines read it there.
+    Rope scaling and a `window` stay in the checkpoint's own config.json: trainers and engines read them there.
     """
-    kinds = reader.optional("layer_types", [])
-    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"config.json of {reader.name}: `layer_types` has others than full_attention, which no family here does")
+    kinds, known = reader.optional("layer_types", []), {"full_attention", "sliding_attention" if window else "full_attention"}
+    if isinstance(kinds, list) and any(kind not in known for kind in kinds):
+        found = f"config.json of {reader.name}: `layer_types` has others than {' and '.join(sorted(known))}"
+        raise ValueError(f"{found}, which family {family} does not compute")
     heads = reader.whole("num_attention_heads")
     same = "num_key_value_heads" in reader.config and reader.config["num_key_value_heads"] is None
     return {

@@ -63,8 +63,6 @@ TWINS = (
     "glm4_moe",
     "glm4_moe_qk_norm",
     "deepseek_v3",
-    "glm4_moe_lite",
-    "moonlight_16b",
 )
 REPLAYED = ("qwen2_moe", "mixtral", "glm4_moe")
 CASES |= {f"twin {name}": ("twin", {}, {}) for name in TWINS} | {f"twin {name}, replayed": ("twin", {}, {}) for name in REPLAYED}

@@ -33,9 +33,9 @@ class Qwen2(common.DenseFamily):
         reader = common.ConfigReader(config, name, {"num_key_value_heads": 32})
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("attention_bias", True, absent=True)
-        common.checked_window(reader, self.window(config))
+        window = common.checked_window(reader, self.window(config))
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
-        return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim) | {"attention_bias": True}
+        return common.plain_fields(reader, self.name, qk_norm=False, head_dim=head_dim, window=window) | {"attention_bias": True}
 
 
 FAMILY = Qwen2()

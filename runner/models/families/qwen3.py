@@ -31,9 +31,9 @@ class Qwen3(common.DenseFamily):
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
         reader = common.ConfigReader(config, name, {"head_dim": 128, "num_key_value_heads": 32})
-        common.checked_window(reader, self.window(config))
+        window = common.checked_window(reader, self.window(config))
         reader.must_be("hidden_act", "silu", absent="silu")
-        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"), window=window)
 
 
 FAMILY = Qwen3()
