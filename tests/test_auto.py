@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,40 +14,21 @@ from runner.models import agreement, family_of
 from tests import twins
 
 
-def config_alone(folder: Path, name: str, **changes: object) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(twins.PUBLISHED[name] | changes))
-    return f"model.hf_checkpoint={folder}"
-
-
 def refused(*overrides: str) -> list[str]:
     with pytest.raises(UserErrors) as caught:
         compose.load(["model=auto", *overrides])
     return [str(error) for error in caught.value.errors]
 
 
-@pytest.mark.parametrize("name", sorted(twins.PUBLISHED))
-def test_every_published_config_json_composes(tmp_path: Path, name: str) -> None:
-    """With its own numbers, R3 where it has routers, and groups that divide its matrices."""
-    cfg = compose.load(["model=auto", config_alone(tmp_path / "some-model", name), "precision=int4_qat"]).config
-    model, published = cfg.model, twins.PUBLISHED[name]
-    assert (model.num_layers, model.hidden_size) == (published["num_hidden_layers"], published["hidden_size"])
-    assert model.max_context_tokens == published["max_position_embeddings"] and model.name == "some-model"
-    assert cfg.router_replay.trainer == cfg.router_replay.rollout == bool(model.num_experts)
-    assert not cfg.warm_start.enabled and cfg.precision.group_size == model.int4_group_size
-    read = family_of(model).from_hf_config(published, "some-model")
-    assert read == {field: getattr(model, field) for field in read}
-
-
 def test_a_plan_needs_config_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = config_alone(tmp_path / "qwen", "qwen2")
+    folder = twins.config_alone(tmp_path / "qwen", "qwen2")
     assert main(["plan", "model=auto", folder]) in (0, 1)
     printed = capsys.readouterr().out
     assert "qwen: 7.62 B parameters" in printed
 
 
 def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
-    folder = config_alone(tmp_path / "m", "mixtral")
+    folder = twins.config_alone(tmp_path / "m", "mixtral")
     cfg = compose.load(["model=auto", folder, "model.max_context_tokens=16384", "router_replay=none"]).config
     assert cfg.model.max_context_tokens == 16384 and not cfg.router_replay.trainer
     (said,) = refused(folder, "model.num_layers=7")
@@ -58,7 +38,7 @@ def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_lacks_is_said_with_commands_for_this_checkpoint(tmp_path: Path) -> None:
-    cfg = compose.load(["model=auto", config_alone(tmp_path / "m", "llama"), "parallelism=h200x1"]).config
+    cfg = compose.load(["model=auto", twins.config_alone(tmp_path / "m", "llama"), "parallelism=h200x1"]).config
     with pytest.raises(UserErrors, match="needs 1 GPU") as caught:
         preflight.check(cfg)
     said = str(caught.value)
@@ -68,7 +48,7 @@ def test_what_a_machine_lacks_is_said_with_commands_for_this_checkpoint(tmp_path
 @pytest.mark.parametrize("engine", [["trainer=megatron", "parallelism=cpu2"], ["rollout=sglang"]], ids=["megatron", "sglang"])
 def test_a_window_is_refused_where_nothing_would_apply_it(tmp_path: Path, engine: list[str]) -> None:
     """Mistral-7B-v0.1's, and not in a context that it covers."""
-    folder = config_alone(tmp_path / "m", "mistral", sliding_window=4096)
+    folder = twins.config_alone(tmp_path / "m", "mistral", sliding_window=4096)
     chosen = ["model=auto", folder, *engine, "rollout.sampling.max_response_tokens=1024"]
     with pytest.raises(UserErrors, match="some layers of .* see 4096 tokens, of a context of 32768"):
         compose.load(chosen)
@@ -85,15 +65,15 @@ def test_one_clear_refusal(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (said,) = refused(f"model.hf_checkpoint={tmp_path / 'empty'}")
     assert "config.json is missing" in said
-    (said,) = refused(config_alone(tmp_path / "a", "qwen2", model_type="qwen9", architectures=["Qwen9ForCausalLM"]))
+    (said,) = refused(twins.config_alone(tmp_path / "a", "qwen2", model_type="qwen9", architectures=["Qwen9ForCausalLM"]))
     assert "Qwen9ForCausalLM, of model_type qwen9" in said and "the nearest is qwen" in said and "mixtral" in said
-    (said,) = refused(config_alone(tmp_path / "b", "qwen2", architectures=["Qwen2ForSequenceClassification"]))
+    (said,) = refused(twins.config_alone(tmp_path / "b", "qwen2", architectures=["Qwen2ForSequenceClassification"]))
     assert "family qwen2 reads Qwen2ForCausalLM" in said
-    (said,) = refused(config_alone(tmp_path / "c", "mistral", sliding_window="wide"))
+    (said,) = refused(twins.config_alone(tmp_path / "c", "mistral", sliding_window="wide"))
     assert "`sliding_window` is 'wide'" in said
-    (said,) = refused(config_alone(tmp_path / "d", "glm4", partial_rotary_factor=1.0))
+    (said,) = refused(twins.config_alone(tmp_path / "d", "glm4", partial_rotary_factor=1.0))
     assert "partial_rotary_factor" in said
-    (said,) = refused(config_alone(tmp_path / "e", "qwen2"), "scale=laptop")
+    (said,) = refused(twins.config_alone(tmp_path / "e", "qwen2"), "scale=laptop")
     assert "no toy twin" in said
 
 

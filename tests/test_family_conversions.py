@@ -13,7 +13,7 @@ from runner.config import compose
 from runner.config.schema import Convention, PrecisionConfig
 from runner.convert.engine import convert
 from runner.models import family_of
-from runner.models.build import disk_tensors
+from runner.models.build import disk_tensors, named_weights
 from runner.precision import codec
 from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
@@ -39,7 +39,7 @@ def test_a_conversion_loads_in_transformers_and_is_the_fake_quantized_model(name
     with torch.no_grad():
         original = twins.loaded_by_transformers(folder, dtype=torch.bfloat16)
         plain = original(tokens).logits
-        views = dict(disk_tensors(family, model, original.state_dict().items()))
+        views = dict(disk_tensors(family, model, named_weights(model, original)))
         quantized = [(key, view) for key, view in views.items() if key in plan.quantized]
         for exported in codec.encode_all(quantized, plan):
             views[exported.name].copy_(codec.decode(exported, plan.tensors[exported.name]))

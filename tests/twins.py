@@ -130,6 +130,13 @@ def loaded_by_transformers(folder: Path, **arguments: Any) -> torch.nn.Module:
     return built
 
 
+def config_alone(folder: Path, name: str, **changes: object) -> str:
+    """A folder with PUBLISHED[name] as its config.json and nothing else; what names it on the command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[name] | changes))
+    return f"model.hf_checkpoint={folder}"
+
+
 def model_of(folder: Path) -> ModelConfig:
     return ModelConfig(**auto.architecture(str(folder)), hf_checkpoint=str(folder))
 
