@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 
 from runner.config import compose
 from runner.config.schema import Convention, PrecisionConfig
+from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.models import family_of
 from runner.models.build import disk_tensors, named_weights
 from runner.precision import codec
-from runner.precision.audit import audit_checkpoint
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from tests import twins

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from runner.config.choices import RouterScore
 from runner.config.schema import ModelConfig
 from runner.models import common
 from runner.models.family import Parameter
@@ -75,7 +76,7 @@ class Glm4Moe(common.SparseFamily):
             "expert_ffn_size": reader.whole("moe_intermediate_size"),
             "num_shared_experts": reader.optional_whole("n_shared_experts", 1, low=1),
             "num_dense_layers": reader.whole("first_k_dense_replace", low=0),
-            "router_score": "sigmoid",
+            "router_score": RouterScore.sigmoid,
             "router_bias": True,
             "routed_scaling_factor": reader.number("routed_scaling_factor"),
             "expert_groups": reader.optional_whole("n_group", 1, low=1, high=common.MAX_EXPERTS),

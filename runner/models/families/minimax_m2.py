@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from runner.config.choices import RouterScore
 from runner.config.schema import ModelConfig, Role
 from runner.models import common
 from runner.models.family import Parameter, StackedParameter
@@ -89,7 +90,7 @@ class MiniMaxM2(common.SparseFamily):
             "num_experts": experts,
             "experts_top_k": reader.whole("num_experts_per_tok", high=experts),
             "expert_ffn_size": reader.whole("intermediate_size"),
-            "router_score": "sigmoid",
+            "router_score": RouterScore.sigmoid,
             "router_bias": True,
         }
 
