@@ -18,6 +18,7 @@ from runner.config.searchpath import groups
 from runner.errors import UserError, UserErrors
 
 GROUPS = groups()
+MODELS = [name for name in GROUPS["model"] if name != "auto"]  # groups with numbers of their own: auto's are its checkpoint's
 _CONFIGS: dict[str, Config] = {}
 
 

@@ -21,12 +21,13 @@ from runner.rollout.sglang.config import SglangRolloutConfig
 from runner.sweep import sweep_overrides
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from tests import goldens
+from tests.configs import MODELS
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = "qwen3_30b_int4"
 OPTIONS = groups()
 RECIPES = [name for name in OPTIONS["recipe"] if name != "none"]
-BIG = [name for name in OPTIONS["model"] if not name.startswith("tiny")]
+BIG = [name for name in MODELS if not name.startswith("tiny")]
 # What a model's own run refuses of a precision, the words of that rule, and what mends it.
 EXTRA = {
     # the published engine of 4 GPUs would cut blocks of 128 of Moonlight's shared experts
@@ -79,13 +80,13 @@ def test_command_line_beats_model_recipe_and_scale() -> None:
     assert compose.load(["model=qwen3_30b", "speculative=ngram"]).config.speculative.method == "ngram"
 
 
-@pytest.mark.parametrize("model", OPTIONS["model"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes_in_int4_and_fp8(model: str) -> None:
     _compose(model, "int4_qat", "fp8")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", OPTIONS["model"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_composes_with_every_precision(model: str) -> None:
     _compose(model, *OPTIONS["precision"])
 
@@ -194,7 +195,7 @@ def test_the_tasks_twin_takes_its_place_unless_the_command_line_names_a_task() -
     assert compose.load(["model=qwen3_4b", "scale=laptop", "task.toy_twin=calculator"]).config.task.name == "calculator"
 
 
-@pytest.mark.parametrize("model", OPTIONS["model"])
+@pytest.mark.parametrize("model", MODELS)
 def test_a_model_file_holds_an_architecture_and_names_its_run(model: str) -> None:
     text = yaml.safe_load((CONFIG_DIR / "model" / f"{model}.yaml").read_text())
     entries = [item for item in text.pop("defaults") if item not in ("/shared/model@_here_", "_self_")]

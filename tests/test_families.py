@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from runner.config import compose, rules
 from runner.config.choices import RouterScore
 from runner.config.schema import Convention, ModelConfig, Role
-from runner.config.searchpath import groups
 from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
@@ -34,7 +33,7 @@ from runner.rollout.local.attention import ATTENTION, KVCache
 from runner.rollout.local.model import EngineModel
 from runner.routing.replay import RouterReplay
 from runner.trainer import mtp
-from tests.configs import composed
+from tests.configs import MODELS, composed
 
 INT4 = TensorFormat.int4(32, Convention.exact)
 PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published_configs.json").read_text())
@@ -72,12 +71,13 @@ def engine_logits(config: ModelConfig, built: torch.nn.Module, tokens: torch.Ten
         ("qwen3", {"rms_norm_eps": 1e-5}, "model.norm_eps", "norm_eps 1e-05"),
         ("qwen3", {"attention_bias": True}, "model.attention_bias", "attention_bias True"),
         ("qwen3", {"tie_word_embeddings": True}, "model.tied_embeddings", "tied_embeddings True"),
-        ("qwen3", {"use_sliding_window": True}, "model.hf_checkpoint", "use_sliding_window"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 0}, "model.hf_checkpoint", "sliding_window"),
+        ("qwen3_moe", {"use_sliding_window": True}, "model.hf_checkpoint", "use_sliding_window"),
         ("qwen3", {"hidden_act": "gelu"}, "model.hf_checkpoint", "hidden_act"),
         ("qwen3", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "model.hf_checkpoint", "longest sequence of a batch"),
         ("qwen3", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "model.hf_checkpoint", "longest sequence"),
         ("qwen3", {"rope_scaling": {"rope_type": "su"}}, "model.hf_checkpoint", "known: default, linear, yarn, llama3"),
-        ("qwen3", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "model.hf_checkpoint", "only a part of a head"),
+        ("qwen3", {"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "model.hf_checkpoint", "another part of a head"),
         ("qwen3_moe", {"norm_topk_prob": False}, "model.hf_checkpoint", "norm_topk_prob"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "model.hf_checkpoint", "decoder_sparse_step"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "model.hf_checkpoint", "mlp_only_layers"),
@@ -123,7 +123,7 @@ def test_shipped_numbers_are_those_of_the_published_config_json(name: str) -> No
 
 
 def test_every_shipped_checkpoint_is_among_the_published_ones() -> None:
-    assert sorted(PUBLISHED) == [name for name in groups()["model"] if not name.startswith("tiny")]
+    assert sorted(PUBLISHED) == [name for name in MODELS if not name.startswith("tiny")]
 
 
 @pytest.mark.parametrize(("group", "family"), [("qwen3_4b", "qwen3"), ("qwen3_30b", "qwen3_moe"), ("moonlight_16b", "deepseek")])

@@ -20,7 +20,6 @@ from tiny_models import BASE, MLA, MOE
 
 from runner.config import compose
 from runner.config.schema import Convention, GridConfig, ModelConfig, PrecisionConfig, Role
-from runner.config.searchpath import groups
 from runner.convert.compare import audit_checkpoint, compare_checkpoints, compare_streams, read_checkpoint
 from runner.data import ExportedTensor
 from runner.errors import UserError, UserErrors
@@ -31,6 +30,7 @@ from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.audit import audit_engine
 from runner.rollout.protocol import EngineDescription
+from tests.configs import MODELS as SHIPPED
 
 DENSE = ModelConfig(**BASE, name="dense", family="qwen3")
 TIED = ModelConfig(**(BASE | dict(tied_embeddings=True)), name="tied", family="qwen3")
@@ -93,7 +93,7 @@ def test_what_engines_fuse_shares_a_global_scale_where_the_format_has_one(model:
     assert all(int4.fused_with(name) == (name,) for name in int4.tensors)
 
 
-@pytest.mark.parametrize("name", groups()["model"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_model_has_a_plan_that_reads_back(name: str) -> None:
     model = compose.load([f"model={name}"]).config.model
     plan, role = default_plan(model), Role.routed_expert if model.num_experts else Role.dense_mlp

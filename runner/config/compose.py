@@ -37,6 +37,7 @@ from runner.errors import UserError, UserErrors
 from runner.redaction import remember_environment, restored
 
 CONFIG_NAME = "config"
+AUTO = "auto"  # model=auto: runner/models/auto.py
 VERSION_BASE = "1.3"
 
 
@@ -69,11 +70,12 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
         if OmegaConf.missing_keys(raw):
             raise OmegaConfBaseException("missing values")
         if any(item.startswith(("+", "~")) for item in overrides):  # Hydra lets these past the schema
-            diagnosis = diagnosed(composed)
+            diagnosis = _diagnosed(composed, overrides)
             raw = diagnosis.raw if diagnosis.problems else raw
         config = to_config(raw)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        diagnosis = diagnosed(composed)
+        composed = composed if composed is not overrides else _with_checkpoint(overrides, None)
+        diagnosis = _diagnosed(composed, overrides)
         # Hydra cannot add a key of an entry that is not there yet (+task.rewards.short.weight=1); the replay can.
         if not diagnosis.problems and not str(error).startswith("Error merging override +"):
             diagnosis.problems.append(UserError(str(error).strip()))
@@ -88,7 +90,7 @@ def load(overrides: list[str], *, check_rules: bool = True) -> Loaded:
 
         broken = rules.check(config)
         if broken:
-            diagnosis = diagnosis or diagnosed(composed)
+            diagnosis = diagnosis or _diagnosed(composed, overrides)
             for problem in broken:
                 problem.where = problem.where or diagnosis.source_of(problem.key)
             problems += broken
@@ -111,7 +113,13 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """(what Hydra makes of the overrides, those overrides); with scale=laptop of those that put the `toy_twin`s of model and task
     in their places, in the run that the model itself chose. A task that the command line names stays."""
     raw = _composed(overrides)
-    if raw.scale == Scale.laptop:
+    if raw.hydra.runtime.choices.model == AUTO:
+        if raw.scale == Scale.laptop:
+            error = UserError("model=auto has no toy twin", key="scale", fix="scale=full, or a tiny model: model=tiny_moe")
+            raise UserErrors([error])
+        overrides = _with_checkpoint(overrides, raw.model)
+        raw = _composed(overrides)
+    elif raw.scale == Scale.laptop:
         twins = []
         if raw.task.toy_twin != raw.task.name and "task" not in map(override_key, overrides):
             twins.append(f"task={raw.task.toy_twin}")
@@ -126,6 +134,33 @@ def _with_twin(overrides: list[str]) -> tuple[DictConfig, list[str]]:
     with open_dict(raw):
         del raw["hydra"]
     return raw, overrides
+
+
+def _with_checkpoint(overrides: list[str], model: DictConfig | None) -> list[str]:
+    """model=auto: what the config.json of the checkpoint says of the model, and no router replay where it has no routers, before
+    the overrides. `model`: the group as it was composed; None where that failed, and the command line alone is known.
+
+    What is typed stays, and the rules say where it differs. UserErrors: nothing could be read.
+    """
+    from runner.models import auto
+
+    if model is None and given(overrides, "model") != AUTO:
+        return overrides
+    try:
+        fields = auto.architecture(given(overrides, "model.hf_checkpoint") if model is None else model.hf_checkpoint)
+    except UserError as error:
+        raise UserErrors([error]) from None
+    if model is not None and model.max_context_tokens > 1:  # a recipe chose it
+        del fields["max_context_tokens"]
+    read = {f"model.{name}": value for name, value in fields.items()}
+    if not fields["num_experts"]:
+        read["router_replay"] = "none"
+    own = {override_key(item) for item in overrides}
+    return [*(_override(key, value) for key, value in read.items() if key not in own), *overrides]
+
+
+def _override(key: str, value: object) -> str:
+    return override(key, value) if isinstance(value, str) else f"{key}={str(value).lower()}"
 
 
 def _take_architecture(model: DictConfig, overrides: list[str]) -> None:
@@ -181,6 +216,14 @@ def diagnosed(overrides: list[str]) -> Diagnosis:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         return diagnose(hydra.config_loader, CONFIG_NAME, overrides)
+
+
+def _diagnosed(composed: list[str], overrides: list[str]) -> Diagnosis:
+    """Of what `overrides` became: what was put before them was read in a checkpoint."""
+    found, before = diagnosed(composed), len(composed) - len(overrides)
+    for item in composed[:before] if composed[before:] == overrides else ():
+        found.sources[override_key(item)] = "config.json of the checkpoint"
+    return found
 
 
 def with_resumed(overrides: list[str]) -> list[str]:

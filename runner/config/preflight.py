@@ -14,7 +14,9 @@ from runner.config.option import chosen, one_process
 from runner.config.overrides import command
 from runner.config.packages import LOCK_GPU, failures, from_lock, installed
 from runner.config.schema import Config
+from runner.config.searchpath import groups
 from runner.errors import UserError, UserErrors
+from runner.models.auto import is_path
 from runner.models.config_file import CONFIG, check_model, read_json
 
 
@@ -111,18 +113,18 @@ def _exists(path: str) -> bool:
 
 def _is_local(path: str) -> bool:
     """A path of this machine, as against a hub id `owner/name`."""
-    return (
-        path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).suffix in (".json", ".jsonl", ".parquet")
-    )
+    return is_path(path) or Path(path).suffix in (".json", ".jsonl", ".parquet")
 
 
 def _instead(cfg: Config) -> list[str]:
     """What works here."""
-    choices = [f"{group}={getattr(cfg, group).name}" for group in ("precision", "model")]
+    of_checkpoint = cfg.model.name not in groups()["model"]  # model=auto
+    model = ["model=auto", f"model.hf_checkpoint={cfg.model.hf_checkpoint}"] if of_checkpoint else [f"model={cfg.model.name}"]
+    choices = [f"precision={cfg.precision.name}", *model]
     if cfg.recipe != "none":
         choices = [f"recipe={cfg.recipe}"]
     lines = [f"{command('plan', *choices)}    # what it needs and whether it fits; works here"]
-    if cfg.scale != Scale.laptop and not cfg.model.name.startswith("tiny"):
+    if cfg.scale != Scale.laptop and not of_checkpoint and not cfg.model.name.startswith("tiny"):
         lines.append(f"{command(*choices, 'scale=laptop')}    # the same run at toy size, on this machine")
     elif not one_process(cfg) or cfg.parallelism.gpus or cfg.cluster.launcher != LauncherKind.local:
         here = ("trainer=torch", "rollout=local", "parallelism=single", "cluster=local")

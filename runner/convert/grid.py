@@ -11,12 +11,12 @@ from runner.config.schema import Config, ModelConfig, PrecisionConfig
 from runner.config.searchpath import CONFIG_DIR, files_of, shown
 from runner.errors import UserError
 from runner.models import family_of
+from runner.models.auto import GROUP_SIZES, dividing_group
 from runner.precision.formats import all_formats
 from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
 
 NAMED_BY = ("precision.group_size", "precision.rollout.group_size", "model", "model.int4_group_size", "recipe")
-WIDTHS = (128, 64, 32)
 IDENTITY = ("family", "num_layers", "hidden_size", "ffn_size", "num_experts", "expert_ffn_size")  # what tells models apart
 
 
@@ -59,7 +59,6 @@ def default_group_size(model: ModelConfig, precision: PrecisionConfig) -> tuple[
             return known["int4_group_size"], f"what {shown(path)} has"
     roles = quantized_roles(model, precision)
     columns = {p.shape[1] for p in family_of(model).parameters(model) if p.role in roles and len(p.shape) == 2}
-    for size in WIDTHS:
-        if all(width % size == 0 for width in columns):
-            return size, "the largest of 128, 64 and 32 that divides every quantized matrix"
-    return WIDTHS[0], "the usual size"  # which the plan refuses, naming the weight
+    if size := dividing_group(columns):
+        return size, "the largest of 128, 64 and 32 that divides every quantized matrix"
+    return GROUP_SIZES[0], "the usual size"  # which the plan refuses, naming the weight

@@ -40,14 +40,14 @@ class Rope:
             return Rope(f"of type {type(values).__name__}", {})
         return Rope(str(values.get("rope_type") or values.get("type") or "default"), values)
 
-    def problem(self) -> str | None:
-        """Why trainer and engine would compute different angles; None for a kind that both know."""
+    def problem(self, rotary_share: float = 1.0) -> str | None:
+        """Why trainer and engine would compute different angles; None for a kind that both know. `rotary_share`: the family's."""
         if self.kind in ("dynamic", "longrope"):
             return "its angles follow the longest sequence of a batch, so trainer and engine would differ"
         if self.kind not in FIXED_ROPE and not (self.kind == "mrope" or "mrope_section" in self.values):
             return f"known: {', '.join(FIXED_ROPE)}"
-        if self.values.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-            return "only a part of a head would be rotated, which no family here does"
+        if self.values.get("partial_rotary_factor", rotary_share) not in (None, rotary_share):
+            return f"another part of a head would be rotated than this family's {rotary_share:.0%}"
         return None
 
 
@@ -99,7 +99,7 @@ def problems(model: ModelConfig, family: Family, config: dict[str, Any]) -> Iter
     except (TypeError, KeyError, AttributeError) as found:
         error = UserError(f"{where} cannot be understood: {found!r}", key=KEY, fix="the config.json that belongs to the weights")
     rope = Rope.of(config)
-    if reason := rope.problem():
+    if reason := rope.problem(family.rotary_share):
         yield UserError(f"{where} has rotary scaling {rope.kind!r}: {reason}", key=KEY, fix="a checkpoint without it")
     if error:
         yield error
@@ -109,6 +109,18 @@ def problems(model: ModelConfig, family: Family, config: dict[str, Any]) -> Iter
             yield UserError(
                 f"{where} has {name} {value}, the model group {ours}", key=f"model.{name}", fix=f"model.{name}={_typed(value)}"
             )
+
+
+def window_problem(model: ModelConfig, family: Family, config: dict[str, Any] | None) -> UserError | None:
+    """For trainers and engines that let every layer see everything: an error where some layer sees less than the run's context.
+    `config`: of the checkpoint; None: unknown until it is loaded."""
+    window = None if config is None else family.window(config)
+    if window is None or window >= model.max_context_tokens:
+        return None
+    problem = f"some layers of '{model.hf_checkpoint}' see {window} tokens, of a context of {model.max_context_tokens}"
+    return UserError(
+        problem, key="model.max_context_tokens", fix=f"model.max_context_tokens={window}, or trainer=torch rollout=local"
+    )
 
 
 def check(model: ModelConfig, family: Family, config: dict[str, Any]) -> None:

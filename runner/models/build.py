@@ -182,7 +182,7 @@ def disk_tensors(
             yield name, tensor
             continue
         for disk_name, expert, start, stop in stacked[name]:
-            yield disk_name, tensor[expert, start:stop]
+            yield disk_name, tensor if expert is None else tensor[expert, start:stop]
 
 
 def memory_view(family: Family, model: ModelConfig, memory: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -199,7 +199,10 @@ def memory_tensors(family: Family, model: ModelConfig, disk: Mapping[str, torch.
     for parameter in family.stacked(model):
         used.update(piece[0] for piece in parameter.pieces)
         first = disk[parameter.pieces[0][0]]
-        experts = 1 + max(expert for _, expert, _, _ in parameter.pieces)
+        if parameter.pieces[0][1] is None:
+            yield parameter.name, first
+            continue
+        experts = 1 + max(expert or 0 for _, expert, _, _ in parameter.pieces)
         rows = max(stop for _, _, _, stop in parameter.pieces)
         tensor = torch.empty(experts, rows, *first.shape[1:], dtype=first.dtype, device=first.device)
         for disk_name, expert, start, stop in parameter.pieces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -50,12 +51,19 @@ class KnownFamily:
     """What is so of most families: transformers has them, and they bring nothing beside their decoder."""
 
     mtp: MtpLayers | None = None
+    rotary_share: float = 1.0
+    normalizes_top_k: bool = True
+    gates_shared_expert: bool = False
+    groups_experts: bool = False
 
     def register(self) -> None:
         return
 
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
         return set()
+
+    def window(self, config: dict[str, Any]) -> int | None:
+        return None
 
 
 class DenseFamily(KnownFamily):
@@ -65,6 +73,9 @@ class DenseFamily(KnownFamily):
         yield from ()
 
     def moe_layers(self, model: ModelConfig) -> list[int]:
+        return []
+
+    def routers(self, model: ModelConfig) -> list[str]:
         return []
 
 
@@ -77,6 +88,9 @@ class SparseFamily(KnownFamily):
 
     def moe_layers(self, model: ModelConfig) -> list[int]:
         return list(range(model.num_dense_layers, model.num_layers))
+
+    def routers(self, model: ModelConfig) -> list[str]:
+        return [f"model.layers.{layer}.mlp.gate" for layer in self.moe_layers(model)]
 
 
 def embedding(model: ModelConfig, prefix: str = "model.") -> Parameter:
@@ -133,6 +147,37 @@ def gated_mlp(
     yield Parameter(f"{prefix}.down_proj.weight", role, (hidden, ffn), layer, expert, cut=Cut.inputs)
 
 
+def dense_decoder(model: ModelConfig, *, output_bias: bool) -> Iterator[Parameter]:
+    """Every parameter of a decoder of grouped-query attention and gated mlps."""
+    yield embedding(model)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}"
+        yield from grouped_query_attention(model, prefix, layer, output_bias=output_bias)
+        yield from gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
+        yield from layer_norms(model, prefix, layer)
+    yield from final_norm_and_head(model)
+
+
+def dense_or_shared_and_routed(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """DeepSeek-V3's mlp: dense in the first layers, then experts and shared experts in one mlp; `prefix` ends in `mlp`."""
+    hidden = model.hidden_size
+    if layer < model.num_dense_layers:
+        yield from gated_mlp(prefix, hidden, model.ffn_size, Role.dense_mlp, layer)
+        return
+    yield from routed_experts(model, prefix, layer)
+    if model.num_shared_experts:
+        shared = model.num_shared_experts * model.expert_ffn_size
+        yield from gated_mlp(f"{prefix}.shared_experts", hidden, shared, Role.shared_expert, layer)
+
+
+def drafting_layers(model: ModelConfig, names: Collection[str]) -> set[str]:
+    """Of stored tensors those of multi-token-prediction layers, as DeepSeek-V3 and GLM-4.5 have them: behind the model's last
+    layer, with a projection of two states; a layer without one is a decoder layer of a longer model."""
+    layers = [(name, match) for name in names if (match := re.match(r"model\.layers\.(\d+)\.(.*)", name))]
+    drafting = {match[1] for _, match in layers if match[2].startswith("eh_proj.") and int(match[1]) >= model.num_layers}
+    return {name for name, match in layers if match[1] in drafting}
+
+
 def routed_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
     """The router and every expert of one MoE layer; `prefix` ends in `mlp`."""
     yield Parameter(f"{prefix}.gate.weight", Role.router, (model.num_experts, model.hidden_size), layer)
@@ -155,6 +200,33 @@ def stacked_experts(model: ModelConfig, prefix: str) -> Iterator[StackedParamete
         down.append((f"{name}.down_proj.weight", expert, 0, hidden))
     yield StackedParameter(f"{prefix}.experts.gate_up_proj", tuple(gate_up))
     yield StackedParameter(f"{prefix}.experts.down_proj", tuple(down))
+
+
+def block_sparse_experts(model: ModelConfig, prefix: str, layer: int) -> Iterator[Parameter]:
+    """Router and experts of one MoE layer as Mixtral names them: w1 is gate, w3 up, w2 down; `prefix` ends in the layer."""
+    ffn, hidden, block = model.expert_ffn_size, model.hidden_size, f"{prefix}.block_sparse_moe"
+    yield Parameter(f"{block}.gate.weight", Role.router, (model.num_experts, hidden), layer)
+    for expert in range(model.num_experts):
+        name = f"{block}.experts.{expert}"
+        for projection in ("w1", "w3"):
+            weight = f"{name}.{projection}.weight"
+            yield Parameter(weight, Role.routed_expert, (ffn, hidden), layer, expert, f"{name}.w13", Cut.outputs)
+        yield Parameter(f"{name}.w2.weight", Role.routed_expert, (hidden, ffn), layer, expert, cut=Cut.inputs)
+
+
+def stacked_block_sparse(model: ModelConfig, prefix: str) -> Iterator[StackedParameter]:
+    """The same in memory, where transformers has them under `mlp` as those of every other family."""
+    ffn, hidden = model.expert_ffn_size, model.hidden_size
+    gate_up: list[tuple[str, int | None, int, int]] = []
+    down: list[tuple[str, int | None, int, int]] = []
+    for expert in range(model.num_experts):
+        name = f"{prefix}.block_sparse_moe.experts.{expert}"
+        gate_up += [(f"{name}.w1.weight", expert, 0, ffn), (f"{name}.w3.weight", expert, ffn, 2 * ffn)]
+        down.append((f"{name}.w2.weight", expert, 0, hidden))
+    whole = ((f"{prefix}.block_sparse_moe.gate.weight", None, 0, model.num_experts),)
+    yield StackedParameter(f"{prefix}.mlp.gate.weight", whole)
+    yield StackedParameter(f"{prefix}.mlp.experts.gate_up_proj", tuple(gate_up))
+    yield StackedParameter(f"{prefix}.mlp.experts.down_proj", tuple(down))
 
 
 def base_config(model: ModelConfig) -> dict[str, Any]:
@@ -278,19 +350,45 @@ def short(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def full_attention(reader: ConfigReader) -> None:
+    """ValueError for a config.json of Qwen2's kind some of whose layers see a window only."""
+    reader.must_be("use_sliding_window", False, absent=False)
+
+
+def qwen_window(config: dict[str, Any]) -> int | None:
+    """`sliding_window` of a config.json of Qwen2's kind, where it is used at all."""
+    return config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+
+
+def checked_window(reader: ConfigReader, window: Any) -> int | None:
+    """The window; ValueError for one that is none."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"config.json of {reader.name}: `sliding_window` is {short(repr(window))}; it must be a whole number")
+    return window
+
+
+def first_layers(reader: ConfigReader, key: str) -> int:
+    """The number of layers that a list of layers names; ValueError unless they are the first."""
+    layers = reader.optional(key, [])
+    if not isinstance(layers, list) or layers != list(range(len(layers))):
+        raise ValueError(f"config.json of {reader.name}: `{key}` is {layers!r:.80}; only the first layers may be dense")
+    return len(layers)
+
+
 def even_heads(reader: ConfigReader) -> int:
     """The width of a head where config.json does not say: the model's width, shared out evenly."""
     return reader.whole("hidden_size") // reader.whole("num_attention_heads")
 
 
-def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int) -> dict[str, Any]:
+def plain_fields(reader: ConfigReader, family: str, *, qk_norm: bool, head_dim: int, window: int | None = None) -> dict[str, Any]:
     """ModelConfig fields of a dense model without MLA, MTP or vision; families override what they have more of.
 
-    Rope scaling stays in the checkpoint's own config.json: trainers and engines read it there.
+    Rope scaling and a `window` stay in the checkpoint's own config.json: trainers and engines read them there.
     """
-    kinds = reader.optional("layer_types", [])
-    if isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds):
-        raise ValueError(f"config.json of {reader.name}: `layer_types` has others than full_attention, which no family here does")
+    kinds, known = reader.optional("layer_types", []), {"full_attention", "sliding_attention" if window else "full_attention"}
+    if isinstance(kinds, list) and any(kind not in known for kind in kinds):
+        found = f"config.json of {reader.name}: `layer_types` has others than {' and '.join(sorted(known))}"
+        raise ValueError(f"{found}, which family {family} does not compute")
     heads = reader.whole("num_attention_heads")
     same = "num_key_value_heads" in reader.config and reader.config["num_key_value_heads"] is None
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,29 @@ def family_fields(config: dict[str, Any], folder: Path) -> tuple[Family, dict[st
     """(the family that reads this config.json, the ModelConfig fields in it); UserError for an architecture that no family reads
     and for numbers that are missing, of another type or beyond all limits."""
     where = folder / CONFIG
-    architectures = architectures_of(config, where)
-    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
-    if family is None:
-        known = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
-        found = ", ".join(architectures) or "none"
-        raise UserError(f"unknown architecture in {where}: {short(found)}", fix=f"known: {known}")
+    family = recognized(config, where)
     try:
         return family, agreement.fields_of(family, config, folder.name)
     except ValueError as error:
         raise UserError(str(error), fix=f"correct {where}, or download it again") from None
+
+
+def recognized(config: dict[str, Any], where: object) -> Family:
+    """The family whose model_type and architecture a config.json names; UserError with the nearest one where there is none."""
+    architectures, model_type = architectures_of(config, where), config.get("model_type")
+    family = next((f for f in FAMILIES.values() if set(f.architectures) & set(architectures)), None)
+    if family is not None and model_type in (None, *family.model_types):
+        return family
+    found = f"{short(', '.join(architectures)) or 'none'}, of model_type {short(model_type)}"
+    types = {name: f for f in FAMILIES.values() for name in f.model_types}
+    of_type = types.get(model_type) if isinstance(model_type, str) else None
+    if of_type is not None:
+        raise UserError(
+            f"unknown architecture in {where}: {found}", fix=f"family {of_type.name} reads {', '.join(of_type.architectures)}"
+        )
+    near = difflib.get_close_matches(str(model_type), types, n=1)
+    nearest = f"the nearest is {near[0]} ({', '.join(types[near[0]].architectures)}); " if near else ""
+    raise UserError(f"unknown architecture in {where}: {found}", fix=f"{nearest}known model_types: {', '.join(types)}")
 
 
 def check_model(model: ModelConfig, config: dict[str, Any], folder: Path) -> None:

@@ -46,11 +46,12 @@ class Parameter:
 class StackedParameter:
     """A parameter that transformers fuses in memory, and the on-disk weights in it.
 
-    `pieces`: (on-disk name, expert index, first row, last row + 1): disk weight == memory[expert, start:stop].
+    `pieces`: (on-disk name, expert index, first row, last row + 1): disk weight == memory[expert, start:stop]. Expert None: the
+    whole parameter under another name.
     """
 
     name: str  # "model.layers.0.mlp.experts.gate_up_proj"
-    pieces: tuple[tuple[str, int, int, int], ...]
+    pieces: tuple[tuple[str, int | None, int, int], ...]
 
 
 class MtpLayers(Protocol):
@@ -69,6 +70,10 @@ class Family(Protocol):
     name: str
     architectures: tuple[str, ...]  # config.json "architectures" that this family reads
     model_types: tuple[str, ...]  # config.json "model_type"s of them; the first is transformers' own
+    rotary_share: float  # of a head that is rotated
+    normalizes_top_k: bool  # the chosen experts' weights sum to one
+    gates_shared_expert: bool  # the shared expert has a sigmoid gate
+    groups_experts: bool  # the router may choose groups of experts first
 
     @property
     def mtp(self) -> MtpLayers | None:
@@ -84,16 +89,24 @@ class Family(Protocol):
         ...
 
     def stacked(self, model: ModelConfig) -> Iterator[StackedParameter]:
-        """The in-memory fused parameters of transformers; everything else has its disk name in memory."""
+        """The parameters of transformers that are fused, or named otherwise, in memory; the rest has its disk name there."""
         ...
 
     def moe_layers(self, model: ModelConfig) -> list[int]:
         """Global ids of the layers with routed experts, ascending."""
         ...
 
+    def routers(self, model: ModelConfig) -> list[str]:
+        """transformers' modules that return (logits, weights, experts) of the layers with routed experts, ascending."""
+        ...
+
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
         """Those of a folder's tensors that belong to a part that published checkpoints have and nothing here computes: they are
         left out, where any other tensor that the table does not have is an error."""
+        ...
+
+    def window(self, config: dict[str, Any]) -> int | None:
+        """Tokens that some layer of this config.json sees at most, itself included; None: every layer sees everything."""
         ...
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:

@@ -27,16 +27,26 @@ def causal_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> ([B, T, H, Dv], None). Without a mask attention is causal, as a module
-    that says `is_causal` asks, or whole (a visual tower's); everything else goes to transformers' own function."""
+    that says `is_causal` asks, or whole (a visual tower's); everything else goes to transformers' own function. With a
+    `sliding_window` a token sees itself and the window - 1 before it: transformers makes no mask for a function of our own."""
+    if sliding_window and sliding_window < query.shape[2] and attention_mask is None:
+        attention_mask = window_mask(query.shape[2], sliding_window, query.device)
     plain = attention_mask is None and query.shape[2] == key.shape[2]
     if query.device.type != "cpu" or not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True))
     return plain_attention(query, key, value, scale, causal=causal).transpose(1, 2).contiguous(), None
+
+
+def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """[1, 1, T, T] bool: True where a token (row) sees another."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+    return seen[None, None]
 
 
 def plain_causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

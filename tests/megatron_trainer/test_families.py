@@ -15,6 +15,7 @@ from convert_sources import write_source
 
 from runner.config.schema import Config, ModelConfig, QatPlacement
 from runner.trainer.torch.trainer import TorchTrainer
+from tests import twins
 from tests.megatron_trainer.configs import MODELS, megatron_config
 from tests.megatron_trainer.scenario import batch
 from tests.trainer_configs import config
@@ -52,9 +53,26 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mimo yarn": ("mtp", {}, {"rope_scaling": YARN}),
 }
 
+# of tests/twins.py
+TWINS = (
+    "qwen2",
+    "llama",
+    "mistral",
+    "qwen2_moe",
+    "mixtral",
+    "glm4_moe",
+    "glm4_moe_qk_norm",
+    "deepseek_v3",
+)
+REPLAYED = ("qwen2_moe", "mixtral", "glm4_moe")
+CASES |= {f"twin {name}": ("twin", {}, {}) for name in TWINS} | {f"twin {name}, replayed": ("twin", {}, {}) for name in REPLAYED}
+
 
 def write(folder: Path, model: str, numbers: dict[str, Any], changes: dict[str, Any]) -> None:
     """A checkpoint of random weights, biases and router biases that are not zero."""
+    if model == "twin":
+        twins.twin(folder, folder.name.removeprefix("twin ").removesuffix(", replayed"))
+        return
     values = {**MODELS[model], **numbers}
     torch.manual_seed(0)
     write_source(folder, ModelConfig(**values), shards=1)
@@ -75,7 +93,8 @@ def write(folder: Path, model: str, numbers: dict[str, Any], changes: dict[str, 
 
 def _config(case: str, make: Any, folder: Path) -> Config:
     model, numbers, changes = CASES[case]
-    values = {**MODELS[model], **numbers, "hf_checkpoint": str(folder / case)}
+    values = {**MODELS[model], **numbers} if model != "twin" else vars(twins.model_of(folder / case))
+    values = values | {"hf_checkpoint": str(folder / case)}
     cfg: Config = make(values, **FP32, **{"router_replay.trainer": "replayed" in case})
     return cfg
 
@@ -123,8 +142,10 @@ def test_one_rank_computes_what_the_torch_trainer_computes(case: str, computed: 
     theirs = torch.cat(trainer.logprobs(batch(cfg)))
     assert (torch.cat([before[index] for index in sorted(before)]) - theirs).abs().max() < 3e-6
     result = trainer.step(batch(cfg)).metrics
+    # torch's norm of all gradients at once adds 100,000s of squares in fp32: 4e-5 too little where experts are many
+    tolerance = 1e-4 if case.startswith("twin") else 2e-5
     for name, value in metrics.items():
-        assert abs(value - result[name]) <= 2e-5 * max(abs(result[name]), 1e-2), name
+        assert abs(value - result[name]) <= tolerance * max(abs(result[name]), 1e-2), name
     if CASES[case][2]:  # the scaling matters at these lengths: the comparison could fail
         path = computed / case / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": None}))

@@ -10,6 +10,7 @@ from runner.config.option import engine_layout, shares_gpus
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, Correction
 from runner.errors import UserError
+from runner.models import FAMILIES
 
 
 def sampling(cfg: Config) -> Iterator[UserError]:
@@ -165,7 +166,7 @@ def model_numbers(cfg: Config) -> Iterator[UserError]:
             key="model.expert_groups_top_k",
             fix=f"model.expert_groups_top_k={max(1, groups)}",
         )
-    elif groups > 1 and model.family != "deepseek":
+    elif groups > 1 and (model.family not in FAMILIES or not FAMILIES[model.family].groups_experts):
         yield UserError(f"family {model.family} has no groups of experts", key="model.expert_groups", fix="model.expert_groups=1")
     elif groups > 1 and (model.num_experts % groups or model.num_experts < 2 * groups):
         yield UserError(

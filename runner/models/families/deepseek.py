@@ -3,7 +3,6 @@ sigmoid router, a selection bias, and shared experts fused into one mlp."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -26,29 +25,20 @@ class DeepSeek(common.SparseFamily):
     name = "deepseek"
     architectures: tuple[str, ...] = ("DeepseekV3ForCausalLM",)
     model_types: tuple[str, ...] = ("deepseek_v3", "kimi_k2")
+    groups_experts = True
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
-        hidden = model.hidden_size
         yield common.embedding(model)
         for layer in range(model.num_layers):
             prefix = f"model.layers.{layer}"
             yield from _latent_attention(model, f"{prefix}.self_attn", layer)
-            if layer < model.num_dense_layers:
-                yield from common.gated_mlp(f"{prefix}.mlp", hidden, model.ffn_size, Role.dense_mlp, layer)
-            else:
-                yield from common.routed_experts(model, f"{prefix}.mlp", layer)
-                if model.num_shared_experts:
-                    shared = model.num_shared_experts * model.expert_ffn_size
-                    yield from common.gated_mlp(f"{prefix}.mlp.shared_experts", hidden, shared, Role.shared_expert, layer)
+            yield from common.dense_or_shared_and_routed(model, f"{prefix}.mlp", layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model)
 
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
-        """Multi-token-prediction layers, which lie behind the last layer of the model (DeepSeek-V3: model.layers.61) and have a
-        projection of two states; a layer without one is a decoder layer of a longer model."""
-        layers = [(name, match) for name in names if (match := re.match(r"model\.layers\.(\d+)\.(.*)", name))]
-        drafting = {match[1] for _, match in layers if match[2].startswith("eh_proj.") and int(match[1]) >= model.num_layers}
-        return {name for name, match in layers if match[1] in drafting}
+        """Multi-token-prediction layers (DeepSeek-V3: model.layers.61)."""
+        return common.drafting_layers(model, names)
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {

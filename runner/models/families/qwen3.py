@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from runner.config.schema import ModelConfig, Role
+from runner.config.schema import ModelConfig
 from runner.models import common
 from runner.models.family import Parameter
 
@@ -16,13 +16,10 @@ class Qwen3(common.DenseFamily):
     model_types: tuple[str, ...] = ("qwen3",)
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
-        yield common.embedding(model)
-        for layer in range(model.num_layers):
-            prefix = f"model.layers.{layer}"
-            yield from common.grouped_query_attention(model, prefix, layer, output_bias=True)
-            yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
-            yield from common.layer_norms(model, prefix, layer)
-        yield from common.final_norm_and_head(model)
+        yield from common.dense_decoder(model, output_bias=True)
+
+    def window(self, config: dict[str, Any]) -> int | None:
+        return common.qwen_window(config)
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         return common.base_config(model) | {
@@ -34,9 +31,9 @@ class Qwen3(common.DenseFamily):
 
     def from_hf_config(self, config: dict[str, Any], name: str) -> dict[str, Any]:
         reader = common.ConfigReader(config, name, {"head_dim": 128, "num_key_value_heads": 32})
-        reader.must_be("use_sliding_window", False, absent=False)
+        window = common.checked_window(reader, self.window(config))
         reader.must_be("hidden_act", "silu", absent="silu")
-        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"))
+        return common.plain_fields(reader, self.name, qk_norm=True, head_dim=reader.whole("head_dim"), window=window)
 
 
 FAMILY = Qwen3()

@@ -49,16 +49,14 @@ class Qwen3Moe(common.SparseFamily):
         reader.must_be("hidden_act", "silu", absent="silu")
         reader.must_be("decoder_sparse_step", 1, absent=1)
         reader.must_be("norm_topk_prob", True, absent=False)
-        dense = reader.optional("mlp_only_layers", [])
-        if not isinstance(dense, list) or dense != list(range(len(dense))):
-            raise ValueError(f"config.json of {name}: `mlp_only_layers` is {dense!r:.80}; only the first layers may be dense")
+        dense = common.first_layers(reader, "mlp_only_layers")
         head_dim = reader.optional_whole("head_dim", common.even_heads(reader), low=1)
         experts = reader.whole("num_experts", "num_local_experts", high=common.MAX_EXPERTS)
         return common.plain_fields(reader, self.name, qk_norm=True, head_dim=head_dim) | {
             "num_experts": experts,
             "experts_top_k": reader.whole("num_experts_per_tok", high=experts),
             "expert_ffn_size": reader.whole("moe_intermediate_size"),
-            "num_dense_layers": len(dense),
+            "num_dense_layers": dense,
         }
 
 

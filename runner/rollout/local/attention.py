@@ -122,7 +122,7 @@ class Step:
     pad_index: torch.Tensor | None
     limit: torch.Tensor
     reads: int
-    _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
 
     def read(self, cache: torch.Tensor) -> torch.Tensor:
         """[B, n, C, d] of these rows: a view for neighbours, a copy otherwise."""
@@ -130,11 +130,15 @@ class Step:
             return cache[self.slots, :, : self.reads]
         return cache[:, :, : self.reads].index_select(0, self.slots)
 
-    def mask(self, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [B, 1, g * S, C], the same for all layers."""
-        key = (groups, dtype)
+    def mask(self, groups: int, dtype: torch.dtype, window: int = 0) -> torch.Tensor:
+        """Additive mask [B, 1, g * S, C], the same for all layers that see as far. `window`: positions that a query sees, its own
+        included; 0: all before it."""
+        key = (groups, dtype, window)
         if key not in self._masks:
-            seen = torch.arange(self.reads, device=self.limit.device) <= self.limit.unsqueeze(-1)
+            positions = torch.arange(self.reads, device=self.limit.device)
+            seen = positions <= self.limit.unsqueeze(-1)
+            if window:
+                seen &= positions > self.limit.unsqueeze(-1) - window
             mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
             self._masks[key] = mask.unsqueeze(1).repeat(1, 1, groups, 1)
         return self._masks[key]
@@ -148,6 +152,7 @@ def slot_attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     engine_step: Step,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query [N, h, 1, d], key [N, n, 1, d], value [N, n, 1, d_v] -> output [N, 1, h, d_v]; writes the cache, then reads it."""
@@ -168,7 +173,7 @@ def slot_attention(
         flat = flat.view(step.rows, step.width, heads, size).transpose(1, 2)
     grouped = flat.reshape(step.rows, key.shape[1], groups * step.width, size)
     output = F.scaled_dot_product_attention(
-        grouped, keys_BnCd, values_BnCd, attn_mask=step.mask(groups, query.dtype), scale=scaling
+        grouped, keys_BnCd, values_BnCd, attn_mask=step.mask(groups, query.dtype, sliding_window or 0), scale=scaling
     )
     output = output.reshape(step.rows, heads, step.width, -1)
     output = output.transpose(1, 2).reshape(step.rows * step.width, 1, heads, -1)

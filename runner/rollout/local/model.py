@@ -23,6 +23,8 @@ from runner.rollout.local.fused import FusedDecoder, share_storage, stackable, u
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
 
+Pieces = tuple[tuple[str, int | None, int, int], ...]  # of runner.models.family.StackedParameter
+
 
 class EngineModel:
     """A language model whose forward takes a flat token batch and a cache.
@@ -62,11 +64,11 @@ class EngineModel:
     def _install(self) -> None:
         family, model = family_of(self.config), self.config
         views = dict(disk_tensors(family, model, named_weights(model, self.module)))
-        for stack in family.stacked(model):
-            if not stack.name.endswith("gate_up_proj"):
-                continue
-            path = stack.name.rsplit(".", 1)[0]
-            self._install_experts(path, {name: views[name] for name in views if name.startswith(path + ".")})
+        stacks = {stack.name: stack.pieces for stack in family.stacked(model)}
+        for name in stacks:
+            if name.endswith("gate_up_proj"):
+                path = name.rsplit(".", 1)[0]
+                self._install_experts(path, stacks[name], stacks[f"{path}.down_proj"], views)
         for name, view in views.items():
             if name in self.weights:
                 continue
@@ -76,19 +78,17 @@ class EngineModel:
             else:
                 self.others[name] = view
 
-    def _install_experts(self, path: str, views: Mapping[str, torch.Tensor]) -> None:
+    def _install_experts(self, path: str, gate_up: Pieces, down: Pieces, views: Mapping[str, torch.Tensor]) -> None:
         old = self.module.get_submodule(path)
-        gate_up, stacked_gate_up = self._make_stack(path, ("gate", "up"), views)
-        down, stacked_down = self._make_stack(path, ("down",), views)
-        experts = EngineExperts(gate_up, down, old.act_fn, (stacked_gate_up, stacked_down))  # type: ignore[arg-type]
+        gates, stacked_gate_up = self._make_stack(gate_up, views)
+        downs, stacked_down = self._make_stack(down, views)
+        experts = EngineExperts(gates, downs, old.act_fn, (stacked_gate_up, stacked_down))  # type: ignore[arg-type]
         self.module.set_submodule(path, experts)
         self.experts.append(experts)
 
-    def _make_stack(
-        self, path: str, projections: tuple[str, ...], views: Mapping[str, torch.Tensor]
-    ) -> tuple[list[ResidentWeight], torch.Tensor | None]:
-        """The weights of all experts for these projections; dense ones are views of one tensor [E, out, in]."""
-        names = [tuple(f"{path}.{e}.{p}_proj.weight" for p in projections) for e in range(self.config.num_experts)]
+    def _make_stack(self, pieces: Pieces, views: Mapping[str, torch.Tensor]) -> tuple[list[ResidentWeight], torch.Tensor | None]:
+        """The weights of all experts in a fused parameter; dense ones are views of one tensor [E, out, in]."""
+        names = [tuple(piece[0] for piece in pieces if piece[1] == e) for e in range(self.config.num_experts)]
         stacked = None
         if not any(self.plan.format_of(name).quantized for group in names for name in group):
             stacked = torch.stack([torch.cat([views[name] for name in group]) for group in names])

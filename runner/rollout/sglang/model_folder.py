@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from runner.config.schema import ModelConfig
+from runner.models import family_of
+from runner.models.agreement import window_problem
 from runner.models.build import save_config
 from runner.precision.plan import PrecisionPlan
 
@@ -20,6 +22,8 @@ def write_model_folder(model: ModelConfig, plan: PrecisionPlan, folder: Path) ->
     save_config(model, folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    if model.hf_checkpoint is not None and (error := window_problem(model, family_of(model), config)):
+        raise error
     config["eos_token_id"] = None
     config.pop("quantization_config", None)  # of the published checkpoint
     if (quantization := plan.quantization_config()) is not None:

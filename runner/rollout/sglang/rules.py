@@ -7,12 +7,36 @@ from collections.abc import Iterator
 from runner.config.choices import Drafting, PauseMode, Schedule
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.models import family_of
+from runner.models.agreement import local_config, window_problem
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
 from runner.weights.transports import TRANSPORTS
 
 CPU_FORMATS = ("bf16", "int4", "fp8")
+# families that ran with real SGLang 0.5.23 servers (tests/sglang_servers)
+FAMILIES = ("deepseek", "llama", "mimo", "mistral", "qwen2", "qwen3", "qwen3_moe")
+# what was seen of others, on CPU servers
+NOT_SERVED = {
+    "mixtral": "it builds quantized Mixtral from a class of its own, which does not take the weights of the other",
+    "qwen2_moe": "its gate of the shared expert is a Triton kernel, which ends a server on a CPU",
+}
+
+
+def families(cfg: Config) -> Iterator[UserError]:
+    model = cfg.model
+    if model.vision:
+        yield UserError(
+            "the SGLang pool sends tokens, not images: nobody has shown here that its servers place them as the trainer does",
+            key="rollout",
+            fix="rollout=local",
+        )
+    elif model.family not in FAMILIES:
+        reason = NOT_SERVED.get(model.family, "no weight sync was ever verified in one of its servers")
+        yield UserError(f"SGLang does not serve {model.family}: {reason}", key="model.family", fix="rollout=local")
+    elif error := window_problem(model, family_of(model), local_config(model)):
+        yield error
 
 
 def options(cfg: Config) -> Iterator[UserError]:
@@ -130,12 +154,6 @@ def limits(cfg: Config) -> Iterator[UserError]:
         )
     if transport := TRANSPORTS.get(rollout.weight_transport):  # what is none, rules/numbers.py names
         yield from transport.problems(cfg)
-    if cfg.model.vision:
-        yield UserError(
-            "the SGLang pool sends tokens, not images: nobody has shown here that its servers place them as the trainer does",
-            key="rollout",
-            fix="rollout=local",
-        )
 
 
-RULES = (options, speculation, formats, limits, whole_engines, over_nodes)
+RULES = (families, options, speculation, formats, limits, whole_engines, over_nodes)

@@ -172,7 +172,8 @@ def _experts(cfg: Config) -> Arguments:
         "moe_router_fusion": cuda and trainer.router_fusion,
         "moe_router_dtype": FULL_ROUTER_DTYPE,
         "moe_router_score_function": str(model.router_score),
-        "moe_router_pre_softmax": False,  # the softmax over the chosen logits is the renormalised softmax over all
+        # the softmax over the chosen logits is the renormalised softmax over all; before the choice it stays as it is
+        "moe_router_pre_softmax": not family_of(model).normalizes_top_k,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": cfg.router_replay.trainer,
@@ -185,6 +186,8 @@ def _experts(cfg: Config) -> Arguments:
         arguments |= {"moe_router_num_groups": model.expert_groups, "moe_router_group_topk": model.expert_groups_top_k}
     if model.num_shared_experts:
         arguments["moe_shared_expert_intermediate_size"] = model.num_shared_experts * model.expert_ffn_size
+        if family_of(model).gates_shared_expert:
+            arguments["moe_shared_expert_gate"] = True
     return arguments
 
 
@@ -234,6 +237,7 @@ def rope_scaling(hf_config: dict[str, Any]) -> Arguments:
 def gpt_model(cfg: Config) -> Arguments:
     """Arguments of GPTModel that depend on the config alone."""
     model = cfg.model
+    share = family_of(model).rotary_share
     return {
         "vocab_size": padded_vocabulary(cfg),
         "max_sequence_length": model.max_context_tokens,
@@ -241,7 +245,7 @@ def gpt_model(cfg: Config) -> Arguments:
         "rotary_base": model.rope_theta,
         "share_embeddings_and_output_weights": model.tied_embeddings,
         "parallel_output": True,
-    }
+    } | ({"rotary_percent": share} if share < 1 else {})
 
 
 def padded_vocabulary(cfg: Config) -> int:

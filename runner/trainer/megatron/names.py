@@ -69,11 +69,16 @@ def _entries(model: ModelConfig, family: Family) -> Iterator[Mapped]:
         if layer not in moe:
             yield from _mlp(f"{hf}.mlp", f"{mega}.mlp")
             continue
-        yield Mapped(f"{mega}.mlp.router.weight", Kind.direct, (f"{hf}.mlp.gate.weight",))
+        for gate in ("mlp.gate", "block_sparse_moe.gate"):  # what the family's table does not have, `table` leaves out
+            yield Mapped(f"{mega}.mlp.router.weight", Kind.direct, (f"{hf}.{gate}.weight",))
         yield Mapped(f"{mega}.mlp.router.expert_bias", Kind.direct, (f"{hf}.mlp.gate.e_score_correction_bias",))
         for expert in range(model.num_experts):
-            yield from _mlp(f"{hf}.mlp.experts.{expert}", f"{mega}.mlp.experts.local_experts.{expert}")
-        yield from _mlp(f"{hf}.mlp.shared_experts", f"{mega}.mlp.shared_experts")
+            ours = f"{mega}.mlp.experts.local_experts.{expert}"
+            yield from _mlp(f"{hf}.mlp.experts.{expert}", ours)
+            yield from _mlp(f"{hf}.block_sparse_moe.experts.{expert}", ours, ("w1", "w3", "w2"))
+        for shared in ("shared_experts", "shared_expert"):
+            yield from _mlp(f"{hf}.mlp.{shared}", f"{mega}.mlp.shared_experts")
+        yield Mapped(f"{mega}.mlp.shared_experts.gate_weight", Kind.direct, (f"{hf}.mlp.shared_expert_gate.weight",))
     yield Mapped("decoder.final_layernorm.weight", Kind.direct, ("model.norm.weight",))
     yield Mapped("output_layer.weight", Kind.direct, ("lm_head.weight",), vocabulary=True)
 
@@ -99,9 +104,10 @@ def _attention(model: ModelConfig, hf: str, mega: str) -> Iterator[Mapped]:
         yield Mapped(f"{mega}.{norm}_layernorm.weight", Kind.direct, (f"{hf}.{norm}_norm.weight",))
 
 
-def _mlp(hf: str, mega: str) -> Iterator[Mapped]:
-    yield Mapped(f"{mega}.linear_fc1.weight", Kind.gate_up, (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"))
-    yield Mapped(f"{mega}.linear_fc2.weight", Kind.direct, (f"{hf}.down_proj.weight",))
+def _mlp(hf: str, mega: str, projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Iterator[Mapped]:
+    gate, up, down = (f"{hf}.{projection}.weight" for projection in projections)
+    yield Mapped(f"{mega}.linear_fc1.weight", Kind.gate_up, (gate, up))
+    yield Mapped(f"{mega}.linear_fc2.weight", Kind.direct, (down,))
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

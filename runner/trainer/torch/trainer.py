@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from runner.config.choices import BaseDtype, DeviceKind
-from runner.config.schema import Config, QatPlacement, Role
+from runner.config.schema import Config, QatPlacement
 from runner.cores import default_threads
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError
@@ -111,12 +111,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
     def _build_replay(self) -> RouterReplay | None:
         if not replays(self.cfg, self.family):
             return None
-        routers = [
-            parameter.name.removesuffix(".weight")
-            for parameter in self.family.parameters(self.cfg.model)
-            if parameter.role is Role.router and parameter.name.endswith(".weight")
-        ]
-        return RouterReplay(self.model, routers, self.cfg.model.router_score)
+        return RouterReplay(self.model, self.family.routers(self.cfg.model), self.cfg.model.router_score)
 
     def _build_mtp(self) -> mtp.NoMtp | mtp.MtpTraining:
         if not mtp.trained_online(self.cfg):
