@@ -13,12 +13,12 @@ import torch
 from convert_sources import write_shards
 
 from runner.__main__ import main
-from runner.cli.sweep import jobs
 from runner.config import compose
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights, save_config
 from runner.models.tokenizer import byte_tokenizer
 from runner.run.folder import find_run, write_overrides
+from runner.sweep import jobs
 from tests.answers import dapo, gsm8k
 
 GRADED = [

@@ -79,7 +79,7 @@ def test_roles_widen_the_quantized_set(source: Path, tmp_path: Path) -> None:
     [
         (["format=int8"], "precision.convention=llmcompressor"),
         (["format=int3"], "unknown format 'int3'"),
-        (["method=magic"], "convert.method: 'magic' is none of rtn, gptq"),
+        (["method=magic"], "convert.method: magic is none of rtn, gptq"),
         (["method=gptq", "gptq_python=nowhere"], "make setup-gptq"),
         (["workers=0"], "convert.workers"),
         (["precision.group_size=256"], "not a multiple of group_size 256"),
