@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from runner.doctor import gpu
 from runner.doctor.findings import Finding, Status
 from runner.errors import UserError
-from runner.precision import kernels
+from runner.precision import fp8, kernels
 from tests.configs import composed
 
 CPU = torch.device("cpu")
@@ -31,8 +32,9 @@ def test_it_refuses_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_kernels_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    (finding,) = gpu.kernel_bits(CPU)
-    assert finding.status is Status.ok and finding.found.startswith("45 of 45 cases")
+    finding, other = gpu.kernel_bits(CPU)
+    assert finding.status is other.status is Status.ok and finding.found.startswith("45 of 45 cases")
+    assert other.found.startswith("3 of 3 cases")
     real = kernels.quantize_pack
 
     def wrong(weight: torch.Tensor, group: int, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,13 +44,30 @@ def test_kernels_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatc
         return packed, scale
 
     monkeypatch.setattr(kernels, "quantize_pack", wrong)
-    (finding,) = gpu.kernel_bits(CPU)
+    finding, _ = gpu.kernel_bits(CPU)
     assert finding.status is Status.fail and "group 128" in finding.found and "36 of 45" in finding.found
+    activations, calls = fp8.quantize_activations, itertools.count()
+
+    def off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = activations(x)
+        if next(calls) == 3:  # what the device gives for the second case
+            q.view(torch.uint8).view(-1)[7] ^= 1
+        return q, scale
+
+    monkeypatch.setattr(fp8, "quantize_activations", off)
+    _, other = gpu.kernel_bits(CPU)
+    assert other.status is Status.fail and other.found.startswith("2 of 3")
 
 
 def test_speeds_are_shares_of_a_copy() -> None:
     found = {finding.name: finding for finding in gpu.kernel_speed(CPU, shape=(2, 64, 256))}
-    assert set(found) == {"INT4 quantize-dequantize", "INT4 quantize + pack", "INT4 unpack"}
+    assert set(found) == {
+        "INT4 quantize-dequantize",
+        "INT4 quantize + pack",
+        "INT4 unpack",
+        "FP8 weights in place",
+        "FP8 activations",
+    }
     assert all("of copy" in finding.found for finding in found.values())
 
 

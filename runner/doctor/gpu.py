@@ -36,8 +36,9 @@ from runner.errors import UserError
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision import fp8, fp8_matmul, int4, kernels
-from runner.precision.codec import decode, encode
+from runner.precision.codec import decode, encode, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
+from runner.precision.tensor_format import TensorFormat
 
 # A mixture of experts whose matrices SGLang's Marlin kernels take, small enough to load in a second
 MODEL = [
@@ -144,6 +145,26 @@ def kernel_bits(device: torch.device) -> Iterator[Finding]:
             wrong.append(f"{convention.name} group {group} {kind}")
     found = f"{count - len(wrong)} of {count} cases equal the reference" + (f"; not: {', '.join(wrong[:4])}" if wrong else "")
     yield Finding("INT4 kernels, bits", Grade.fail if wrong else Grade.ok, found)
+    yield from _fp8_bits(device, [normal, (normal.float() * torch.logspace(-6, 3, 1024)).bfloat16(), ties])
+
+
+def _fp8_bits(device: torch.device, weights: list[torch.Tensor]) -> Iterator[Finding]:
+    """Activations 1 x 128 and weights 128 x 128 in place on the device against the reference on the CPU."""
+    right, block = 0, TensorFormat.fp8("block")
+    for weight in weights:
+        (q, scale), (found_q, found_scale) = fp8.quantize_activations(weight), fp8.quantize_activations(weight.to(device))
+        effective = weight.to(device).clone()
+        kept = quantize_dequantize_(effective, block)
+        wanted, block_scale = fp8.quantize_dequantize(weight)
+        right += (
+            torch.equal(found_q.cpu().view(torch.uint8), q.view(torch.uint8))
+            and torch.equal(found_scale.cpu(), scale)
+            and torch.equal(effective.cpu().view(torch.int16), wanted.view(torch.int16))
+            and kept is not None
+            and torch.equal(kept.scale.cpu(), block_scale)
+        )
+    grade = Grade.ok if right == len(weights) else Grade.fail
+    yield Finding("FP8 kernels, bits", grade, f"{right} of {len(weights)} cases equal the reference")
 
 
 def kernel_speed(device: torch.device, shape: tuple[int, int, int] = (256, 1024, 2048), group: int = 32) -> Iterator[Finding]:
@@ -151,25 +172,26 @@ def kernel_speed(device: torch.device, shape: tuple[int, int, int] = (256, 1024,
     weight = torch.randn(shape, dtype=torch.bfloat16, device=device) * 0.02
     target = torch.empty_like(weight)
     packed, _ = kernels.quantize_pack(weight, group, Convention.exact)
-    size, small = 2 * weight.numel(), 4 * packed.numel()
+    size, small, block = 2 * weight.numel(), 4 * packed.numel(), TensorFormat.fp8("block")
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "copy": (2 * size, lambda: target.copy_(weight)),  # also refills what the next call quantizes in place
-        "quantize-dequantize": (2 * size, lambda: kernels.quantize_dequantize_(target, group, Convention.exact)),
-        "quantize + pack": (size + small, lambda: kernels.quantize_pack(weight, group, Convention.exact)),
-        "unpack": (small + size // 2, lambda: kernels.unpack(packed, shape[-1])),
+        "INT4 quantize-dequantize": (2 * size, lambda: kernels.quantize_dequantize_(target, group, Convention.exact)),
+        "INT4 quantize + pack": (size + small, lambda: kernels.quantize_pack(weight, group, Convention.exact)),
+        "INT4 unpack": (small + size // 2, lambda: kernels.unpack(packed, shape[-1])),
+        "copy again": (2 * size, lambda: target.copy_(weight)),
+        "FP8 weights in place": (2 * size, lambda: quantize_dequantize_(target, block)),
+        "FP8 activations": (size + size // 2 + weight.numel() // 32, lambda: fp8.quantize_activations(weight)),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS + 1):
         for name, (_, call) in calls.items():
             times[name].append(_seconds(call, device))
     speed = {name: traffic / statistics.median(times[name][1:]) for name, (traffic, _) in calls.items()}  # the first compiles
-    for name in list(calls)[1:]:
+    for name in (name for name in calls if not name.startswith("copy")):
         share = speed[name] / speed["copy"]
         grade = Grade.ok if share >= SHARE else Grade.warn
         found = f"{share:.0%} of copy ({speed['copy'] / 1e9:.0f} GB/s, read and written)"
-        yield Finding(
-            f"INT4 {name}", grade, found, "" if grade is Grade.ok else f"the aim is {SHARE:.0%}; bits are not concerned"
-        )
+        yield Finding(name, grade, found, "" if grade is Grade.ok else f"the aim is {SHARE:.0%}; bits are not concerned")
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
