@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from runner.config.choices import DeviceKind, Fp8Matmul, LauncherKind, Scale
+from runner.config.choices import DeviceKind, LauncherKind, Scale
 from runner.config.option import chosen, one_process
 from runner.config.overrides import command
 from runner.config.packages import LOCK_GPU, failures, from_lock, installed
@@ -46,9 +46,6 @@ def _gpus(cfg: Config) -> list[UserError]:
         if needed > visible_gpus():
             has = f"{visible_gpus()} GPUs" if visible_gpus() else "no GPU"
             errors.append(UserError(f"the run needs {needed} GPU{'s' * (needed > 1)}, this machine has {has}", key="parallelism"))
-    if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and not visible_gpus():  # which GPU it is, the trainer finds out
-        key = "precision.fp8_matmul"
-        errors.append(UserError("FP8 matmuls need a Hopper GPU, this machine has none", key=key, fix=f"{key}=simulated"))
     return errors
 
 

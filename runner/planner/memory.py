@@ -27,6 +27,7 @@ from runner.planner.workload import (
     route_bytes_per_step,
 )
 from runner.precision.tensor_format import TensorFormat
+from runner.weights.transports import on_every_node
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)
@@ -382,7 +383,7 @@ def separate_phases(
         stays = ("weights", "fp32 masters", "Adam moments", "reference weights")
         node["sleeping trainer"] = per_node * max(sum(device.get(name, 0) for name in stays) for device, _ in ranks)
     node["routes of a step"] = routes
-    if cfg.cluster.nodes > 1 and getattr(cfg.rollout, "weight_transport", "") == "tensor":
+    if cfg.cluster.nodes > 1 and on_every_node(cfg):
         node["published weights, old and new"] = 2 * published
     phases.append(Phase("all", "host of a node", node, host_capacity))
     return phases

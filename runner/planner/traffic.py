@@ -10,7 +10,7 @@ from runner.planner.memory import state_shares, stream_bytes
 from runner.planner.parameters import Inventory
 from runner.planner.workload import GIB, base_bytes, route_bytes_per_step, route_itemsize, routes_per_token_bytes
 from runner.precision.tensor_format import TensorFormat
-from runner.weights.transports import TRANSPORTS
+from runner.weights.transports import TRANSPORTS, on_every_node
 
 NODE_LINK_GB = 400  # GB/s of a node with eight links of 400 Gb/s
 HOST_COPY_GB = 50  # GB/s at which a node's ranks together write, hash and read back what they publish; not measured on GPUs
@@ -38,8 +38,8 @@ def sync_flows(cfg: Config, inventory: Inventory) -> list[Flow]:
     engines, ranks = layout.engines, layout.engines * layout.ranks
     flows = {name: transport.traffic(stream, engines, ranks) for name, transport in TRANSPORTS.items()}
     chosen = getattr(cfg.rollout, "weight_transport", None)
-    if cfg.cluster.nodes > 1 and chosen == "tensor":
-        flows["tensor"] = published(stream, cfg.cluster.nodes, engines, layout.nodes)
+    if cfg.cluster.nodes > 1 and on_every_node(cfg):
+        flows[str(chosen)] = published(stream, cfg.cluster.nodes, engines, layout.nodes)
     return [Flow(f"weight sync, {name}{' (configured)' if name == chosen else ''}", *flow) for name, flow in flows.items()]
 
 

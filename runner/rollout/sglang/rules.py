@@ -12,7 +12,7 @@ from runner.models.agreement import local_config, window_problem
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
-from runner.weights.transports import TRANSPORTS
+from runner.weights.transports import TRANSPORTS, on_every_node
 
 CPU_FORMATS = ("bf16", "int4", "fp8")
 # families that ran with real SGLang 0.5.23 servers (tests/sglang_servers)
@@ -117,12 +117,12 @@ def over_nodes(cfg: Config) -> Iterator[UserError]:
             key="rollout.cpu_engines",
             fix=f"rollout.cpu_engines={groups}",
         )
-    if rollout.weight_transport != "tensor":
+    if not on_every_node(cfg):
+        possible = " or ".join(name for name, transport in TRANSPORTS.items() if transport.on_every_node)
         yield UserError(
-            f"engines of {nodes} nodes read weights that every node has (rollout.weight_transport=tensor), not by "
-            f"{rollout.weight_transport}",
+            f"engines of {nodes} nodes read weights that every node has, which {rollout.weight_transport} does not bring there",
             key="rollout.weight_transport",
-            fix="rollout.weight_transport=tensor",
+            fix=f"rollout.weight_transport={possible}",
         )
 
 

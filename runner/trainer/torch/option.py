@@ -55,6 +55,9 @@ def fp8(cfg: Config) -> Iterator[UserError]:
 
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("trainer.device", settings(cfg).device)
+    if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and not preflight.visible_gpus():  # which GPU it is, the trainer finds out
+        key = "precision.fp8_matmul"
+        yield UserError("FP8 matmuls need a Hopper GPU, this machine has none", key=key, fix=f"{key}=simulated")
     if settings(cfg).fused_scores and (settings(cfg).device == DeviceKind.cpu or not preflight.visible_gpus()):
         key = "trainer.fused_scores"
         yield UserError("fused scores are GPU kernels, the trainer runs on the CPU", key=key, fix=f"{key}=false")

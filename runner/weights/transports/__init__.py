@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
 from runner.weights.transports.base import TRANSPORTS, Driver, Rank, Site, Transport, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["TRANSPORTS", "Driver", "Rank", "Site", "Transport", "register"]
+if TYPE_CHECKING:
+    from runner.config.schema import Config
+
+
+def on_every_node(cfg: Config) -> bool:
+    """Whether, under cluster=ray, the trainer's ranks write the rollout's weights on every node themselves."""
+    chosen = TRANSPORTS.get(getattr(cfg.rollout, "weight_transport", ""))
+    return chosen is not None and chosen.on_every_node
+
+
+__all__ = ["TRANSPORTS", "Driver", "Rank", "Site", "Transport", "on_every_node", "register"]

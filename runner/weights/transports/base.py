@@ -76,6 +76,7 @@ class Transport:
     """One way, as the config names it. Has no state."""
 
     name: str
+    on_every_node = False  # under cluster=ray the trainer's ranks write it on every node, and engines read what theirs has
 
     def traffic(self, stream: int, engines: int, ranks: int) -> tuple[int, str]:
         """(bytes that one sync of `stream` bytes moves, over which path and by which formula); `ranks` of all engines."""

@@ -51,6 +51,7 @@ class Tensor(Files):
     """No CUDA IPC: the copy in host memory also serves engines that start again."""
 
     name, where = "tensor", " into the host's shared memory"
+    on_every_node = True
 
     def problems(self, cfg: Config) -> Iterator[UserError]:
         if not cfg.parallelism.colocate:
