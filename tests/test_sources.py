@@ -276,7 +276,7 @@ def test_a_draft_model_is_read_by_the_same_check(source: Path, dense: ModelConfi
         load_draft(cfg, torch.float32, torch.device("cpu"))
     with pytest.raises(UserError, match="does not use: 1 weights"):
         draft_folder.check_folder(cfg)
-    edit_config(source, lambda values: values.update(architectures=["LlamaForCausalLM"]))
+    edit_config(source, lambda values: values.update(architectures=["GptForCausalLM"], model_type="gpt"))
     draft_folder.check_whole(dense, str(source))  # no table here: its engine's matter
 
 

@@ -22,9 +22,10 @@ from runner.models.tokenizer import byte_tokenizer
 from runner.models.vocabulary import EOS_ID, PAD_ID, VOCAB_SIZE
 
 HERE = Path(__file__).parent
-# by model group, and by family where no group of conf/model has it ("_from": whose config.json it is)
+# of text models: by model group, and by family where no group of conf/model has it ("_from": whose config.json it is)
 OF_FAMILIES: dict[str, dict[str, Any]] = json.loads((HERE / "published_families.json").read_text())
-PUBLISHED: dict[str, dict[str, Any]] = json.loads((HERE / "published_configs.json").read_text()) | OF_FAMILIES
+_OF_MODELS: dict[str, dict[str, Any]] = json.loads((HERE / "published_configs.json").read_text())
+PUBLISHED = {name: config for name, config in _OF_MODELS.items() if "vision_config" not in config} | OF_FAMILIES
 HEADS, HEAD_DIM, HIDDEN, EXPERTS = 4, 16, 64, 8
 CONTEXT = 256
 SIZES = {  # key of a config.json -> its size in a twin

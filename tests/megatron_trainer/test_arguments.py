@@ -34,7 +34,9 @@ def _megatron_recipes() -> list[str]:
 @pytest.mark.parametrize("recipe", _megatron_recipes())
 def test_golden_arguments_of_every_recipe(recipe: str) -> None:
     cfg = _load(f"recipe={recipe}")
-    assert cfg.trainer.name == "megatron", "a recipe of another trainer needs no golden file"
+    if cfg.trainer.name != "megatron":
+        assert not (GOLDEN / f"{recipe}.yaml").exists()
+        pytest.skip(f"trainer={cfg.trainer.name}")
     found = json.loads(json.dumps(arguments.everything(cfg)))  # lists instead of tuples
     goldens.check(GOLDEN / f"{recipe}.yaml", found, _megatron_recipes()[0])
 
