@@ -110,6 +110,8 @@ BAD: list[tuple[str, str, str, str]] = [
         "1 ranks do not divide",
         "cpu_tp=2",
     ),
+    ("trainer.device=gpu", "trainer.device", "none of auto, cpu, cuda", "trainer.device=cuda"),
+    ("precision.base_dtype=bf16", "precision.base_dtype", "none of bfloat16", "precision.base_dtype=bfloat16"),
     ("model=qwen3_235b parallelism.engine_ep=3", "parallelism.engine_ep", "does not divide an engine", "engine_ep=2"),
     ("model=qwen3_30b parallelism.rollout_gpus=4", "parallelism.rollout_gpus", "colocated", "colocate=false"),
     ("model=qwen3_30b trainer=torch", "trainer", "one process", "trainer=megatron"),

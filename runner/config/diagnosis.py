@@ -48,8 +48,13 @@ class Diagnosis:
         return self.sources.get(key) if key else None
 
 
+MEANT = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "off": "none"}  # what is no misspelling of it
+
+
 def nearest(word: str, known: list[str]) -> str | None:
     """The known word that was most likely meant, or None."""
+    if MEANT.get(word) in known:
+        return MEANT[word]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return close[0]
