@@ -73,3 +73,15 @@ def test_ranks_die_with_the_server_and_the_next_call_starts_another(tmp_path: Pa
     with megatron(cfg) as again:
         assert psutil.Process(again.ranks.pids[0]).ppid() != server
         again.step(batch(cfg))
+
+
+def test_a_rank_whose_end_is_not_told_yet_gets_nothing() -> None:
+    """Its server has waited for it, so that its id is free, and has not written the exit code."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    reads, writes = os.pipe()
+    rank = forkserver.Forked(ended.pid, reads)
+    rank.kill()
+    os.write(writes, (3).to_bytes(4, "little"))
+    os.close(writes)
+    assert rank.wait(1.0) == 3

@@ -48,7 +48,8 @@ class Forked:
     def send_signal(self, number: int) -> None:
         """Send it; a process that has ended gets nothing."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its server has not told yet
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
