@@ -147,7 +147,7 @@ def context_holds(cfg: Config) -> Iterator[UserError]:
                 key=f"{name}.sampling.max_response_tokens",
                 fix=f"{name}.sampling.max_response_tokens={limit - prompt}"
                 if limit > prompt
-                else f"task.max_prompt_tokens={limit // 2}",
+                else f"task.max_prompt_tokens={limit // 2} {name}.sampling.max_response_tokens={limit - limit // 2}",
             )
 
 
