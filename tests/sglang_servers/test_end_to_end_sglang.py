@@ -35,7 +35,7 @@ def run(tmp_path: Path, name: str, *overrides: str, program: tuple[str, ...] = (
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     events = (tmp_path / name / "events.jsonl").read_text()
     assert "sync_failed" not in events and "Traceback" not in done.stderr
-    mine = [p for p in psutil.process_iter(["cmdline"]) if f"run_name={name}" in " ".join(p.info["cmdline"] or [])]
+    mine = [p for p in psutil.process_iter(["cmdline"]) if f"outputs_dir={tmp_path}" in (p.info["cmdline"] or [])]
     assert mine == []
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
