@@ -79,7 +79,7 @@ test-slow: setup ## Statistical, end-to-end and kill-and-resume tests
 test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (elsewhere they are skipped)
 	$(BIN)/python -m pytest tests/test_convert_gptq.py
 
-test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (about ten minutes)
+test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (six minutes)
 	$(BIN)/python -m pytest -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped

@@ -111,6 +111,7 @@ def _aligned(rows: list[dict[str, float]], apart: float) -> None:
 
 
 @pytest.mark.sglang
+@pytest.mark.night
 @pytest.mark.timeout(1800)
 def test_with_sglang_servers(tmp_path: Path) -> None:
     pytest.importorskip("sglang")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.sglang_servers.test_end_to_end_sglang import SMALL
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.sglang, pytest.mark.night, pytest.mark.timeout(900)]
 STEPS = 6
 
 

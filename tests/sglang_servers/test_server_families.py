@@ -13,12 +13,12 @@ from reference import reference_routes
 from runner.rollout.sglang.rules import FAMILIES
 from tests import twins
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]
 TINY_MODELS = ("deepseek", "mimo", "qwen3", "qwen3_moe")  # the other files of this folder serve those
 SERVED = [name for name in twins.one_of_each_family() if twins.family_name(name) in set(FAMILIES) - set(TINY_MODELS)]
 
 
-@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.night), "int4_qat"])
+@pytest.mark.parametrize("precision", ["bf16", "int4_qat"])
 @pytest.mark.parametrize("name", SERVED)
 def test_it_computes_what_transformers_does_and_follows_its_weights(tmp_path: Path, name: str, precision: str) -> None:
     from runner.rollout.sglang import SglangPool

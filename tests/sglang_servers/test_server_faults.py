@@ -168,7 +168,7 @@ def test_nobody_gets_in_without_the_key_and_the_key_is_nowhere_to_be_read(two_en
 
 @pytest.mark.promise("files of killed servers stay in shared memory")
 @pytest.mark.promise("no orphans after the driver is killed")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.night), 2])
 def test_a_driver_that_is_killed_takes_its_servers_along(tmp_path: Path, ranks: int) -> None:
     """Processes, and what they have in shared memory."""
     code = f"""
@@ -216,6 +216,7 @@ def _failing(tmp_path: Path, **arguments: Any) -> str:
 
 
 @pytest.mark.promise("out of memory and a wrong checkpoint are one message")
+@pytest.mark.night
 def test_a_wrong_checkpoint_is_one_message_with_the_log(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchModel"], "model_type": "qwen3"}))
     message = _failing(tmp_path, model_path=str(tmp_path))
@@ -223,6 +224,7 @@ def test_a_wrong_checkpoint_is_one_message_with_the_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise("a port in use is replaced")
+@pytest.mark.night
 def test_a_port_that_another_program_took_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from runner.rollout.sglang import SglangPool, server
 

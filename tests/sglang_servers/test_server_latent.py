@@ -9,7 +9,7 @@ from reference import reference_routes
 
 from runner.config.schema import Config
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]  # minutes of server starts
 LOW_RANK_QUERIES = "model.q_lora_rank=24"  # as Kimi-K2; Moonlight's queries have none
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.sglang
 INT4 = ("precision=int4_qat", "precision.roles=[routed_expert,attention]", "precision.qat_placement=forward")
 
 
-@pytest.fixture(scope="module", params=["tensor parallel", "expert parallel"])
+@pytest.fixture(scope="module", params=["tensor parallel", pytest.param("expert parallel", marks=pytest.mark.night)])
 def two_ranks(request: pytest.FixtureRequest) -> Iterator[Running]:
     expert = ["parallelism.engine_ep=2"] if request.param == "expert parallel" else []
     cfg = config("sglang", "model=tiny_moe", *INT4, "rollout.cpu_tp=2", *expert)

@@ -10,7 +10,7 @@ from reference import reference_routes
 from runner.config import compose
 from runner.weights import transfer_engine
 
-pytestmark = pytest.mark.sglang
+pytestmark = [pytest.mark.sglang, pytest.mark.night]  # minutes of server starts
 
 
 @pytest.mark.promise("transports")
