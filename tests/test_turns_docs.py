@@ -17,8 +17,8 @@ PAGE = (ROOT / "docs" / "turns.md").read_text()
 FILES = {match[1]: match[2] for match in re.finditer(r"```python\n# (\S+\.py)\n(.*?)```", PAGE, re.DOTALL)}
 COMMANDS = re.findall(r"^python -m runner (task\.rollout.*?(?:\\\n.*?)*)$", PAGE, re.MULTILINE)
 SMALL = [
-    "steps=1", "tracking=none", "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2", "warm_start.max_steps=4",
-    "warm_start.check_interval_steps=4", "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=0",
+    "steps=1", "tracking=none", "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=16", "warm_start.max_steps=12",
+    "warm_start.check_interval_steps=12", "evaluation.interval_steps=0", "mismatch.decompose_interval_steps=0",
 ]  # fmt: skip
 
 
