@@ -80,7 +80,7 @@ test-gptq: setup setup-gptq ## Tests of the converter through llmcompressor (els
 	$(BIN)/python -m pytest tests/test_convert_gptq.py
 
 test-sglang: setup-sglang ## Tests against real SGLang servers on this machine's CPU (six minutes)
-	$(BIN)/python -m pytest -m "sglang and not night"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "sglang and not night"
 
 # p2p links libibverbs.so.1 (apt-get install libibverbs1); without it those tests are skipped
 # --no-deps: what these tests touch of verl and TRL needs this much, and nothing may change what .venv has.
@@ -97,7 +97,7 @@ test-night: setup-sglang test-gptq test-peers ## What CI leaves out: GPTQ, rando
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "megatron and not night"
 
-test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine (ten minutes on two busy cores)
+test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine (eight minutes)
 	$(BIN)/python -m pytest -m "ray and not sglang and not night"
 
 test-recipes: setup-sglang ## Every recipe planned, and run at laptop scale: as it is, with Megatron ranks and SGLang servers, and on two Ray nodes
