@@ -5,33 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from typing import Any
 
 import pytest
 
 from runner.data import Sample
-from runner.models.tokenizer import byte_tokenizer
 from runner.tasks import rewards
-from runner.tasks.arithmetic import ArithmeticTask, ArithmeticTaskConfig
 from runner.tasks.protocol import Prompt
 from runner.tasks.rewards import MAX_TIMEOUTS, score
-
-TOKENIZER = byte_tokenizer()
-
-
-def arithmetic(**fields: Any) -> ArithmeticTask:
-    base: dict[str, Any] = {
-        "name": "arithmetic",
-        "train_path": None,
-        "eval_path": None,
-        "max_prompt_tokens": 64,
-        "reward_timeout_seconds": 1.0,
-        "seed": 0,
-        "operands": 2,
-        "digits": 2,
-        "eval_problems": 64,
-    }
-    return ArithmeticTask(ArithmeticTaskConfig(**(base | fields)), TOKENIZER)
+from tests.answers import arithmetic
 
 
 class Unprintable(BaseException):

@@ -17,29 +17,13 @@ from runner.errors import UserError
 from runner.models.tokenizer import byte_tokenizer
 from runner.models.vocabulary import FIRST_BYTE_ID
 from runner.tasks import grading
-from runner.tasks.arithmetic import ArithmeticTask, ArithmeticTaskConfig
 from runner.tasks.dapo_math import DapoMathTask
 from runner.tasks.gsm8k import Gsm8kTask
 from runner.tasks.jsonl import JsonlTaskConfig
 from runner.tasks.protocol import HasWorkedSolutions
+from tests.answers import TOKENIZER, arithmetic
 
-TOKENIZER = byte_tokenizer()
 GSM8K = Path(os.environ.get("RUNNER_GSM8K", Path(__file__).parents[2] / "shared" / "data" / "gsm8k"))
-
-
-def arithmetic(**fields: Any) -> ArithmeticTask:
-    base: dict[str, Any] = {
-        "name": "arithmetic",
-        "train_path": None,
-        "eval_path": None,
-        "max_prompt_tokens": 64,
-        "reward_timeout_seconds": 1.0,
-        "seed": 0,
-        "operands": 2,
-        "digits": 2,
-        "eval_problems": 64,
-    }
-    return ArithmeticTask(ArithmeticTaskConfig(**(base | fields)), TOKENIZER)
 
 
 def jsonl_config(path: Path | str | None, **fields: Any) -> JsonlTaskConfig:

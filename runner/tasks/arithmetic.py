@@ -16,8 +16,9 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import TaskConfig
 from runner.tasks.protocol import Prompt
+from runner.tasks.rules import held_out
 from runner.tasks.seeding import stream
-from runner.tasks.sums import Sums, held_out
+from runner.tasks.sums import Sums
 
 if TYPE_CHECKING:
     from runner.data import Sample

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config.limits import number
 from runner.config.option import Option
-from runner.config.schema import Config, TaskConfig
-from runner.errors import UserError
+from runner.config.schema import TaskConfig
 from runner.tasks.protocol import Prompt
+from runner.tasks.rules import held_out, turns_needed
 from runner.tasks.seeding import stream
-from runner.tasks.sums import Sums, held_out
+from runner.tasks.sums import Sums
 
 if TYPE_CHECKING:
     from runner.data import Sample
@@ -90,13 +90,5 @@ class CalculatorTask(Sums):
         yield Prompt("worked", "", tuple(tokens), ""), f"={total}"
 
 
-def has_turns(cfg: Config) -> Iterator[UserError]:
-    if cfg.task.rollout._target_ is None:
-        yield UserError(
-            "a sum takes several turns with the calculator",
-            key="task.rollout._target_",
-            fix="task.rollout._target_=runner.turns.drive",
-        )
-
-
+has_turns = turns_needed("a sum takes several turns with the calculator")
 OPTION = Option(CalculatorTaskConfig, rules=(held_out, has_turns))

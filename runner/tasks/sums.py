@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from runner.config.schema import Config
 from runner.errors import UserError
 from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
@@ -74,14 +72,3 @@ class Sums:
         while len(chosen) < self.cfg.eval_problems:
             chosen[self._draw(numbers)] = None
         return list(chosen)
-
-
-def held_out(cfg: Config) -> Iterator[UserError]:
-    """A rule: no more problems are evaluated than are held out."""
-    problems: int = cfg.task.eval_problems  # type: ignore[attr-defined]
-    if problems < cfg.evaluation.num_prompts:
-        yield UserError(
-            f"{cfg.evaluation.num_prompts} prompts are evaluated, {problems} are held out",
-            key="evaluation.num_prompts",
-            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
-        )

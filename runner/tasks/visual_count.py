@@ -11,7 +11,7 @@ One number per row of cells, then their sum: the number after the last '=' is th
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
 from runner.models.families import qwen3_vl
 from runner.tasks.protocol import Prompt
-from runner.tasks.seeding import stream
+from runner.tasks.rules import held_out
+from runner.tasks.scenes import Scenes, counted_by_rows, filled
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,42 +62,15 @@ class Scene:
         return self.cells.count(self.wanted)
 
 
-class VisualCountTask:
+class VisualCountTask(Scenes[Scene]):
     name = "visual_count"
 
     def __init__(self, cfg: VisualCountTaskConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor) -> None:
         """UserError when cells are too small, the image is not made of whole tokens, or prompts are too long."""
-        self.cfg, self.tokenizer, self.processor = cfg, tokenizer, processor
         kinds = [(color, shape) for color in list(COLORS)[: cfg.colors] for shape in SHAPES[: cfg.shapes]]
-        self._kinds = kinds
-        pixels = cfg.grid * cfg.cell_pixels
-        if pixels % processor.side:
-            raise UserError(
-                f"{cfg.grid} cells of {cfg.cell_pixels} pixels are {pixels}; an image token is {processor.side} pixels wide",
-                key="task.cell_pixels",
-                fix=f"task.cell_pixels={-(-cfg.cell_pixels // processor.side) * processor.side}",
-            )
-        # drawn without the run's seed, so that evaluations of different runs compare
-        drawn = [self._scene(stream("visual_count", "held out", index)) for index in range(cfg.eval_problems)]
-        self._held_out = drawn
-        self._held_out_set = frozenset((scene.cells, scene.wanted) for scene in drawn)
+        super().__init__(cfg, tokenizer, processor, kinds)
         longest = max(len(self._prompt("check", Scene((None,) * cfg.grid**2, kind, 0)).tokens) for kind in kinds)
-        if longest > cfg.max_prompt_tokens:
-            raise UserError(
-                f"prompts have {longest} tokens, more than task.max_prompt_tokens={cfg.max_prompt_tokens}",
-                key="task.max_prompt_tokens",
-                fix=f"raise it to {longest}, or use a smaller task.grid",
-            )
-
-    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
-        """See Task. Problems are made afresh for every (step, round), without those that are held out."""
-        return [
-            self._prompt(f"visual_count/{step}.{round}.{index}", self._train_scene("train", step, round, index))
-            for index in range(count)
-        ]
-
-    def eval_prompts(self, count: int) -> list[Prompt]:
-        return [self._prompt(f"visual_count/eval.{i}", scene) for i, scene in enumerate(self._held_out[:count])]
+        self._need_room(longest, f"raise it to {longest}, or use a smaller task.grid")
 
     def reward(self, prompt: Prompt, text: str, sample: Sample | None = None) -> float:
         """1 if the number after the last '=' is the count, else 0; the rows before it are not looked at."""
@@ -111,31 +85,20 @@ class VisualCountTask:
         return [(self._prompt(f"visual_count/worked.{i}", scene), self.solution(scene)) for i, scene in enumerate(scenes)]
 
     def solution(self, scene: Scene) -> str:
-        side = self.cfg.grid
-        rows = [scene.cells[row * side : (row + 1) * side].count(scene.wanted) for row in range(side)]
-        return "+".join(map(str, rows)) + f"={scene.count}"
+        return counted_by_rows(scene.cells, self.cfg.grid, scene.wanted)
 
-    def _train_scene(self, *key: int | str) -> Scene:
-        random_stream = stream(self.cfg.seed, "visual_count", *key)
-        while ((scene := self._scene(random_stream)).cells, scene.wanted) in self._held_out_set:
-            pass
-        return scene
+    def _problem(self, scene: Scene) -> Hashable:
+        return scene.cells, scene.wanted
 
     def _scene(self, random_stream: random.Random) -> Scene:
         wanted = random_stream.choice(self._kinds)
-        others = [kind for kind in self._kinds if kind != wanted]
-        places = random_stream.sample(range(self.cfg.grid**2), random_stream.randint(0, self.cfg.max_count))
-        cells: list[tuple[str, str] | None] = []
-        for place in range(self.cfg.grid**2):
-            other = random_stream.choice(others) if random_stream.random() < self.cfg.clutter else None
-            cells.append(wanted if place in places else other)
-        return Scene(tuple(cells), wanted, random_stream.getrandbits(63))
+        cells = filled(random_stream, self.cfg, wanted, [kind for kind in self._kinds if kind != wanted])
+        return Scene(cells, wanted, random_stream.getrandbits(63))
 
     def _prompt(self, prompt_id: str, scene: Scene) -> Prompt:
         color, shape = scene.wanted
         question = f"how many {color} {shape}s?"
-        ids = self.tokenizer(f"{self.processor.mark}{question}", add_special_tokens=False).input_ids
-        tokens, images = self.processor.place(ids, [draw(scene, self.cfg)])
+        tokens, images = self.processor.place(self._ids(self.processor.mark + question), [draw(scene, self.cfg)])
         return Prompt(prompt_id, f"<image>{question}", tuple(tokens), str(scene.count), {}, images)
 
 
@@ -192,12 +155,7 @@ def scenes(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"{task.max_count} shapes in {task.grid} x {task.grid} cells", key="task.max_count", fix=f"task.max_count={task.grid}"
         )
-    if task.eval_problems < cfg.evaluation.num_prompts:
-        yield UserError(
-            f"{cfg.evaluation.num_prompts} prompts are evaluated, {task.eval_problems} are held out",
-            key="evaluation.num_prompts",
-            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
-        )
+    yield from held_out(cfg)
 
 
 OPTION = Option(VisualCountTaskConfig, rules=(image_tokens, scenes), shows_images=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
 from runner.models.families import qwen3_vl
 from runner.tasks.protocol import Prompt
-from runner.tasks.seeding import stream
+from runner.tasks.rules import held_out, turns_needed
+from runner.tasks.scenes import Scenes, counted_by_rows, filled
 from runner.tasks.visual_count import SHAPES, SMALLEST_CELL, SMALLEST_SHAPE, mask
 
 if TYPE_CHECKING:
@@ -110,39 +111,15 @@ class Zoom:
         return self.pixels[down * size : (down + 1) * size, right * size : (right + 1) * size]
 
 
-class VisualZoomTask:
+class VisualZoomTask(Scenes[Scene]):
     name = "visual_zoom"
 
     def __init__(self, cfg: VisualZoomTaskConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor) -> None:
         """UserError when a field is not made of whole image tokens, or prompts are too long."""
-        self.cfg, self.tokenizer, self.processor = cfg, tokenizer, processor
-        self._kinds = [(ink, shape) for ink in list(INKS)[: cfg.inks] for shape in SHAPES[: cfg.shapes]]
-        if cfg.grid * cfg.cell_pixels % processor.side:
-            raise UserError(
-                f"a field of {cfg.grid} cells is {cfg.grid * cfg.cell_pixels} pixels; an image token is {processor.side} wide",
-                key="task.cell_pixels",
-                fix=f"task.cell_pixels={-(-cfg.cell_pixels // processor.side) * processor.side}",
-            )
-        # drawn without the run's seed, so that evaluations of different runs compare
-        self._held_out = [self._scene(stream("visual_zoom", "held out", index)) for index in range(cfg.eval_problems)]
-        self._held_out_set = frozenset((scene.fields, scene.wanted, scene.kind) for scene in self._held_out)
+        kinds = [(ink, shape) for ink in list(INKS)[: cfg.inks] for shape in SHAPES[: cfg.shapes]]
+        super().__init__(cfg, tokenizer, processor, kinds)
         longest = max(len(self._prompt("check", scene).tokens) for scene in self._held_out)
-        if longest > cfg.max_prompt_tokens:
-            raise UserError(
-                f"prompts have {longest} tokens, more than task.max_prompt_tokens={cfg.max_prompt_tokens}",
-                key="task.max_prompt_tokens",
-                fix=f"task.max_prompt_tokens={longest}",
-            )
-
-    def train_prompts(self, step: int, count: int, round: int = 0) -> list[Prompt]:
-        """See Task. Problems are made afresh for every (step, round), without those that are held out."""
-        return [
-            self._prompt(f"visual_zoom/{step}.{round}.{index}", self._train_scene("train", step, round, index))
-            for index in range(count)
-        ]
-
-    def eval_prompts(self, count: int) -> list[Prompt]:
-        return [self._prompt(f"visual_zoom/eval.{i}", scene) for i, scene in enumerate(self._held_out[:count])]
+        self._need_room(longest, f"task.max_prompt_tokens={longest}")
 
     def reward(self, prompt: Prompt, text: str, sample: Sample | None = None) -> float:
         """Of a conversation that never answered: nothing. The environment rewards all others."""
@@ -162,39 +139,23 @@ class VisualZoomTask:
         return found[:count]
 
     def solution(self, scene: Scene) -> str:
-        side, cells = self.cfg.grid, scene.fields[scene.wanted].cells
-        rows = [cells[row * side : (row + 1) * side].count(scene.kind) for row in range(side)]
-        return "+".join(map(str, rows)) + f"={scene.count}"
+        return counted_by_rows(scene.fields[scene.wanted].cells, self.cfg.grid, scene.kind)
 
     def _field(self, prompt: Prompt, scene: Scene) -> np.ndarray:
         zoom = Zoom(0.0, 0.0)
         (zoom.pixels,), zoom.side = prompt.originals, self.cfg.fields
         return zoom.crop(scene.wanted + 1)
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
-    def _train_scene(self, *key: int | str) -> Scene:
-        random_stream = stream(self.cfg.seed, "visual_zoom", *key)
-        while ((scene := self._scene(random_stream)).fields, scene.wanted, scene.kind) in self._held_out_set:
-            pass
-        return scene
+    def _problem(self, scene: Scene) -> Hashable:
+        return scene.fields, scene.wanted, scene.kind
 
     def _scene(self, random_stream: random.Random) -> Scene:
-        count, cells = self.cfg.fields**2, self.cfg.grid**2
+        count = self.cfg.fields**2
         grounds = random_stream.sample(list(GROUNDS)[:count], count)
         kind = random_stream.choice(self._kinds)
         others = [other for other in self._kinds if other != kind]
-        fields = []
-        for ground in grounds:
-            places = random_stream.sample(range(cells), random_stream.randint(0, self.cfg.max_count))
-            drawn: list[tuple[str, str] | None] = []
-            for place in range(cells):
-                other = random_stream.choice(others) if random_stream.random() < self.cfg.clutter else None
-                drawn.append(kind if place in places else other)
-            fields.append(Field(ground, tuple(drawn)))
-        return Scene(tuple(fields), random_stream.randrange(count), kind, random_stream.getrandbits(63))
+        fields = tuple(Field(ground, filled(random_stream, self.cfg, kind, others)) for ground in grounds)
+        return Scene(fields, random_stream.randrange(count), kind, random_stream.getrandbits(63))
 
     def _prompt(self, prompt_id: str, scene: Scene) -> Prompt:
         ink, shape = scene.kind
@@ -236,15 +197,6 @@ def reduced(pixels: np.ndarray, kept: int, side: int) -> np.ndarray:
     return np.asarray(small.resize((side, side), Image.Resampling.NEAREST))
 
 
-def has_turns(cfg: Config) -> Iterator[UserError]:
-    if cfg.task.rollout._target_ is None:
-        yield UserError(
-            "the shapes are too small to be counted before a field was shown",
-            key="task.rollout._target_",
-            fix="task.rollout._target_=runner.turns.drive",
-        )
-
-
 def image_tokens(cfg: Config) -> Iterator[UserError]:
     task, side = cfg.task, qwen3_vl.token_side(cfg.model)
     assert isinstance(task, VisualZoomTaskConfig)
@@ -266,12 +218,8 @@ def scenes(cfg: Config) -> Iterator[UserError]:
         yield UserError(
             f"{task.max_count} shapes in {task.grid} x {task.grid} cells", key="task.max_count", fix=f"task.max_count={task.grid}"
         )
-    if task.eval_problems < cfg.evaluation.num_prompts:
-        yield UserError(
-            f"{cfg.evaluation.num_prompts} prompts are evaluated, {task.eval_problems} are held out",
-            key="evaluation.num_prompts",
-            fix=f"task.eval_problems={cfg.evaluation.num_prompts}",
-        )
+    yield from held_out(cfg)
 
 
+has_turns = turns_needed("the shapes are too small to be counted before a field was shown")
 OPTION = Option(VisualZoomTaskConfig, rules=(has_turns, image_tokens, scenes), shows_images=True)
