@@ -22,8 +22,8 @@ pytestmark = [needs_triton, pytest.mark.skipif(INTERPRETED, reason="nothing is c
 GPU, FP8, SCORES = "runner.precision.kernels.gpu", "runner.precision.kernels.gpu_fp8", "runner.trainer.fused_scores"
 TILE = {"GROUPS": 32, "GROUP": 128}
 ROWS = {"ROWS": 32, "GROUP": 128}
-# module, kernel, types of its arguments in order, its constants, numbers per program, instructions per number at most. An H200
-# has issue slots for about 24 per weight while it copies one (4 bytes at 4.8 TB/s); the INT4 kernels had 44 to 48 when timed.
+# module, kernel, types of its arguments in order, its constants, numbers per program, instructions per number at most. The
+# INT4 kernels had 44 to 48 when they were timed; what a number of instructions means for the time is in kernels/gpu.py.
 KERNELS: list[tuple[str, str, str, dict[str, Any], int, float]] = [
     *(
         (GPU, kernel, types, {"CONVENTION": convention, "KEEP": keep, **TILE}, 4096, 24)
