@@ -67,6 +67,41 @@ MORE = [
     (dapo, "20\\%", "Answer: $20\\%$. I hope it is $30\\%$.", False),
     (dapo, "\\frac{1}{2}", "Answer: $\\frac{1}{3}$. I hope it is correct.", False),
     (dapo, "34", "First answer: 12 is wrong.\n\\boxed{34}", True),
+    *(
+        (dapo, "34", text, True)
+        for text in ("\\boxed{34\\ }", "Answer: $34\\ $.", "\\boxed{34\\hspace{1em}}", "Answer: <b>34</b>")
+    ),
+    *((gsm8k, "18", f"#### {text}", True) for text in ("<b>18</b>", "18</s>", "18 <|im_end|>", "$18\\ $")),
+    (dapo, "x+1", "\\boxed{x+1\\ }", True),
+    (dapo, "34", "\\boxed{34\\\\}", False),
+    (dapo, "\\frac16", "\\boxed{0.1\\overline{6}}", True),
+    (dapo, "0.\\overline{3}", "\\boxed{\\frac13}", True),
+    (dapo, "12.\\overline{09}", "\\boxed{\\frac{133}{11}}", True),
+    (dapo, "0.\\overline{3}", "\\boxed{0.3}", False),
+    (dapo, "5{:}30", "\\boxed{5:30}", True),
+    (dapo, "\\emptyset", "\\boxed{\\varnothing}", True),
+    (dapo, "x \\le 5", "\\boxed{x\\leqslant 5}", True),
+    (dapo, "x \\le 5", "\\boxed{x < 5}", False),
+    # what math-verify drops or folds
+    (dapo, "101_2", "\\boxed{101_{2}}", True),
+    (dapo, "101_2", "\\boxed{101_3}", False),
+    (dapo, "101_2", "\\boxed{101}", True),  # in the base that was asked for
+    (dapo, "34", "\\boxed{34_5}", False),
+    (dapo, "34", "\\boxed{34_{10}}", True),
+    (dapo, "x_1 + x_2", "\\boxed{x_2 + x_1}", True),
+    *(
+        (dapo, one, f"\\boxed{{{other}}}", False)
+        for a, b in (("x", "x'"), ("A", "A^T"), ("n", "N"), ("\\pi", "\\Pi"), ("xy", "XY"))
+        for one, other in ((a, b), (b, a))
+    ),
+    (dapo, "f'(x) = 2x", "\\boxed{2x}", True),
+    (dapo, "B", "\\boxed{b}", True),
+    (dapo, "\\angle ABC", "\\boxed{\\angle ACB}", False),
+    (dapo, "\\angle ABC", "\\boxed{\\angle  ABC}", True),
+    (dapo, "\\frac{\\partial f}{\\partial x}", "\\boxed{\\frac{\\partial f}{\\partial y}}", False),
+    (dapo, "\\frac{dy}{dx}", "\\boxed{\\frac{dx}{dy}}", False),
+    (dapo, "90^\\circ", "\\boxed{90\\text{ rad}}", False),
+    (dapo, "12^\\circ", "\\boxed{12^\\circ\\text{C}}", True),
     (dapo, "34", "\\boxed{\\mathbf{34}^{\\circ}}", True),
     (dapo, "34", "\\boxed{34\\text{ degrees}}", True),
     (dapo, "34", "\\boxed{34 \\, \\text{m/s}^2}", True),

@@ -51,6 +51,10 @@ _UNSURE = re.compile(
 _RETRACTED = re.compile(
     r"\b(?:no|wait|actually|sorry|apologi[sz]e|mistake|instead|rather|correction|but|however|oops)\b", re.IGNORECASE
 )
+_TAG = re.compile(r"^(?:</?[a-zA-Z]{1,12}>\s*)+|(?:\s*(?:</?[a-zA-Z]{1,12}>|<\|\w{1,20}\|>))+$")  # `<b>18</b>`, `18</s>`
+_LONE_BRACES = re.compile(r"\{([,;:=+*<>-])\}")  # `5{:}30`: only spacing
+_SYNONYMS = {"varnothing": "emptyset", "leqslant": "leq", "geqslant": "geq", "le": "leq", "ge": "geq", "ne": "neq"}
+_SYNONYM = re.compile(rf"\\({'|'.join(_SYNONYMS)})(?![a-zA-Z])")
 _NAME = re.compile(r"^\s*(?:\\?[a-zA-Z]+(?:_\{?\w+\}?|\([a-z]\)|')?|\\text\s*\{[^{}]*\})\s*=\s*(?=[^=]+$)")
 _SIDE_BY_SIDE = re.compile(r"\d\s+[\d.]|\d\s*,\s+\d{3}(?!\d)")  # two numbers that a reader of LaTeX would join or multiply
 
@@ -145,6 +149,7 @@ def normal_form(text: str) -> str:
     text = unwrapped(text)
     text = re.sub(r"\\%|%|\^\s*\{?\s*\\circ\s*\}?|[\u00b0]", "", text)
     text = re.sub(r"\\(?:cdot|times)(?![a-zA-Z])\s*", "*", text)
+    text = _SYNONYM.sub(lambda match: f"\\{_SYNONYMS[match[1]]}", _LONE_BRACES.sub(r"\1", text))
     return re.sub(r"(?<!\d)\s+|\s+(?![\d.])", "", " ".join(text.split()))
 
 
@@ -168,8 +173,8 @@ def same_answer(given: str, reference: str, *, symbolic_too: bool = True) -> boo
 
 
 def _same_words(left: str, right: str) -> bool:
-    """`(B)` and `B`, `Yes` and `yes`; letters of algebra keep their case."""
-    if len(left) > 1 and len(right) > 1 and left.isalpha() and right.isalpha():
+    """`Yes` and `yes`; letters of algebra keep their case."""
+    if left.isalpha() and right.isalpha() and (len(right) > 2 or right.casefold() == "no"):
         return left.casefold() == right.casefold()
     return False
 
@@ -269,7 +274,7 @@ def _starts_as_number(text: str) -> bool:
 
 
 def _without_emphasis(line: str) -> str:
-    line = line.strip()
+    line = _TAG.sub("", line.strip()).strip()
     for mark in ("**", "__"):
         if line.count(mark) % 2:  # its partner stands before the line
             line = line.removesuffix(mark) if line.endswith(mark) else line.removeprefix(mark)

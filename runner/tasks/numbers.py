@@ -14,6 +14,8 @@ from fractions import Fraction
 MAX_DIGITS = 60  # longer "numbers" are compared as text: turning them into integers takes quadratic time
 MAX_LENGTH = 400  # of a text that is looked at
 MAX_EXPONENT = 60
+DEGREE = "degree"  # of angles and of temperatures: `12^\\circ` may be `12^\\circ\\text{C}`, and is no radian
+RADIANS = {"rad", "radian"}
 UNIT_WORDS = 12  # words after a number that may be its unit or a remark
 
 _DASHES = dict.fromkeys(map(ord, "\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d"), "-")
@@ -21,9 +23,10 @@ _WIDE = {0xFEE0 + code: chr(code) for code in map(ord, "0123456789.,%/()$")}  # 
 _THIN = "\u2009\u202f\u2006\u2008"
 _GROUP_MARK = re.compile(rf"(?<=\d)(?:\{{,\}}|,?\\[,! ]|[{_THIN}]|\\thinspace ?)(?=\d{{3}}(?!\d))")
 _SPACING = re.compile(
-    r"\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|\\[,;:! ]|~|"
+    r"\\(?:quad|qquad|thinspace|enspace|space)(?![a-zA-Z])|\\[hv]space\*?\s*\{[^{}]*\}|\\[,;:! ]|~|"
     r"[\u00a0\u2000-\u200f\u202f\u2060\u3000\ufe0f\ufeff\U0001f300-\U0001faff]"  # invisible characters and pictures
 )
+_CUT_SPACE = re.compile(r"(?<!\\)\\\s*(?=\$*[.\s]*$)")  # `\\ ` at the end of a text from which blanks were stripped
 _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits)(?![a-zA-Z])|\\[()\[\]]|\\(?=\$)|\$"
 )
@@ -51,6 +54,7 @@ _PLAIN_FRACTION = rf"{_TERM}\s*/\s*(?:{_TERM}|([+-]\s*{_DECIMAL}))"
 _POWER_OF_TEN = r"10\s*(?:\^|\*\*)\s*(?:\{\s*([+-]?\d{1,3})\s*\}|\(\s*([+-]?\d{1,3})\s*\)|([+-]?\d{1,3}))"
 _FORMS = {
     "decimal": re.compile(rf"({_DECIMAL})"),
+    "repeating": re.compile(rf"({_INTEGER}\.\d*|\.\d*)\\(?:overline|bar)\s*\{{\s*(\d+)\s*\}}"),
     "exponent": re.compile(rf"({_DECIMAL})[eE]([+-]?\d{{1,3}})"),
     "scientific": re.compile(rf"(?:({_DECIMAL})\s*(?:\\times|\\cdot|[*x])\s*)?{_POWER_OF_TEN}"),
     "plain_fraction": re.compile(_PLAIN_FRACTION),
@@ -95,7 +99,8 @@ class Quantity:
     def equals(self, reference: Quantity) -> bool:
         """The same number: exactly, as a percentage of the same share, or a fraction that no decimal ends, right to six decimals
         or more. A unit that only one of them names is no difference."""
-        if self.unit and reference.unit and self.unit != reference.unit:
+        units = {self.unit, reference.unit} - {""}
+        if len(units) == 2 and (DEGREE not in units or units & RADIANS):
             return False
         if self.value == reference.value:
             return True
@@ -123,7 +128,7 @@ def quantity(text: str, *, units: bool = True, words: bool = False) -> Quantity 
     if found is None:
         return None
     value, unit, decimals = found
-    return Quantity(value, percent, "" if degrees else unit, decimals)
+    return Quantity(value, percent, DEGREE if degrees else unit, decimals)
 
 
 def unwrapped(text: str) -> str:
@@ -133,7 +138,7 @@ def unwrapped(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    text = text.translate(_DASHES | _WIDE)
+    text = _CUT_SPACE.sub("", text.translate(_DASHES | _WIDE))
     text = _GROUP_MARK.sub(",", text)
     text = text.replace("\u00d7", r"\times ").replace("\u22c5", r"\cdot ").replace("\u00b7", r"\cdot ")
     text = _LAYOUT.sub("", _FRACTION_NAMES.sub(r"\\frac", text))
@@ -147,6 +152,8 @@ def _peeled(text: str) -> str:
         before = text
         text = re.sub(r"^\s*\\?boxed\s*(?=\{)", "", text).strip().rstrip(".,;:").strip()
         for mark in _EMPHASIS:
+            if mark == "'" and not text.startswith(mark):  # `x'` has a prime
+                continue
             text = text.removeprefix(mark).removesuffix(mark)
         for opening, closing in ("{}", "()"):
             if text.startswith(opening) and _closes_at_end(text, opening, closing):
@@ -229,6 +236,12 @@ def _ratio(top: str, bottom: str) -> Fraction | None:
     return _decimal(top) / denominator if denominator else None
 
 
+def _repeating(start: str, period: str) -> Fraction:
+    r"""0.1\overline{6} is 1/6."""
+    shift = len(start) - start.index(".") - 1
+    return _decimal(f"0{start}0") + Fraction(int(period), 10**shift * (10 ** len(period) - 1))
+
+
 def _power(mantissa: str, exponent: str) -> Fraction | None:
     return _decimal(mantissa) * Fraction(10) ** int(exponent) if abs(int(exponent)) <= MAX_EXPONENT else None
 
@@ -241,6 +254,7 @@ def _mixed(whole: str, top: str, bottom: str) -> Fraction | None:
 
 _READ = {
     "decimal": lambda parts: _decimal(parts[0]),
+    "repeating": lambda parts: _repeating(*parts),
     "exponent": lambda parts: _power(*parts),
     "scientific": lambda parts: _power(*(parts if len(parts) == 2 else ["1", *parts])),
     "plain_fraction": lambda parts: _ratio(*parts),

@@ -25,6 +25,13 @@ REMEMBERED = 8192  # answers of a group repeat each other
 
 # Work left undone, or more than any grader should do: towers of powers, huge exponents and factorials
 _UNDONE = re.compile(r"\\(?:sum|prod|int|iint|oint|lim|det|max|min|sup|inf|gcd|lcm|bmod|pmod|mod)(?![a-zA-Z])")
+# What math-verify drops: a number's base, primes, transposition; it folds the case of letters, and reads names as products
+_BASE = re.compile(r"(?<=\d)\s*_\s*(?:\{\s*(\w+)\s*\}|(\w))")
+_MARKS = re.compile(r"'|\\prime(?![a-zA-Z])|\^\s*\{?\s*T\s*\}?")
+_NAMES = re.compile(r"\\(?:partial|angle)(?![a-zA-Z])|\\frac\s*\{\s*d\s*[a-z]?\s*\}\s*\{\s*d")
+_WORDS = re.compile(r"\\(?:text\w*|mathrm|mbox)\s*\{[^{}]*\}")
+_LETTER = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
+_CHOICES = tuple("ABCDEFGH")
 _HUGE = re.compile(r"\^\s*\{?\s*-?\d{4,}|\d{4,}\s*!|!\s*!|\^\s*\{?[^{}\s]*\^|\d{60,}")
 
 
@@ -130,7 +137,25 @@ def _worth_asking(given: str, reference: str) -> bool:
         return False
     if _UNDONE.search(given) and not _UNDONE.search(reference):
         return False
-    return not (_HUGE.search(given) or _HUGE.search(reference))
+    if any(pattern.search(text) for pattern in (_HUGE, _NAMES) for text in (given, reference)):
+        return False
+    return _same_marks(given, reference) and not _differ_in_case(given, reference)
+
+
+def _same_marks(given: str, reference: str) -> bool:
+    """Whether bases, primes and transpositions agree; a name before `=` has none to compare, and a base may be left out."""
+    found, wanted = (text.rpartition("=")[2] for text in (given, reference))
+    bases, wanted_bases = ({first or second for first, second in _BASE.findall(text)} - {"10"} for text in (found, wanted))
+    marks, wanted_marks = (sorted(re.sub(r"[\s{}]", "", mark) for mark in _MARKS.findall(text)) for text in (found, wanted))
+    return marks == wanted_marks and bases in (set(), wanted_bases)
+
+
+def _differ_in_case(given: str, reference: str) -> bool:
+    r"""Whether one has `x` or `\pi` where the other has `X` or `\Pi`; `b` may stand for the choice `B`."""
+    if reference in _CHOICES and given.upper() == reference:
+        return False
+    found, wanted = ({name.lstrip("\\") for name in _LETTER.findall(_WORDS.sub("", text))} for text in (given, reference))
+    return any(name[0].swapcase() + name[1:] in wanted - found for name in found - wanted)
 
 
 shared = Symbolic()  # of this process
