@@ -99,6 +99,29 @@ def test_gradients_are_widened_too() -> None:
     assert torch.equal(rows.grad[:16], (C[:16].float() @ BB[0].float().t()).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_convolutions_and_their_gradients_are_widened(biased: bool) -> None:
+    """As a vision tower cuts its patches (kernel and stride alike), and as one that overlaps and pads; each result rounded once."""
+    for shape, kernel, stride, padding in (((6, 3, 2, 8, 8), (2, 4, 4), (2, 4, 4), 0), ((2, 3, 9, 9), (3, 3), 2, 1)):
+        module = torch.nn.Conv3d if len(kernel) == 3 else torch.nn.Conv2d
+        layer = module(3, 16, kernel, stride=stride, padding=padding, bias=biased, dtype=torch.bfloat16)  # type: ignore[arg-type]
+        exact = module(3, 16, kernel, stride=stride, padding=padding, bias=biased)  # type: ignore[arg-type]
+        exact.load_state_dict({name: value.float() for name, value in layer.state_dict().items()})
+        cpu_matmul.install(CpuMatmul.native)
+        native = layer(bf16(*shape))
+        cpu_matmul.install(CpuMatmul.widened)
+        found, x, wide_x = [], bf16(*shape).requires_grad_(), bf16(*shape).float().requires_grad_()
+        for module_, pixels in ((layer, x), (exact, wide_x)):
+            out = module_(pixels)
+            out.backward(bf16(*out.shape, seed=5).to(out.dtype))
+            found.append([out, pixels.grad, *(value.grad for value in module_.parameters())])
+        for one, other in zip(*found, strict=True):
+            assert one.dtype is torch.bfloat16 and torch.equal(one, other.to(torch.bfloat16))
+        torch.testing.assert_close(native, found[0][0], rtol=2**-6, atol=2e-2)
+        cpu_matmul.install(CpuMatmul.native)
+        assert torch.equal(layer(bf16(*shape)), native)
+
+
 def test_nan_infinity_and_empty_operands() -> None:
     cpu_matmul.install(CpuMatmul.widened)
     bad = A.clone()

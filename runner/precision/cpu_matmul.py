@@ -1,12 +1,13 @@
-"""bf16 matrix products on a CPU: torch's own, or widened to fp32 where the CPU has no bf16 instructions.
+"""bf16 matrix products and convolutions on a CPU: torch's own, or widened to fp32 where the CPU has no bf16 instructions.
 
 torch multiplies bf16 matrices on such a CPU one number at a time (1 to 16 GFLOP/s per core where fp32 reaches 40 to 65). The
 product of two bf16 numbers is exact in fp32, so widening both operands, multiplying in fp32 and rounding the sum once to bf16 is
 what native bf16 hardware computes too, up to the order of additions.
 
-`install` replaces torch's CPU operators for bf16 operands (`mm`, `addmm`, `bmm`, `baddbmm`, their `out` forms),
-below autograd: linear layers, grouped matmuls, their backward, Megatron's ranks and SGLang's CPU servers all end there. The
-in-process engine's compiled layers call torch below its dispatcher and ask `widened` instead (cpu_kernels/matmul.py).
+`install` replaces torch's CPU operators for bf16 operands (`mm`, `addmm`, `bmm`, `baddbmm`, their `out` forms, convolutions),
+below autograd: linear layers, grouped matmuls, a vision tower's patches, their backward, Megatron's ranks and SGLang's CPU servers
+all end there. The in-process engine's compiled layers call torch below its dispatcher and ask `widened` instead
+(cpu_kernels/matmul.py).
 """
 
 from __future__ import annotations
@@ -100,9 +101,11 @@ def install(wanted: CpuMatmul) -> tuple[CpuMatmul, str]:
 # ---- the operators
 
 _PRODUCTS, _SUMS = ("mm", "bmm"), ("addmm", "baddbmm")
+_CONVOLUTIONS = {"convolution": 3, "convolution_backward": 3}  # operands that come first; a bias may be None
 _kernels = {  # torch's own
     **{f"{name}{form}": torch.library.get_kernel(f"aten::{name}{form}", "CPU") for name in _PRODUCTS for form in ("", ".out")},
     **{f"{name}{form}": torch.library.get_kernel(f"aten::{name}{form}", "CPU") for name in _SUMS for form in ("", ".out", "_")},
+    **{name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in _CONVOLUTIONS},
 }
 
 
@@ -129,10 +132,27 @@ def _replacement(name: str) -> Callable[..., torch.Tensor]:
     return call
 
 
+def _convolution(name: str) -> Callable[..., Any]:
+    """The operator, or its backward, with bf16 operands widened and every result rounded once."""
+    kernel, wide, count = _kernels[name], getattr(torch.ops.aten, name), _CONVOLUTIONS[name]
+
+    def call(keys: Any, *arguments: Any) -> Any:
+        operands, rest = arguments[:count], arguments[count:]
+        if not all(operand is None or operand.dtype is torch.bfloat16 for operand in operands):
+            return kernel.call_boxed(keys, *arguments)
+        found = wide(*(None if operand is None else operand.float() for operand in operands), *rest)
+        if isinstance(found, torch.Tensor):
+            return found.to(torch.bfloat16)
+        return tuple(None if gradient is None else gradient.to(torch.bfloat16) for gradient in found)
+
+    return call
+
+
 def _replacements() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that an operator of torch is overridden, which is the purpose
         for name in _kernels:
-            library.impl(name, _replacement(name), "CPU", with_keyset=True, allow_override=True)
+            replacement = _convolution(name) if name in _CONVOLUTIONS else _replacement(name)
+            library.impl(name, replacement, "CPU", with_keyset=True, allow_override=True)
     return library
