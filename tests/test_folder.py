@@ -45,7 +45,7 @@ NAMES = [
     "a\0b",
     ".hidden",
 ]
-NAMES += ["-m", "~", "~root", " a", "a ", " ", "x" * 256, "é" * 128, "\udc80"]
+NAMES += ["-m", "~", "~root", "a\u200bb", " a", "a ", " ", "x" * 256, "é" * 128, "\udc80"]
 
 
 @pytest.mark.parametrize("name", NAMES)

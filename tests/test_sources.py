@@ -544,7 +544,8 @@ def test_targets_that_are_no_name(source: Path, target: str) -> None:
 def test_links_that_leave_the_source_are_not_copied(source: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "folder").mkdir()
-    for name, to in (("notes.txt", tmp_path / "secret"), ("gone", tmp_path / "nowhere"), ("all", tmp_path / "folder")):
+    led = {"notes.txt": tmp_path / "secret", "gone": tmp_path / "nowhere", "all": tmp_path / "folder", "loop": Path("loop")}
+    for name, to in led.items():
         (source / name).symlink_to(to)
         with pytest.raises(UserError, match=f"links that lead out of it or to folders: {name}"):
             run(source, tmp_path / "target")

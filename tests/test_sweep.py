@@ -103,7 +103,7 @@ def test_a_value_named_twice_is_one_run_and_a_key_swept_twice_takes_all_values()
         sweep_jobs.expand(["seed=1,2", "seed=3"])
 
 
-@pytest.mark.parametrize("bad", ["a=glob(*)", "a=interval(0,1)", "a b", "a=[1"])
+@pytest.mark.parametrize("bad", ["a=glob(*)", "a=interval(0,1)", "a=range(1,4),8", "a=1,glob(*)", "a b", "a=[1"])
 def test_overrides_that_cannot_be_listed_are_refused(bad: str) -> None:
     with pytest.raises(UserError):
         sweep_jobs.expand([bad])

@@ -67,6 +67,11 @@ def number(*, le: float, ge: float | None = None, gt: float | None = None, defau
     return field(default=default, metadata={RANGE: Range(le, ge, gt)})
 
 
+def numbers(*, le: float, ge: float) -> Any:
+    """A list of numbers of this range, empty unless conf/ says otherwise."""
+    return field(default_factory=list, metadata={RANGE: Range(le, ge)})
+
+
 def one_of(among: Callable[[], tuple[str, ...]]) -> Any:
     """A mandatory text that names one of a list that may grow by a file; `among` is asked for it when a value is checked. What is
     fixed is an enum: choices.py."""

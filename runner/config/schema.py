@@ -37,7 +37,7 @@ from runner.config.choices import LossAggregation as LossAggregation
 from runner.config.choices import QatPlacement as QatPlacement
 from runner.config.choices import Role as Role
 from runner.config.choices import WatchAction as WatchAction
-from runner.config.limits import LONGEST_SECONDS, number, one_of, path
+from runner.config.limits import LONGEST_SECONDS, number, numbers, one_of, path
 
 
 def weight_formats() -> tuple[str, ...]:
@@ -184,7 +184,7 @@ class SamplingConfig:
 
 @dataclass
 class RolloutSamplingConfig(SamplingConfig):
-    stop_token_ids: list[int] = field(default_factory=list)  # end a sample beside those that the checkpoint names
+    stop_token_ids: list[int] = numbers(ge=0, le=2**31 - 1)  # end a sample beside those that the checkpoint names
 
 
 @dataclass

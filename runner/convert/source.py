@@ -102,7 +102,10 @@ class Source:
         """Whether a file is no link, or a link to a file of this folder or of the same download in a hub's cache."""
         if not (self.folder / path).is_symlink():
             return True
-        folder, target = self.folder.resolve(), (self.folder / path).resolve()
+        try:
+            folder, target = self.folder.resolve(), (self.folder / path).resolve()
+        except (OSError, RuntimeError):  # a link that leads to itself
+            return False
         inside = target.is_relative_to(folder)
         if folder.parent.name == "snapshots":  # the hub's cache: snapshots/<revision>/<file> -> blobs/<hash>
             inside = inside or target.is_relative_to(folder.parent.parent / "blobs")

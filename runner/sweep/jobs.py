@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from runner.config import option as options
@@ -68,7 +68,7 @@ def swept_values(overrides: list[str]) -> tuple[dict[str, dict[Any, str]], list[
     for text, item in _parsed(overrides):
         if not item.is_sweep_override():
             fixed.append(text)
-        elif item.is_discrete_sweep() and not isinstance(item.value(), Glob):
+        elif item.is_discrete_sweep() and not isinstance(item.value(), Glob) and not _holds_a_sweep(item.value()):
             choices = swept.setdefault(item.get_key_element(), {})
             for value in item.sweep_iterator():
                 choices.setdefault(_meaning(value, kinds.get(item.get_key_element())), Override._get_value_element_as_str(value))
@@ -77,6 +77,11 @@ def swept_values(overrides: list[str]) -> tuple[dict[str, dict[Any, str]], list[
     for key in sorted({override_key(item) for item in fixed} & {override_key(key) for key in swept}):
         raise UserError("is swept, and set to one value too", key=key, fix="leave one of the two out")
     return swept, fixed
+
+
+def _holds_a_sweep(value: Any) -> bool:
+    """`range(1,4),8`: Hydra reads it and cannot list it."""
+    return isinstance(value, ChoiceSweep) and any(isinstance(entry, Sweep | Glob) for entry in value.list)
 
 
 def _parsed(overrides: list[str]) -> Iterator[tuple[str, Override]]:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ _PR_SET_PDEATHSIG = 1
 
 def die_with_parent() -> None:
     """With the raylet: what is inside a call would otherwise outlive a killed one."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def weight_bytes(cfg: Config) -> int:

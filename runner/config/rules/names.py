@@ -34,8 +34,6 @@ def component_problem(name: str) -> str | None:
     """What keeps `name` from being one component of a path; None where it is one."""
     if name in (".", "..") or "/" in name or "\\" in name:
         return "is a path, not a name"
-    if any(ord(character) < 32 or ord(character) == 127 for character in name):
-        return "has control characters"
     if not name.strip() or name != name.strip():
         return "begins or ends with a space"
     if name[0] in ".-~":
@@ -44,6 +42,8 @@ def component_problem(name: str) -> str | None:
         size = len(name.encode())
     except UnicodeEncodeError:
         return "is not valid Unicode"
+    if not name.isprintable():
+        return "has characters that cannot be seen"
     return f"has {size} bytes, a file system takes {MAX_BYTES}" if size > MAX_BYTES else None
 
 

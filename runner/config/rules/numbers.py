@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -22,7 +23,11 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
     """(key, an allowed number in its place, problem) of every number that its schema does not allow."""
     for key, holder, field in walk(cfg):
         value, allowed = getattr(holder, field.name), field.metadata.get(RANGE)
-        if allowed is None or isinstance(value, bool) or not isinstance(value, int | float):
+        if allowed is not None and isinstance(value, list):
+            good = [number for number in value if not (_is_number(number) and allowed.problem(number))]
+            for wrong in (number for number in value if number not in good):
+                yield key, good, UserError(f"{wrong} {allowed.problem(wrong)}", key=key, fix=f"{key}=[{','.join(map(str, good))}]")
+        if allowed is None or not _is_number(value):
             continue
         problem, fix = allowed.problem(value), allowed.nearest(value)
         if problem is None and key in ABOVE_ZERO and value <= 0:
@@ -33,11 +38,16 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
             yield key, asked, UserError(f"{value} {problem}", key=key, fix=advice)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def within_ranges(cfg: Config) -> Config:
     """A copy to ask the other rules with, which divide by numbers, count up to them, look up a format, ask options."""
     copy = deepcopy(cfg)
     replaced = {key: number for key, number, _ in out_of_range(cfg)}
     replaced |= {key: LOOKED_UP[key] for key, _, _ in _unknown(cfg) if key in LOOKED_UP}
+    replaced |= {key: [entry for entry in entries if not _holds_more(entry)] for key, entries in _nested(cfg)}
     for key, holder, field in walk(copy):
         if key in replaced:
             setattr(holder, field.name, replaced[key])
@@ -59,6 +69,33 @@ def _unknown(cfg: Config) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
         known = among() if among else None
         if known is not None and value is not None and value not in known:
             yield key, value, known
+
+
+def _nested(cfg: Config) -> Iterator[tuple[str, list[Any]]]:
+    """(key, value) of every list with a list or a mapping in it, which OmegaConf takes for an entry of any type."""
+    for key, holder, field in walk(cfg):
+        value = getattr(holder, field.name)
+        if isinstance(value, list) and any(map(_holds_more, value)):
+            yield key, value
+
+
+def _holds_more(entry: Any) -> bool:
+    return isinstance(entry, list | dict)
+
+
+def lists(cfg: Config) -> Iterator[UserError]:
+    for key, value in _nested(cfg):
+        wrong = next(filter(_holds_more, value))
+        yield UserError(f"{wrong} in a list is no single value", key=key, fix=f"{key}=[<value>, ..]")
+
+
+def free_numbers(cfg: Config) -> Iterator[UserError]:
+    """What a dictionary without a schema hands on (arguments of a function, of a server) is finite, too."""
+    for key, holder, field in walk(cfg):
+        value = getattr(holder, field.name)
+        for name, number in value.items() if isinstance(value, dict) else ():
+            if isinstance(number, float) and not math.isfinite(number):
+                yield UserError(f"{number} must be a finite number", key=f"{key}.{name}", fix="a number, or a text in quotes")
 
 
 def choices(cfg: Config) -> Iterator[UserError]:
@@ -90,4 +127,4 @@ def targets(cfg: Config) -> Iterator[UserError]:
             yield UserError(problem, key=f"{group}._target_", fix=f"choose an option of {group} instead: {instead}")
 
 
-RULES = (ranges, choices, texts, targets)
+RULES = (lists, ranges, free_numbers, choices, texts, targets)
