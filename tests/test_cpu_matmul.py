@@ -101,7 +101,7 @@ def test_gradients_are_widened_too() -> None:
 
 @pytest.mark.parametrize("biased", [True, False])
 def test_convolutions_and_their_gradients_are_widened(biased: bool) -> None:
-    """As a vision tower cuts its patches (kernel and stride alike), and as one that overlaps and pads; each result rounded once."""
+    """As a vision tower cuts its patches (kernel and stride alike), and as one that overlaps and pads: rounded once."""
     for shape, kernel, stride, padding in (((6, 3, 2, 8, 8), (2, 4, 4), (2, 4, 4), 0), ((2, 3, 9, 9), (3, 3), 2, 1)):
         module = torch.nn.Conv3d if len(kernel) == 3 else torch.nn.Conv2d
         layer = module(3, 16, kernel, stride=stride, padding=padding, bias=biased, dtype=torch.bfloat16)  # type: ignore[arg-type]

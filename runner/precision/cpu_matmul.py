@@ -5,8 +5,8 @@ product of two bf16 numbers is exact in fp32, so widening both operands, multipl
 what native bf16 hardware computes too, up to the order of additions.
 
 `install` replaces torch's CPU operators for bf16 operands (`mm`, `addmm`, `bmm`, `baddbmm`, their `out` forms, convolutions),
-below autograd: linear layers, grouped matmuls, a vision tower's patches, their backward, Megatron's ranks and SGLang's CPU servers
-all end there. The in-process engine's compiled layers call torch below its dispatcher and ask `widened` instead
+below autograd: linear layers, grouped matmuls, a vision tower's patches, the backward of all, Megatron's ranks and SGLang's CPU
+servers end there. The in-process engine's compiled layers call torch below its dispatcher and ask `widened` instead
 (cpu_kernels/matmul.py).
 """
 
