@@ -100,6 +100,8 @@ def test_gradients_are_widened_too() -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.filterwarnings("ignore:TF32")
+@torch.backends.mkldnn.flags(enabled=False)  # oneDNN is what has bf16 instructions: without it torch's own sums round in between
 def test_convolutions_and_their_gradients_are_widened(biased: bool) -> None:
     """As a vision tower cuts its patches (kernel and stride alike), and as one that overlaps and pads: rounded once."""
     for shape, kernel, stride, padding in (((6, 3, 2, 8, 8), (2, 4, 4), (2, 4, 4), 0), ((2, 3, 9, 9), (3, 3), 2, 1)):
