@@ -51,7 +51,8 @@ _UNSURE = re.compile(
 _RETRACTED = re.compile(
     r"\b(?:no|wait|actually|sorry|apologi[sz]e|mistake|instead|rather|correction|but|however|oops)\b", re.IGNORECASE
 )
-_TAG = re.compile(r"^(?:</?[a-zA-Z]{1,12}>\s*)+|(?:\s*(?:</?[a-zA-Z]{1,12}>|<\|\w{1,20}\|>))+$")  # `<b>18</b>`, `18</s>`
+_TAGS = re.compile(r"^</?[a-zA-Z]{1,12}>"), re.compile(r"(?:</?[a-zA-Z]{1,12}>|<\|\w{1,20}\|>)$")  # `<b>18</b>`, `18</s>`
+MAX_TAGS = 4  # on each side
 _LONE_BRACES = re.compile(r"\{([,;:=+*<>-])\}")  # `5{:}30`: only spacing
 _SYNONYMS = {"varnothing": "emptyset", "leqslant": "leq", "geqslant": "geq", "le": "leq", "ge": "geq", "ne": "neq"}
 _SYNONYM = re.compile(rf"\\({'|'.join(_SYNONYMS)})(?![a-zA-Z])")
@@ -274,7 +275,9 @@ def _starts_as_number(text: str) -> bool:
 
 
 def _without_emphasis(line: str) -> str:
-    line = _TAG.sub("", line.strip()).strip()
+    line = line.strip()
+    for tag in _TAGS * MAX_TAGS:
+        line = tag.sub("", line).strip()
     for mark in ("**", "__"):
         if line.count(mark) % 2:  # its partner stands before the line
             line = line.removesuffix(mark) if line.endswith(mark) else line.removeprefix(mark)
