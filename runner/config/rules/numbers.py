@@ -25,9 +25,9 @@ def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:
         value, allowed = getattr(holder, field.name), field.metadata.get(RANGE)
         if allowed is not None and isinstance(value, list):
             good = [number for number in value if not (_is_number(number) and allowed.problem(number))]
-            fix = f"{key}=[{','.join(map(str, good))}]"
+            rest = f"{key}=[{','.join(map(str, good))}]"
             for wrong in (number for number in value if number not in good):
-                yield key, good, UserError(f"{wrong} {allowed.problem(wrong)}", key=key, fix=fix)
+                yield key, good, UserError(f"{wrong} {allowed.problem(wrong)}", key=key, fix=rest)
         if allowed is None or not _is_number(value):
             continue
         problem, fix = allowed.problem(value), allowed.nearest(value)
