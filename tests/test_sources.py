@@ -1,88 +1,31 @@
-"""Checkpoint folders that somebody else made: read right, or refused with the reason; nothing outside is written or copied."""
+"""Checkpoint folders that somebody else made: read right, or refused with the reason."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import foreign_sources
 import pytest
 import torch
 from convert_sources import model, read_all, write_shards, write_source
+from foreign_sources import BF16, DOWN, INT4, Tensors, edit_config, edit_tensors, refused_everywhere, run, start
 from safetensors.torch import load_file, save_file
 
 from runner.__main__ import main
 from runner.config import compose
-from runner.config.schema import Convention, ModelConfig, PrecisionConfig, Role
-from runner.convert.engine import Report, convert
+from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import draft_folder
 from runner.models.build import build_model
-from runner.precision import fp4
-from runner.precision.plan import quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.draft import load_draft
 
-INT4 = TensorFormat.int4(32, Convention.exact)
-BF16 = TensorFormat.bf16()
-DOWN = "model.layers.1.mlp.down_proj"
-Tensors = dict[str, torch.Tensor]
-
-
-def default_roles(config: ModelConfig) -> frozenset[Role]:
-    return quantized_roles(config, PrecisionConfig(roles=None))
-
-
-def run(source: Path, target: Path, tensor_format: TensorFormat = INT4) -> Report:
-    return convert(source, target, tensor_format, default_roles, workers=1)
-
-
-def start(source: Path, config: ModelConfig) -> Tensors:
-    """What a trainer starts from."""
-    return dict(build_model(replace(config, hf_checkpoint=str(source)), dtype=torch.bfloat16, seed=1).named_parameters())
-
-
-def refused_everywhere(source: Path, config: ModelConfig, tmp_path: Path, words: str) -> None:
-    """By the converter in both directions, by the start of a run, and by the audit, which lists it."""
-    for tensor_format in (BF16, INT4):
-        with pytest.raises(UserError) as caught:
-            run(source, tmp_path / "refused", tensor_format)
-        assert words in str(caught.value) or "already quantized" in str(caught.value)
-        assert not (tmp_path / "refused").exists() and not (tmp_path / "refused.partial").exists()
-    with pytest.raises(UserError) as caught:
-        start(source, config)
-    assert words in str(caught.value)
-    assert main(["audit", str(source), str(source)]) in (1, 2)  # differences, or a folder that cannot be opened
-
-
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    edit(config)
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
-    tensors = read_all(folder)
-    edit(tensors)
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    write_shards(folder, {name: tensor.contiguous() for name, tensor in tensors.items()}, 3)
-
-
-@pytest.fixture
-def dense() -> ModelConfig:
-    return model("qwen3", hidden_size=128, ffn_size=256, head_dim=32)
-
-
-@pytest.fixture
-def source(tmp_path: Path, dense: ModelConfig) -> Path:
-    write_source(tmp_path / "source", dense)
-    return tmp_path / "source"
+dense, source = foreign_sources.dense, foreign_sources.source
 
 
 # -- a stored dtype that the plan does not explain ------------------------------------------------------------------
@@ -318,255 +261,3 @@ def test_e5m2_is_not_e4m3(source: Path, dense: ModelConfig, tmp_path: Path) -> N
 
     edit_tensors(tmp_path / "fp8", edit)
     refused_everywhere(tmp_path / "fp8", dense, tmp_path, "has weight in float8_e5m2")
-
-
-# -- scales of another shape or dtype -------------------------------------------------------------------------------
-
-
-def square(config: ModelConfig) -> ModelConfig:
-    """Where a scale per row also broadcasts over columns."""
-    return replace(config, ffn_size=config.hidden_size)
-
-
-def expected_back(folder: Path, tmp_path: Path) -> Tensors:
-    run(folder, tmp_path / "expected", BF16)
-    return read_all(tmp_path / "expected")
-
-
-def both_ways_equal(folder: Path, config: ModelConfig, tmp_path: Path, expected: Tensors) -> None:
-    run(folder, tmp_path / "back", BF16)
-    back, started = read_all(tmp_path / "back"), start(folder, config)
-    assert back.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(back[name], tensor), name
-        assert name not in started or torch.equal(started[name], tensor), name
-
-
-@pytest.mark.parametrize("tensor_format", [TensorFormat.fp8("channel"), TensorFormat.int4(-1, Convention.kimi)])
-def test_channel_scales_as_one_row(tmp_path: Path, dense: ModelConfig, tensor_format: TensorFormat) -> None:
-    config = square(dense)
-    write_source(tmp_path / "source", config)
-    run(tmp_path / "source", tmp_path / "q", tensor_format)
-    expected = expected_back(tmp_path / "q", tmp_path)
-
-    def flat(tensors: Tensors) -> None:
-        for name in tensors:
-            if name.endswith("weight_scale"):
-                tensors[name] = tensors[name].flatten()
-
-    edit_tensors(tmp_path / "q", flat)
-    both_ways_equal(tmp_path / "q", config, tmp_path, expected)
-
-
-@pytest.mark.parametrize("tensor_format", [TensorFormat.fp8("block"), TensorFormat.fp8("channel"), TensorFormat.fp8("tensor")])
-@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bfloat16])
-def test_scales_in_another_dtype(tmp_path: Path, dense: ModelConfig, tensor_format: TensorFormat, dtype: torch.dtype) -> None:
-    """Powers of two, which all these dtypes hold: the same weights come back whatever the scales' dtype."""
-    write_source(tmp_path / "source", dense)
-    run(tmp_path / "source", tmp_path / "q", tensor_format)
-
-    def rounded(tensors: Tensors) -> None:
-        for name in tensors:
-            if "weight_scale" in name:
-                tensors[name] = torch.exp2(tensors[name].log2().round())
-
-    edit_tensors(tmp_path / "q", rounded)
-    expected = expected_back(tmp_path / "q", tmp_path)
-    edit_tensors(
-        tmp_path / "q",
-        lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items() if "weight_scale" in name}),
-    )
-    both_ways_equal(tmp_path / "q", dense, tmp_path, expected)
-
-
-def test_mxfp4_scales_by_their_own_dtype(source: Path, dense: ModelConfig, tmp_path: Path) -> None:
-    run(source, tmp_path / "q", TensorFormat.mxfp4())
-    expected = expected_back(tmp_path / "q", tmp_path)
-
-    def e8m0(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith("weight_scale")]:
-            tensors[name] = tensors[name].view(torch.float8_e8m0fnu)
-
-    edit_tensors(tmp_path / "q", e8m0)
-    both_ways_equal(tmp_path / "q", dense, tmp_path, expected)
-
-
-def test_every_e8m0_value_is_torchs_own() -> None:
-    every = torch.arange(255, dtype=torch.uint8)
-    assert torch.equal(fp4.e8m0_to_float(every), every.view(torch.float8_e8m0fnu).float())
-
-
-@pytest.mark.parametrize(
-    ("tensor_format", "part", "change"),
-    [
-        (INT4, "weight_scale", lambda t: t[:, ::2]),  # too few groups: twice as wide ones, without an error
-        (INT4, "weight_scale", lambda t: t.repeat_interleave(2, 1)),
-        (INT4, "weight_scale", lambda t: t[:, :1]),
-        (INT4, "weight_scale", lambda t: t.to(torch.float8_e8m0fnu)),
-        (INT4, "weight_packed", lambda t: t[:, :-1]),
-        (INT4, "weight_packed", lambda t: t.to(torch.int64)),
-        (TensorFormat.int8(64, Convention.kimi), "weight_scale", lambda t: t[:, :1]),
-        (TensorFormat.fp8("block"), "weight_scale_inv", lambda t: t[:1, :1]),
-        (TensorFormat.fp8("block"), "weight_scale_inv", lambda t: torch.cat([t, t])),
-        (TensorFormat.fp8("block"), "weight_scale_inv", lambda t: t.to(torch.int32)),
-        (TensorFormat.fp8("channel"), "weight_scale", lambda t: t.T),
-        (TensorFormat.fp8("channel"), "weight_scale", lambda t: t[:1]),
-        (TensorFormat.fp8("tensor"), "weight_scale", lambda t: t.repeat(2)),
-        (TensorFormat.mxfp4(), "weight_scale", lambda t: t[:, ::2]),
-        (TensorFormat.nvfp4(), "weight_scale", lambda t: t[:, ::2]),
-        (TensorFormat.nvfp4(), "weight_global_scale", lambda t: t.repeat(2)),
-        (TensorFormat.nvfp4(), "weight_global_scale", lambda t: t.bfloat16()),
-    ],
-)
-def test_parts_of_another_shape_or_dtype(
-    source: Path,
-    dense: ModelConfig,
-    tmp_path: Path,
-    tensor_format: TensorFormat,
-    part: str,
-    change: Callable[[torch.Tensor], torch.Tensor],
-) -> None:
-    run(source, tmp_path / "q", tensor_format)
-    edit_tensors(tmp_path / "q", lambda tensors: tensors.update({f"{DOWN}.{part}": change(tensors[f"{DOWN}.{part}"])}))
-    refused_everywhere(tmp_path / "q", dense, tmp_path, f"{DOWN}.weight has {part}")
-
-
-@pytest.mark.parametrize("part", ["weight_scale", "weight_shape", "weight_packed"])
-def test_a_part_that_is_missing(source: Path, dense: ModelConfig, tmp_path: Path, part: str) -> None:
-    run(source, tmp_path / "q")
-    edit_tensors(tmp_path / "q", lambda tensors: tensors.pop(f"{DOWN}.{part}"))
-    refused_everywhere(tmp_path / "q", dense, tmp_path, f"{DOWN}.weight has no {part} beside it")
-
-
-def test_a_shape_that_the_parts_do_not_have(source: Path, dense: ModelConfig, tmp_path: Path) -> None:
-    """Headers do not show what weight_shape says."""
-    run(source, tmp_path / "q")
-    edit_tensors(tmp_path / "q", lambda tensors: tensors.update({f"{DOWN}.weight_shape": torch.tensor([128, 252])}))
-    for opened in (lambda: run(tmp_path / "q", tmp_path / "back", BF16), lambda: start(tmp_path / "q", dense)):
-        with pytest.raises(UserError, match="down_proj"):
-            opened()
-
-
-@pytest.mark.parametrize("value", [255, 254])
-def test_scales_that_give_no_number(source: Path, dense: ModelConfig, tmp_path: Path, value: int) -> None:
-    run(source, tmp_path / "q", TensorFormat.fp8())
-    scale = torch.full((1, 2), value, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    edit_tensors(tmp_path / "q", lambda tensors: tensors.update({f"{DOWN}.weight_scale_inv": scale}))
-    for opened in (lambda: run(tmp_path / "q", tmp_path / "back", BF16), lambda: start(tmp_path / "q", dense)):
-        with pytest.raises(UserError, match="down_proj.*(not finite|NaN|infinite)"):
-            opened()
-
-
-# -- nothing outside source and target is written, and nothing outside the source is copied --------------------------
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@pytest.mark.parametrize("kind", ["dotdot", "absolute", "folder", "dots", "empty", "number", "other", "long", "hidden", "null"])
-def test_an_index_that_names_files_elsewhere(source: Path, dense: ModelConfig, tmp_path: Path, kind: str) -> None:
-    (source / "part").mkdir()
-    precious = {"folder": source / "part", "other": source}.get(kind, tmp_path) / "precious.safetensors"
-    (source / "model-00002-of-00003.safetensors").rename(precious)
-    named: Any = {
-        "dotdot": "../precious.safetensors",
-        "absolute": str(precious),
-        "folder": "part/precious.safetensors",
-        "dots": "..",
-        "empty": "",
-        "number": 5,
-        "other": "config.json",
-        "long": "x" * 300 + ".safetensors",
-        "hidden": ".convert.jsonl.safetensors",
-        "null": "a\0.safetensors",
-    }[kind]
-    path = source / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"] = {k: named if "-00002-of" in v else v for k, v in index["weight_map"].items()}
-    path.write_text(json.dumps(index))
-    before = digest(precious)
-    for opened in (lambda: run(source, tmp_path / "target"), lambda: start(source, dense)):
-        with pytest.raises(UserError, match="files in the folder itself"):
-            opened()
-    assert main(["convert", f"source={source}", f"target={tmp_path / 'target'}"]) == 2
-    assert digest(precious) == before and not (tmp_path / "target.partial").exists()
-
-
-def test_links_in_an_unfinished_target_are_not_written_through(source: Path, tmp_path: Path) -> None:
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "file").write_text("mine")
-    partial = tmp_path / "target.partial"
-    for name, to in (
-        ("model-00001-of-00003.safetensors", precious / "file"),
-        (".convert.jsonl", precious / "file"),
-        ("x", precious),
-    ):
-        partial.mkdir()
-        (partial / name).symlink_to(to)
-        with pytest.raises(UserError, match="is a link"):
-            run(source, tmp_path / "target")
-        shutil.rmtree(partial)
-    for name in ("target.partial", "target"):
-        (tmp_path / name).symlink_to(precious)
-        with pytest.raises(UserError, match="is a link"):
-            run(source, tmp_path / "target")
-        (tmp_path / name).unlink()
-    assert [path.name for path in precious.iterdir()] == ["file"] and (precious / "file").read_text() == "mine"
-
-
-def test_a_file_that_shares_its_bytes_is_not_written_into(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "target.partial").mkdir()
-    os.link(source / "model-00001-of-00003.safetensors", tmp_path / "target.partial" / "model-00001-of-00003.safetensors")
-    os.link(source / "tokenizer.json", tmp_path / "target.partial" / "tokenizer.json")
-    before = {path.name: digest(path) for path in source.iterdir()}
-    run(source, tmp_path / "target")
-    assert {path.name: digest(path) for path in source.iterdir()} == before
-
-
-@pytest.mark.parametrize("source_name", ["target.partial", "target.partial/inner", "target/inner"])
-def test_a_source_that_the_target_would_overwrite(tmp_path: Path, dense: ModelConfig, source_name: str) -> None:
-    folder = tmp_path / source_name
-    write_source(folder, dense)
-    before = {path.name: digest(path) for path in folder.iterdir()}
-    with pytest.raises(UserError, match="inside"):
-        run(folder, tmp_path / "target")
-    assert {path.name: digest(path) for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("target", ["", "..", "/"])
-def test_targets_that_are_no_name(source: Path, target: str) -> None:
-    with pytest.raises(UserError):
-        run(source, Path(target))
-
-
-def test_links_that_leave_the_source_are_not_copied(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "folder").mkdir()
-    led = {"notes.txt": tmp_path / "secret", "gone": tmp_path / "nowhere", "all": tmp_path / "folder", "loop": Path("loop")}
-    for name, to in led.items():
-        (source / name).symlink_to(to)
-        with pytest.raises(UserError, match=f"links that lead out of it or to folders: {name}"):
-            run(source, tmp_path / "target")
-        (source / name).unlink()
-    shutil.rmtree(tmp_path / "target.partial", ignore_errors=True)
-    (source / "tokenizer.json").rename(source / "real.json")
-    (source / "tokenizer.json").symlink_to("real.json")
-    run(source, tmp_path / "target")
-    assert not (tmp_path / "target" / "tokenizer.json").is_symlink()
-
-
-def test_a_hub_cache_is_a_source_although_its_files_are_links(source: Path, dense: ModelConfig, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for path in sorted(source.iterdir()):
-        blob = blobs / digest(path)
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-    run(snapshot, tmp_path / "from_cache")
-    run(source, tmp_path / "from_folder")
-    for path in (tmp_path / "from_folder").iterdir():
-        assert (tmp_path / "from_cache" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert torch.equal(start(snapshot, dense)[f"{DOWN}.weight"], start(source, dense)[f"{DOWN}.weight"])
