@@ -16,10 +16,13 @@ from rich.console import Console
 
 from runner.config import compose, searchpath
 from runner.planner.tables import show as plan
+from runner.precision import formats
 
 FILES = {file.stem: yaml.safe_load(file.read_text()) for file in searchpath.files_of("recipe") if file.stem != "none"}
 SWEEPS = {name: text["hydra"]["sweeper"]["params"] for name, text in FILES.items() if "hydra" in text}
+BLOCKS = ("model.num_kv_heads=4",)  # SGLang wants whole blocks of 128 rows of k and v, of which the toy twins have 64
 PUBLISHED = [name for name in FILES if name not in SWEEPS]
+SERVED = [name for name in PUBLISHED if name != "qwen3_vl_2b_geo3k"]  # servers are sent no images
 LAPTOP = [
     "scale=laptop", "steps=2", "seed=1", "tracking=none", "trainer.threads=1", "warm_start.max_steps=20",
     "warm_start.check_interval_steps=20",
@@ -81,12 +84,13 @@ def test_a_sweep_runs_every_job(outputs: Path, recipe: str) -> None:
 @pytest.mark.night
 @pytest.mark.sglang
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("recipe", PUBLISHED)
+@pytest.mark.parametrize("recipe", SERVED)
 def test_a_recipe_runs_at_laptop_scale_with_its_own_trainer_and_engines(outputs: Path, recipe: str) -> None:
     """Megatron ranks and SGLang servers, on this machine's CPU."""
     pytest.importorskip("sglang", reason="make setup-sglang")
     cfg = compose.load_config([f"recipe={recipe}"])
-    (run,) = runs(outputs, recipe, f"trainer={cfg.trainer.name}", f"rollout={cfg.rollout.name}")
+    blocks = BLOCKS if formats.spec_of(cfg.precision.rollout.format).block_rows > 1 else ()
+    (run,) = runs(outputs, recipe, f"trainer={cfg.trainer.name}", f"rollout={cfg.rollout.name}", *blocks)
     whole(run)
     resolved = (run / "resolved.yaml").read_text()
     assert "MegatronTrainer" in resolved and "SglangPool" in resolved

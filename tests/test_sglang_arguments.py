@@ -108,6 +108,11 @@ def test_an_option_may_repeat_what_follows_from_the_config() -> None:
     ("overrides", "message"),
     [
         (["model=tiny_moe", "rollout=sglang", "speculative=ngram"], "accepts drafts greedily"),
+        ([*CPU, "precision=fp8"], "merges attention weights k_proj, v_proj of 64 outputs"),
+        (
+            [*CPU, "model=tiny_dense", "precision=fp8", "precision.roles=[dense_mlp]", "model.ffn_size=192"],
+            "gate_proj, up_proj of 192",
+        ),
         (["model=tiny_moe", "rollout=sglang", "speculative=ngram", "rollout.sampling.temperature=0"], "ignores evaluation"),
         (["model=tiny_moe", *CPU, "rollout.use_router=true"], "drops the routes"),
         (["model=tiny_moe", *CPU, "cluster.interface=0.0.0.0"], "open on every network"),

@@ -81,7 +81,8 @@ def _servers(folder: Path) -> list[Any]:
 )
 def test_a_recipe_on_two_nodes_survives_a_killed_server(tmp_path: Path, recipe: str) -> None:
     """A Megatron rank and an SGLang server on each node; one server is killed after the first step, and no sample is missing."""
-    run = _start(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, "steps=3")
+    sizes = ["model.num_kv_heads=4"] if recipe == "qwen3_4b_fp8" else []  # SGLang wants whole blocks of 128 rows of k and v
+    run = _start(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, *sizes, "steps=3")
     folder, deadline = tmp_path / recipe, time.monotonic() + 700
     rows = folder / "metrics.jsonl"
     while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.config.choices import Drafting, PauseMode, Schedule
+from runner.config.rules.precision import bad_roles, known_model, sharded_weights
 from runner.config.schema import Config
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.agreement import local_config, window_problem
+from runner.models.family import Cut
+from runner.precision.formats import spec_of
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
@@ -86,6 +89,23 @@ def formats(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def merged_blocks(cfg: Config) -> Iterator[UserError]:
+    """SGLang merges projections into one matrix, and wants whole blocks of each. Where ranks cut, rules/precision.py looks."""
+    rows = spec_of(cfg.precision.rollout.format).block_rows
+    if rows == 1 or not known_model(cfg) or bad_roles(cfg):
+        return
+    bad: dict[tuple[str, int], list[str]] = {}
+    for p in sharded_weights(cfg):
+        if p.fused and p.cut is not Cut.whole and p.shape[0] % rows:
+            bad.setdefault((p.role.name, p.shape[0]), []).append(p.name.split(".")[-2])
+    for (role, size), projections in bad.items():
+        yield UserError(
+            f"SGLang merges {role} weights {', '.join(projections)} of {size} outputs with others, and a block has {rows} rows",
+            key="precision.roles",
+            fix=f"sizes in multiples of {rows}, precision.roles without {role}, or rollout=local",
+        )
+
+
 def whole_engines(cfg: Config) -> Iterator[UserError]:
     par, per_node = cfg.parallelism, cfg.cluster.gpus_per_node
     if par.rollout_gpus and per_node and par.gpus_per_engine % per_node and per_node % par.gpus_per_engine:
@@ -156,4 +176,4 @@ def limits(cfg: Config) -> Iterator[UserError]:
         yield from transport.problems(cfg)
 
 
-RULES = (families, options, speculation, formats, limits, whole_engines, over_nodes)
+RULES = (families, options, speculation, formats, merged_blocks, limits, whole_engines, over_nodes)
