@@ -11,6 +11,7 @@ from pathlib import Path
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CGROUPS_OF_THIS_PROCESS = Path("/proc/self/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def schedulable_cores() -> int:
@@ -44,6 +45,12 @@ def respect_quota() -> None:
     """Tell OpenMP, and so torch and every child process, about a quota; a number that the user set stays."""
     if "OMP_NUM_THREADS" not in os.environ and available_cores() < schedulable_cores():
         os.environ["OMP_NUM_THREADS"] = str(available_cores())
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that this CPU can do: `avx512_bf16`, `amx_bf16`; nothing elsewhere."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 def _folders(root: Path, membership: Path) -> list[Path]:

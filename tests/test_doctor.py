@@ -14,7 +14,8 @@ from rich.console import Console
 from runner.config.choices import LauncherKind, WandbMode
 from runner.config.schema import Config, CpuMatmul
 from runner.doctor import machine
-from runner.doctor.findings import Finding, Status, show
+from runner.doctor.table import show
+from runner.findings import Finding, Status
 from tests.configs import composed
 
 Usage = namedtuple("Usage", "total used free")
@@ -121,7 +122,7 @@ def test_a_broken_kernel_is_a_failure_of_the_run_that_needs_it(tmp_path: Path, m
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr("torch.ops.aten._weight_int4pack_mm_for_cpu", broken)
-    assert next(machine.int4_matmul(laptop(tmp_path))).status is Status.fail
+    assert next(machine.of_options(laptop(tmp_path))).status is Status.fail
 
 
 def test_a_slow_way_of_multiplying_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

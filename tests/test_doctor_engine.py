@@ -14,12 +14,12 @@ from runner.config.schema import Convention, Role
 from runner.data import ExportedTensor
 from runner.doctor import engine
 from runner.doctor.engine import check_weight, probed_formats, probed_weights, recovered_findings, run_findings
-from runner.doctor.findings import Status
-from runner.doctor.local_probe import LocalProbe
 from runner.errors import UserError
+from runner.findings import Status
 from runner.precision.codec import decode
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
+from runner.rollout.local.probe import LocalProbe
 
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 FORMATS = probed_formats()

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from runner.doctor import gpu
-from runner.doctor.findings import Finding, Status
 from runner.errors import UserError
+from runner.findings import Finding, Status
 from runner.precision import fp8, kernels
 from tests.configs import composed
 

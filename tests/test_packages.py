@@ -11,8 +11,8 @@ import pytest
 from runner.config import packages, preflight
 from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool
 from runner.doctor import machine
-from runner.doctor.findings import Status
 from runner.errors import UserErrors
+from runner.findings import Status
 from runner.rollout.sglang import machine as sglang_machine
 from runner.rollout.sglang import warm
 from tests.configs import composed

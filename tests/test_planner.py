@@ -14,6 +14,7 @@ from rich.console import Console
 from runner.cluster.placement import coordinates, place, placement_problems
 from runner.config.choices import KvDtype, Recompute
 from runner.config.compose import load_config
+from runner.config.option import trainer_layout
 from runner.config.schema import Config, Convention, QatPlacement, Role
 from runner.errors import UserError
 from runner.planner.fit import largest_max_tokens, try_changes, what_would_fit
@@ -25,7 +26,7 @@ from runner.planner.memory import (
     plan_memory,
     state_shares,
 )
-from runner.planner.parameters import stage_layers, take_inventory
+from runner.planner.parameters import shard, stage_layers, take_inventory
 from runner.planner.tables import ranges, show
 from runner.planner.traffic import bf16_stream_bytes, stream_bytes, sync_flows
 from runner.planner.workload import GIB, micro_batch_tokens, route_bytes_per_step
@@ -136,9 +137,18 @@ def test_shares_of_all_ranks_cover_the_model_once() -> None:
     experts = inventory.by_role()[Role.routed_expert]
     assert sum(s.expert for s in shares) * 16 == pytest.approx(experts)
     replicated = inventory.by_role()[Role.norm] + inventory.by_role()[Role.router]
-    padded = 2 * 4096 * (152064 - 151936)  # Megatron pads 151936 tokens to a multiple of 128 * tp
     dense = inventory.total - experts - replicated
-    assert sum(s.dense for s in shares) == pytest.approx((dense + padded) / 4 + replicated)
+    assert sum(s.dense for s in shares) == pytest.approx(dense / 4 + replicated)
+
+
+def test_embeddings_are_as_long_as_the_ranks_make_them() -> None:
+    """151,939 rows on four ranks are 151,940; whole multiples of 128 per rank, which Megatron's own scripts take, are not."""
+    cfg = config("qwen3_235b", **{"model.vocab_size": 151939})
+    (embedding,) = [group for group in take_inventory(cfg).groups if group.role is Role.embedding]
+    rows = trainer_layout(cfg).padded_vocabulary
+    assert rows == 151940 and cfg.parallelism.tp == 4
+    assert shard(embedding, tp=4, ep=1, etp=1, num_kv_heads=4, vocabulary=rows) * 151939 == pytest.approx(151940 / 4)
+    assert shard(embedding, tp=4, ep=1, etp=1, num_kv_heads=4) == 1 / 4
 
 
 def test_stage_layers() -> None:
@@ -158,7 +168,7 @@ def test_optimizer_states_by_hand() -> None:
     cfg = qwen3_30b(**{"trainer.optimizer.cpu_offload": False})
     train = next(p for p in plan_memory(cfg, take_inventory(cfg)).phases if p.name == "train")
     experts = 48 * 128 * 3 * 768 * 2048 // 8
-    vocab = 2 * 2048 * 152064 // 4  # padded to 128 * tp
+    vocab = 2 * 2048 * 151936 // 4
     attention = 48 * 2 * 2048 * 128 * (32 + 4) // 4
     whole = 48 * (128 * 2048 + 2 * 2048 + 2 * 128) + 2048  # router and norms
     dense = vocab + attention + whole

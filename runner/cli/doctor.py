@@ -10,7 +10,7 @@ def start(command: Command) -> int:
     from runner.config import compose
 
     config = compose.load(command.overrides).config
-    from runner.doctor.findings import make_console, show
+    from runner.doctor.table import make_console, show
 
     if command.words == ["engine"]:
         from runner.doctor.engine import check_engine

@@ -84,12 +84,19 @@ class BaseDtype(StrEnum):
 
 
 class KvDtype(StrEnum):
-    bf16 = "bf16"
+    """Of the KV cache."""
+
+    bf16 = "bf16"  # not quantized: precision.base_dtype
     fp8_e4m3 = "fp8_e4m3"
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Of a quantized value; None: values are not quantized."""
+        return 1 if self is KvDtype.fp8_e4m3 else None
 
 
 class Fp8Matmul(StrEnum):
-    """How FP8 training multiplies; see runner/trainer/fp8.py."""
+    """How FP8 training multiplies; see runner/trainer/torch/fp8.py."""
 
     simulated = "simulated"  # in bf16, anywhere
     scaled_mm = "scaled_mm"  # torch's blockwise FP8 matmul, on a Hopper GPU

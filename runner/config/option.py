@@ -19,6 +19,7 @@ import yaml
 from runner.config import limits, searchpath
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.findings import Finding
 
 Rule = Callable[[Config], Iterator[UserError]]
 
@@ -48,9 +49,9 @@ class TrainerLayout:
     fused: bool  # attention and mlp kernels keep no more than their formulas say, and recompute=selective is core attention's
     masters: bool  # fp32 beside the model's weights
     shards_states: bool = False  # masters and Adam states are divided over data-parallel ranks
-    pads_vocabulary: bool = False
+    padded_vocabulary: int | None = None  # rows of the embedding over all ranks; None: those of the model
     resident_reference: bool = True  # reference weights stay on the device
-    keeps_fp8: bool = False  # FP8 copies of the weights lie beside them
+    keeps_quantized: bool = False  # copies of the weights, in the format that they are multiplied in, lie beside them
     max_restarts: int = 0  # from the last checkpoint after the trainer was lost
 
 
@@ -77,6 +78,7 @@ class Option:
     machine  what this machine must have, asked before a `run`: files, devices, memory
     needs    packages, for `run` and `doctor`
     engines, trainer   the layout, for an engine or a trainer
+    checks   what `doctor` says of this machine where the option is chosen
     probe    of an engine: the class with which `doctor engine` looks into its kernels
     shows_images       of a task: its prompts have one, so that the model must see
     """
@@ -85,6 +87,7 @@ class Option:
     rules: tuple[Rule, ...] = ()
     machine: tuple[Rule, ...] = ()
     needs: tuple[Need, ...] = ()
+    checks: tuple[Callable[[Config], Iterator[Finding]], ...] = ()
     engines: Callable[[Config], EngineLayout] | None = None
     trainer: Callable[[Config], TrainerLayout] | None = None
     probe: str | None = None
@@ -141,6 +144,11 @@ def chosen(cfg: Config) -> Iterator[Choice]:
     for group in groups():
         section = getattr(cfg, group)
         yield Choice(group, section.name, section._target_, option_of(section))
+
+
+def packages() -> tuple[str, ...]:
+    """Distributions that some option stands on, each once."""
+    return tuple(dict.fromkeys(need.distribution for choice in choices() for need in choice.option.needs))
 
 
 @cache

@@ -44,7 +44,7 @@ def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
         if spec.holds(own):
             return spec.name
     if list(parts) == [name]:  # a bias, or another vector under a name of its own
-        return "bf16"
+        return formats.UNQUANTIZED
     raise UserError(f"{name}: parts {', '.join(sorted(parts))} are no known format")
 
 

@@ -35,7 +35,7 @@ from runner.convert.source import Source, StoredTensor, model_of, open_shard, op
 from runner.errors import UserError
 from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
-from runner.precision import int4
+from runner.precision import formats, int4
 from runner.precision.checks import WeightError
 from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan
@@ -46,6 +46,7 @@ ROOT = Path(__file__).parents[2]
 INSTALL = "make setup-gptq, or convert.gptq_python=<the Python of an environment with llmcompressor 0.14.0.1>"
 WORK = ".gptq"  # inside the partial target, gone when it is published
 RESULT = "result.json"  # written last: the integers beside it are complete
+WRITTEN = tuple(spec.name for spec in formats.all_formats() if spec.integer)
 LOG_LINES = 3  # of the driver's log that an unexpected failure shows
 
 Errors = dict[str, tuple[float, float]]  # module -> squared output error on the calibration data: GPTQ's, round to nearest's
@@ -84,7 +85,9 @@ def convert_gptq(
     """
     if not tensor_format.integer:
         raise UserError(
-            f"method=gptq writes int4 and int8, not {tensor_format}", key="convert.format", fix="method=rtn, or format=int4"
+            f"method=gptq writes {' and '.join(WRITTEN)}, not {tensor_format}",
+            key="convert.format",
+            fix=f"method=rtn, or format={WRITTEN[0]}",
         )
     python = driver_python(cfg)
     opened = open_source(source)

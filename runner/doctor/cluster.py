@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from runner.config.choices import LauncherKind
 from runner.config.schema import Config
-from runner.doctor.findings import Finding, Status
 from runner.errors import UserError
+from runner.findings import Finding, Status
 
 if TYPE_CHECKING:
     from runner.cluster.ray import RayLauncher

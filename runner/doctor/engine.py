@@ -27,8 +27,9 @@ from rich.console import Console
 from runner.config import option as options
 from runner.config.schema import Config, Convention, ModelConfig, Role
 from runner.data import ExportedTensor, WeightStream
-from runner.doctor.findings import Finding, Status, show
+from runner.doctor.table import show
 from runner.errors import UserError
+from runner.findings import Finding, Status
 from runner.models import family_of
 from runner.precision.codec import decode, encode, integers, scales_of
 from runner.precision.formats import all_formats

@@ -30,9 +30,10 @@ from runner.config.packages import LOCK_GPU, locked, version_of
 from runner.config.schema import Config, Convention
 from runner.data import Batch, ExportedTensor, Request, Sample, SamplingParams, Status, WeightSpan
 from runner.doctor import engine
-from runner.doctor.findings import Finding, show
-from runner.doctor.findings import Status as Grade
+from runner.doctor.table import show
 from runner.errors import UserError
+from runner.findings import Finding
+from runner.findings import Status as Grade
 from runner.models import family_of
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision import fp8, fp8_matmul, int4, kernels

@@ -18,13 +18,12 @@ from packaging.specifiers import SpecifierSet
 
 from runner.config import option as options
 from runner.config.choices import LauncherKind, WandbMode
-from runner.config.option import engine_layout
 from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool, version_of
 from runner.config.packages import installed as has_module
 from runner.config.preflight import visible_gpus
 from runner.config.schema import Config, CpuMatmul
 from runner.cores import available_cores
-from runner.doctor.findings import Finding, Status
+from runner.findings import Finding, Status
 
 GIB = 1024**3
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -36,7 +35,6 @@ GOOD_OPEN_FILES = 4096  # Ray opens some hundred files and sockets per worker
 # distribution, module, and what it is for, beside what options need
 OPTIONAL_PARTS = (
     ("triton", "triton", "fused quantization kernels on a GPU"),
-    ("transformer-engine", "transformer_engine", "FP8 training and fused layers with trainer=megatron"),
     ("llmcompressor", "llmcompressor", "convert method=gptq"),
 )
 
@@ -51,7 +49,7 @@ def check_machine(cfg: Config) -> Iterator[Finding]:
         gpu_packages,
         cpu_and_memory,
         bf16_matmul,
-        int4_matmul,
+        of_options,
         outputs_folder,
         optional_parts,
         wandb_mode,
@@ -187,38 +185,6 @@ def bf16_matmul(cfg: Config) -> Iterator[Finding]:
     yield Finding("bf16 matmul", Status.warn if slow else Status.ok, f"{way.name}: {reason}", fix)
 
 
-def int4_matmul(cfg: Config) -> Iterator[Finding]:
-    """Runs the packed matmul that the in-process engine decodes with, and says how wide the CPU's vectors are."""
-    import torch
-
-    capability = torch.backends.cpu.get_cpu_capability()
-    needed = engine_layout(cfg).in_process and cfg.precision.rollout.format == "int4"
-    try:
-        q = torch.arange(-8, 8, dtype=torch.int32).repeat(16, 4)  # [16, 64], every integer
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q + 8, 1)
-        scales = torch.full((2, 16, 2), 0.5, dtype=torch.bfloat16)  # [groups, out, (scale, zero)]
-        scales[..., 1] = 0
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(64, dtype=torch.bfloat16), packed, 32, scales)
-        right = torch.equal(out.T.float(), q.float() * 0.5)
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        fix = "precision=bf16, or torch as pinned (make setup)"
-        yield Finding("int4 matmul", Status.fail if needed else Status.warn, str(error).splitlines()[0], fix)
-        return
-    if not right:
-        yield Finding("int4 matmul", Status.fail, f"{capability}: wrong results", "torch as pinned (make setup)")
-    else:
-        native = [name for name in ("avx512_bf16", "amx_bf16") if name in cpu_flags()]
-        yield Finding(
-            "int4 matmul", Status.ok, f"{capability}{', ' + ', '.join(native) if native else ''}; right on every integer"
-        )
-
-
-def cpu_flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return set(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
-
-
 def outputs_folder(cfg: Config) -> Iterator[Finding]:
     """Free space and write permission where the runs go (the nearest folder that exists; nothing is left behind)."""
     folder = Path(cfg.outputs_dir).absolute()
@@ -235,6 +201,13 @@ def outputs_folder(cfg: Config) -> Iterator[Finding]:
         yield Finding("write permission", Status.ok, str(folder))
     except OSError as error:
         yield Finding("write permission", Status.fail, f"{folder}: {error.strerror}", "outputs_dir=<a folder you may write to>")
+
+
+def of_options(cfg: Config) -> Iterator[Finding]:
+    """What the options of this config look at themselves."""
+    for choice in options.chosen(cfg):
+        for check in choice.option.checks:
+            yield from check(cfg)
 
 
 def optional_parts(cfg: Config) -> Iterator[Finding]:

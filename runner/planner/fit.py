@@ -14,6 +14,7 @@ from runner.errors import UserError
 from runner.planner.memory import MemoryPlan, plan_memory
 from runner.planner.parameters import Inventory, take_inventory
 from runner.planner.workload import longest_sequence_tokens, samples_per_step
+from runner.precision.formats import all_formats, spec_of
 
 TOKENS_STEP = 512  # granularity of a proposed max_tokens_per_gpu
 TOKENS_LIMIT = 65536  # larger micro-batches gain nothing: the matmuls have long filled the GPU
@@ -51,8 +52,8 @@ def single_changes(cfg: Config) -> Iterator[Change]:
         yield _set("trainer.max_tokens_per_gpu", longest)
     if not cfg.trainer.optimizer.cpu_offload and not cfg.precision.fp8_param_gather and cfg.parallelism.gpus:
         yield _set("trainer.optimizer.cpu_offload", True)
-    if cfg.precision.kv_cache == KvDtype.bf16:
-        yield _set("precision.kv_cache", KvDtype.fp8_e4m3)
+    if cfg.precision.kv_cache.num_bytes is None:
+        yield from (_set("precision.kv_cache", dtype) for dtype in KvDtype if dtype.num_bytes)
     filled = engine_layout(cfg).memory_fraction
     if filled is not None:
         for fraction in (0.9, 0.85, 0.8, 0.7, 0.6):
@@ -60,18 +61,18 @@ def single_changes(cfg: Config) -> Iterator[Change]:
                 yield _set("rollout.memory_fraction", fraction)
     elif cfg.rollout.max_concurrency > 8:
         yield _set("rollout.max_concurrency", cfg.rollout.max_concurrency // 4)
-    if cfg.precision.rollout.format == "bf16":
-        yield quantized_rollout()
+    if not spec_of(cfg.precision.rollout.format).quantized:
+        yield from (quantized(spec.name, *spec.proposed) for spec in all_formats() if spec.proposed)
     yield from more_gpus(cfg)
 
 
-def quantized_rollout() -> Change:
+def quantized(name: str, option: str, group_size: int) -> Change:
     def apply(cfg: Config) -> None:
         for side in (cfg.precision.train, cfg.precision.rollout):
-            side.format, side.group_size = "int4", 128
-        cfg.precision.group_size = 128
+            side.format, side.group_size = name, group_size
+        cfg.precision.group_size = group_size
 
-    return "precision=int4_qat precision.group_size=128", apply
+    return f"precision={option} precision.group_size={group_size}", apply
 
 
 def more_gpus(cfg: Config) -> Iterator[Change]:

@@ -15,7 +15,7 @@ import functools
 from dataclasses import dataclass
 from math import ceil
 
-from runner.config.choices import Drafting, KvDtype, Recompute
+from runner.config.choices import Drafting, Recompute
 from runner.config.option import engine_layout, one_process, trainer_layout
 from runner.config.schema import Config, ModelConfig, QatPlacement, Role
 from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
@@ -114,7 +114,7 @@ class StateShares:
 
 @functools.lru_cache(maxsize=256)  # proposals plan the same shards many times
 def _stage_elements(
-    inventory: Inventory, stage: int, tp: int, pp: int, ep: int, etp: int, last_stage_layers: int | None, pad_vocab: bool
+    inventory: Inventory, stage: int, tp: int, pp: int, ep: int, etp: int, last_stage_layers: int | None, vocabulary: int | None
 ) -> tuple[float, float, float]:
     """(dense, expert, quantized) parameters of one rank of a pipeline stage."""
     model = inventory.model
@@ -123,7 +123,7 @@ def _stage_elements(
     for group in inventory.groups:
         if not on_stage(group, stage, stages, model.tied_embeddings):
             continue
-        share = shard(group, tp=tp, ep=ep, etp=etp, num_kv_heads=model.num_kv_heads, pad_vocab=pad_vocab)
+        share = shard(group, tp=tp, ep=ep, etp=etp, num_kv_heads=model.num_kv_heads, vocabulary=vocabulary)
         elements = group.elements * share
         if group.role is Role.routed_expert:
             expert += elements
@@ -137,7 +137,7 @@ def _stage_elements(
 def state_shares(cfg: Config, inventory: Inventory, stage: int) -> StateShares:
     par, layout = cfg.parallelism, trainer_layout(cfg)
     dense, expert, quantized = _stage_elements(
-        inventory, stage, par.tp, par.pp, par.ep, par.etp, par.last_stage_layers, layout.pads_vocabulary
+        inventory, stage, par.tp, par.pp, par.ep, par.etp, par.last_stage_layers, layout.padded_vocabulary
     )
     dense_dp = max(par.ranks // (par.tp * par.pp), 1) if layout.shards_states else 1
     expert_dp = max(par.ranks // (par.ep * par.etp * par.pp), 1) if layout.shards_states else 1
@@ -231,17 +231,19 @@ def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) ->
 
 
 def quantization_items(cfg: Config, inventory: Inventory, shares: StateShares) -> dict[str, int]:
-    """What quantization-aware or FP8 training adds on a rank.
+    """What training with quantized weights adds on a rank.
 
     In place: only the scales. In the forward: a dequantized copy of every quantized weight lives until its
-    backward (of one layer under full recompute). FP8 under Transformer Engine: cached e4m3 weights in both layouts, unless
-    they are the parameters themselves.
+    backward (of one layer under full recompute). Where activations are quantized, too: what is multiplied is kept in both
+    layouts, unless the trainer has it otherwise.
     """
-    quantized = {group.train.format for group in inventory.groups if group.train.quantized}
+    quantized = {group.train.format: group.train.spec for group in inventory.groups if group.train.quantized}
     if not quantized:
         return {}
-    if "fp8" in quantized:
-        return {"FP8 copies of weights": int(2 * shares.quantized)} if trainer_layout(cfg).keeps_fp8 else {}
+    for name, spec in quantized.items():
+        if spec.quantizes_activations:
+            kept = trainer_layout(cfg).keeps_quantized
+            return {f"{name.upper()} copies of weights": int(2 * shares.quantized * spec.bits / 8)} if kept else {}
     if cfg.precision.qat_placement is QatPlacement.forward:
         layers = cfg.model.num_layers // cfg.parallelism.pp if cfg.trainer.recompute == Recompute.full else 1
         return {"fake-quantized copies": int(shares.quantized * base_bytes(cfg) / layers)}
@@ -259,7 +261,7 @@ def _engine_bytes(inventory: Inventory, ranks: int, ep: int, base: int) -> int:
     total = 0.0
     for group in inventory.groups:
         kv_heads = inventory.model.num_kv_heads
-        share = shard(group, tp=ranks, ep=ep, etp=max(ranks // ep, 1), num_kv_heads=kv_heads, pad_vocab=False)
+        share = shard(group, tp=ranks, ep=ep, etp=max(ranks // ep, 1), num_kv_heads=kv_heads)
         total += group.rollout.stored_bytes(group.shape, base) * group.count * share
     return int(total)
 
@@ -268,7 +270,7 @@ def kv_bytes_per_token(cfg: Config) -> int:
     """On one rank. Grouped-query attention: k and v of its heads (one head at least); latent attention: the compressed
     vector and the rope key, whole on every rank (DeepSeek-V2, arXiv 2405.04434). MTP layers keep a cache too when they draft."""
     model = cfg.model
-    value = 1 if cfg.precision.kv_cache == KvDtype.fp8_e4m3 else base_bytes(cfg)
+    value = cfg.precision.kv_cache.num_bytes or base_bytes(cfg)
     layers = model.num_layers + (model.num_mtp_layers if cfg.speculative.method == Drafting.mtp else 0)
     if model.kv_lora_rank:
         return layers * (model.kv_lora_rank + model.qk_rope_head_dim) * value

@@ -16,7 +16,6 @@ from runner.precision.plan import PrecisionPlan, Side
 from runner.precision.tensor_format import TensorFormat
 
 SIDES: tuple[Side, Side] = ("train", "rollout")
-MEGATRON_VOCAB_MULTIPLE = 128  # --make-vocab-size-divisible-by, times tp
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,14 @@ def on_stage(group: ParameterGroup, stage: int, stages: list[range], tied: bool)
     return group.layer in stages[stage]
 
 
-def shard(group: ParameterGroup, *, tp: int, ep: int, etp: int, num_kv_heads: int, pad_vocab: bool) -> float:
-    """Share of one rank in `group` (0 to 1, above 1/n where something is replicated or padded)."""
+def shard(group: ParameterGroup, *, tp: int, ep: int, etp: int, num_kv_heads: int, vocabulary: int | None = None) -> float:
+    """Share of one rank in `group` (0 to 1, above 1/n where something is replicated or padded: `vocabulary` rows in all)."""
     if group.role is Role.routed_expert:
         return 1 / (ep * etp)
     if group.cut is Cut.whole:
         return 1.0
     if group.cut is Cut.kv_heads:
         return 1 / min(tp, max(num_kv_heads, 1))
-    if pad_vocab and group.role in (Role.embedding, Role.lm_head):
-        multiple = MEGATRON_VOCAB_MULTIPLE * tp
-        return ceil(group.shape[0] / multiple) * multiple / group.shape[0] / tp
+    if vocabulary is not None and group.role in (Role.embedding, Role.lm_head):
+        return vocabulary / group.shape[0] / tp
     return 1 / tp

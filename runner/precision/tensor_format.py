@@ -48,7 +48,7 @@ class TensorFormat:
 
     @staticmethod
     def bf16() -> TensorFormat:
-        return TensorFormat.named("bf16")
+        return TensorFormat.named(formats.UNQUANTIZED)
 
     @staticmethod
     def int4(group_size: int, convention: Convention) -> TensorFormat:

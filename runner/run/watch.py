@@ -22,6 +22,7 @@ from typing import Any
 
 from runner.config.schema import Config, Correction, WatchRuleConfig
 from runner.errors import UserError
+from runner.precision.formats import spec_of
 from runner.tracking.folder import read_metrics
 
 # The absolute parts: signed means of opposite tokens cancel.
@@ -215,7 +216,7 @@ def _grid(cfg: Config) -> list[str]:
     if cfg.precision.train.format != cfg.precision.rollout.format:
         return [f"train in the rollout's format (now {cfg.precision.train.format} against {cfg.precision.rollout.format})"]
     finer = cfg.precision.group_size // 2
-    return [f"precision.group_size={finer}"] if cfg.precision.rollout.format == "int4" and finer >= 16 else []
+    return [f"precision.group_size={finer}"] if finer > 0 and finer in spec_of(cfg.precision.rollout.format).group_sizes else []
 
 
 def _correction(cfg: Config) -> list[str]:

@@ -25,6 +25,7 @@ import psutil
 import yaml
 
 from runner import lock
+from runner.config import option as options
 from runner.config.schema import Config
 from runner.cores import available_cores
 from runner.errors import UserError
@@ -33,10 +34,9 @@ from runner.redaction import redacted as redact
 from runner.storage import atomic_write
 from runner.tracking.base import State
 
-PACKAGES = (
+PACKAGES = (  # beside those of the options
     "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
-    "numpy", "numba", "triton", "megatron-core", "sglang", "flash-attn", "transformer-engine",
-    "math-verify", "sympy",
+    "numpy", "numba", "triton", "flash-attn", "math-verify", "sympy",
 )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def environment(cfg: Config) -> dict[str, Any]:
 
     way, reason = cpu_matmul.choose(cfg.precision.cpu_matmul)
     versions = {}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *options.packages()):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

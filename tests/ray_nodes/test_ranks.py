@@ -209,7 +209,7 @@ def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pyte
 
 def test_doctor_cluster_looks_at_every_node_and_measures(connection: Any, tmp_path: Path) -> None:
     from runner.doctor.cluster import check_cluster
-    from runner.doctor.findings import Status
+    from runner.findings import Status
 
     cfg = two_nodes()
     cfg.outputs_dir = str(tmp_path)

@@ -18,11 +18,11 @@ from pathlib import Path
 import psutil
 
 import runner
-from runner.config.option import chosen, engine_layout, trainer_layout
+from runner.config.option import chosen
 from runner.config.schema import Config
 from runner.errors import UserError
 
-PACKAGES = ("torch", "ray", "transformers", "safetensors", "megatron-core", "sglang", "numpy")
+PACKAGES = ("torch", "ray", "transformers", "safetensors", "numpy")  # of every run, beside those of its options
 CLOCK_SECONDS = 5.0  # that clocks of nodes may differ
 OPEN_FILES = 65536
 GIB = 1024**3
@@ -58,7 +58,7 @@ def report(cfg: Config, address: str, canary: Path | None) -> NodeReport:
         name=platform.node(),
         address=address,
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: _version(name) for name in needed_packages(cfg)},
         code=code_hash(),
         gpus=_gpus() if cfg.parallelism.gpus + cfg.parallelism.rollout_gpus else [],
         memory_free=psutil.virtual_memory().available,
@@ -129,14 +129,9 @@ def warnings(cfg: Config, nodes: list[NodeReport]) -> Iterator[str]:
 
 
 def needed_packages(cfg: Config) -> list[str]:
-    """Of PACKAGES, those that this run stands on."""
-    wanted = {need.distribution for choice in chosen(cfg) for need in choice.option.needs if need.when(cfg)}
-    always = {"torch", "ray", "transformers", "safetensors", "numpy"}
-    if not trainer_layout(cfg).in_process:
-        always.add("megatron-core")
-    if not engine_layout(cfg).in_process:
-        always.add("sglang")
-    return [name for name in PACKAGES if name in always | wanted]
+    """Those that this run stands on."""
+    wanted = [need.distribution for choice in chosen(cfg) for need in choice.option.needs if need.when(cfg)]
+    return list(dict.fromkeys([*PACKAGES, *wanted]))
 
 
 def _gpu_problems(cfg: Config, node: NodeReport, first: NodeReport) -> Iterator[UserError]:

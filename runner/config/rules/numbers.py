@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
+from runner.algorithms import estimators
 from runner.config import option as options
 from runner.config.limits import CHOICES, RANGE, walk
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.precision.formats import UNQUANTIZED
 
 # Where one place of a shared group allows less than its schema: sampling at temperature 0 has no logprobs to learn from.
 ABOVE_ZERO = ("rollout.sampling.temperature",)
 # Other rules look up what these name, and object least to this one in the place of a name that does not exist.
-LOOKED_UP = {"precision.train.format": "bf16", "precision.rollout.format": "bf16", "algorithm.estimator": "reinforce_pp"}
+LOOKED_UP = {
+    "precision.train.format": UNQUANTIZED,
+    "precision.rollout.format": UNQUANTIZED,
+    "algorithm.estimator": next(name for name in estimators.names() if not estimators.estimator_of(name).compares_group),
+}
 
 
 def out_of_range(cfg: Config) -> Iterator[tuple[str, Any, UserError]]:

@@ -1,18 +1,17 @@
-"""Rules of weight formats: grids, shapes, shards, and what QAT and FP8 need."""
+"""Rules of weight formats: grids, shapes, shards, and what quantized training needs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from runner.config.choices import BaseDtype, Fp8Matmul
+from runner.config.choices import BaseDtype
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config, GridConfig, ModelConfig, QatPlacement, Role
 from runner.errors import UserError, UserErrors
 from runner.models import FAMILIES, family_of
 from runner.models.family import Cut, Parameter
-from runner.precision.formats import spec_of
-from runner.precision.formats.fp8 import BLOCK as FP8_BLOCK
+from runner.precision.formats import all_formats, spec_of
 from runner.precision.plan import PrecisionPlan, quantized_roles
 
 TRAIN_ONLY = "int4_train"  # the control experiment that quantizes the trainer and not the engine
@@ -51,7 +50,7 @@ def weights_have_formats(cfg: Config) -> Iterator[UserError]:
 def grids_agree(cfg: Config) -> Iterator[UserError]:
     """Both sides compute with the same integers, except in the two control experiments."""
     train, rollout, name = cfg.precision.train, cfg.precision.rollout, cfg.precision.name
-    if train.format == "bf16" or name == TRAIN_ONLY:
+    if not spec_of(train.format).quantized or name == TRAIN_ONLY:
         return
     if train.format != rollout.format:
         yield UserError(
@@ -103,7 +102,7 @@ def groups_survive_sharding(cfg: Config) -> Iterator[UserError]:
 
 def _cut_groups(cfg: Config, side: str, grid: GridConfig, tp: int, expert_shards: int) -> Iterator[UserError]:
     per_channel = grid.group_size < 1  # one scale for all inputs; an engine takes it as it is, a trainer computes it itself
-    if grid.format == "bf16" or (per_channel and side == "engine"):
+    if not spec_of(grid.format).quantized or (per_channel and side == "engine"):
         return
     cut: dict[tuple[str, int, int, int, bool], list[str]] = {}
     for parameter in sharded_weights(cfg):
@@ -158,7 +157,7 @@ def bad_roles(cfg: Config) -> bool:
 def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
     """Quantizing in place destroys the weight it reads, so there must be a master to return to."""
     precision = cfg.precision
-    if precision.train.format == "bf16" or precision.qat_placement is QatPlacement.forward:
+    if not spec_of(precision.train.format).quantized or precision.qat_placement is QatPlacement.forward:
         return
     wide = precision.base_dtype == BaseDtype.float32
     if wide or not trainer_layout(cfg).masters:
@@ -170,44 +169,11 @@ def qat_needs_masters(cfg: Config) -> Iterator[UserError]:
         )
 
 
-def fp8_options(cfg: Config) -> Iterator[UserError]:
-    precision = cfg.precision
-    if precision.fp8_param_gather and cfg.trainer.optimizer.cpu_offload:
-        yield UserError(
-            "FP8 parameter gather excludes a CPU-offloaded Adam",
-            key="precision.fp8_param_gather",
-            fix="trainer.optimizer.cpu_offload=false or precision.fp8_param_gather=false",
-        )
-    for option in ("fp8_param_gather", "fp8_backward"):
-        if getattr(precision, option) and precision.train.format != "fp8":
-            yield UserError(
-                f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}",
-                key=f"precision.{option}",
-                fix=f"precision=fp8, or precision.{option}=false",
-            )
-    if precision.fp8_matmul == Fp8Matmul.scaled_mm:
-        yield from _scaled_matmul(cfg)
-
-
-def _scaled_matmul(cfg: Config) -> Iterator[UserError]:
-    """torch's blockwise FP8 matmul: what of it can be known without a look at the GPU (fp8_matmul.py knows the rest)."""
-    key, precision = "precision.fp8_matmul", cfg.precision
-    back = f"{key}=simulated"
-    if precision.train.format != "fp8":
-        yield UserError(
-            f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}", key=key, fix=back
-        )
-        return
-    if precision.qat_placement is QatPlacement.forward:
-        yield UserError(
-            "multiplies the FP8 weights that are kept between optimizer steps", key=key, fix="precision.qat_placement=in_place"
-        )
-    if not known_model(cfg) or bad_roles(cfg):
-        return
-    shapes = {p.shape: p for p in sharded_weights(cfg) if any(size % FP8_BLOCK for size in p.shape)}
-    if shapes:
-        shown = ", ".join(f"{p.role.name} {p.name.split('.')[-2]} {list(shape)}" for shape, p in shapes.items())
-        yield UserError(f"FP8 matmuls need dimensions in multiples of 128: {shown}", key=key, fix=back)
+def formats_own(cfg: Config) -> Iterator[UserError]:
+    """What each format says of the keys that are its own."""
+    weights = tuple(sharded_weights(cfg)) if known_model(cfg) and not bad_roles(cfg) else ()
+    for spec in all_formats():
+        yield from spec.rules(cfg, weights)
 
 
 RULES = (
@@ -216,5 +182,5 @@ RULES = (
     fixed_group_sizes,
     groups_survive_sharding,
     qat_needs_masters,
-    fp8_options,
+    formats_own,
 )

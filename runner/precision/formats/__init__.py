@@ -11,22 +11,24 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from runner.config.schema import Convention
+from runner.config.schema import Config, Convention
 from runner.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
+    from runner.models.family import Parameter
     from runner.precision.tensor_format import TensorFormat
 
 Shape = tuple[int, ...]
 _ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1, "int8": 1, "float8_e4m3fn": 1}
+UNQUANTIZED = "bf16"  # the format of what is not quantized
 FLOATS = ("bfloat16", "float16", "float32")  # what weights that are not quantized, and foreign scales, are stored in
 
 
@@ -87,6 +89,8 @@ class FormatSpec(ABC):
     integer: ClassVar[bool] = False  # values are integers, each times its group's scale; scales follow a convention
     has_global_scale: ClassVar[bool] = False  # over the whole weight, or all weights that engines lay into one matrix
     converter_only: ClassVar[bool] = False  # neither trained nor rolled out
+    quantizes_activations: ClassVar[bool] = False  # training in it multiplies quantized activations, too
+    proposed: ClassVar[tuple[str, int] | None] = None  # the option of `precision`, and its group size, to save memory with
     compiled_kernels: ClassVar[bool] = False  # worth loading for a large conversion
     group_sizes: ClassVar[tuple[int, ...]] = ()  # to choose from; () where the format fixes it
     fixed_group: ClassVar[int | None] = None  # weights along `in` that share a scale, by definition
@@ -126,6 +130,11 @@ class FormatSpec(ABC):
     def words(self, tensor_format: TensorFormat) -> list[str]:
         """What a reader of its grid wants to know beside its name."""
         return []
+
+    def rules(self, cfg: Config, weights: Sequence[Parameter]) -> Iterator[UserError]:
+        """What the keys of `precision` that are its own need, whatever format is chosen. `weights`: a matrix of each role and
+        shape that is quantized; none where that cannot be said."""
+        return iter(())
 
     # -- the layout
 

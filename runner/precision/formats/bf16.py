@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from runner.config.schema import Convention
-from runner.precision.formats import FormatSpec, Part, Shape
+from runner.precision.formats import UNQUANTIZED, FormatSpec, Part, Shape
 from runner.precision.tensor_format import TensorFormat
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Bf16(FormatSpec):
-    name = "bf16"
+    name = UNQUANTIZED
     bits = 16
     scale_dtype = "none"
     part_names = ("weight",)

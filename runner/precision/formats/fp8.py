@@ -6,10 +6,11 @@ tensor: weight_scale fp32 [1]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from runner.config.schema import Convention
+from runner.config.choices import Fp8Matmul
+from runner.config.schema import Config, Convention, QatPlacement
 from runner.errors import UserError
 from runner.precision.formats import FLOATS, FormatSpec, Part, Readable, Scales, Scheme, Shape
 from runner.precision.quantization_config import module_names
@@ -17,6 +18,8 @@ from runner.precision.tensor_format import TensorFormat
 
 if TYPE_CHECKING:
     import torch
+
+    from runner.models.family import Parameter
 
 BLOCK = 128
 
@@ -30,6 +33,7 @@ class Fp8(FormatSpec):
     strategies = ("block", "channel", "tensor")
     container = "float-quantized"
     methods = ("fp8",)
+    quantizes_activations = True
 
     def grid(self, group_size: int, convention: Convention | None, strategy: str) -> TensorFormat:
         if strategy not in self.strategies:
@@ -38,6 +42,35 @@ class Fp8(FormatSpec):
 
     def words(self, tensor_format: TensorFormat) -> list[str]:
         return [f"per {tensor_format.strategy}"]
+
+    def rules(self, cfg: Config, weights: Sequence[Parameter]) -> Iterator[UserError]:
+        precision = cfg.precision
+        if precision.fp8_param_gather and cfg.trainer.optimizer.cpu_offload:
+            yield UserError(
+                "FP8 parameter gather excludes a CPU-offloaded Adam",
+                key="precision.fp8_param_gather",
+                fix="trainer.optimizer.cpu_offload=false or precision.fp8_param_gather=false",
+            )
+        needed = f"needs FP8 training, but precision={precision.name} trains in {precision.train.format}"
+        for option in ("fp8_param_gather", "fp8_backward"):
+            if getattr(precision, option) and precision.train.format != self.name:
+                yield UserError(needed, key=f"precision.{option}", fix=f"precision=fp8, or precision.{option}=false")
+        if precision.fp8_matmul == Fp8Matmul.scaled_mm:
+            key, back = "precision.fp8_matmul", "precision.fp8_matmul=simulated"
+            if precision.train.format == self.name:
+                yield from self._scaled_matmul(cfg, weights, key, back)
+            else:
+                yield UserError(needed, key=key, fix=back)
+
+    def _scaled_matmul(self, cfg: Config, weights: Sequence[Parameter], key: str, back: str) -> Iterator[UserError]:
+        """torch's blockwise FP8 matmul: what of it can be known without a look at the GPU (../fp8_matmul.py knows the rest)."""
+        if cfg.precision.qat_placement is QatPlacement.forward:
+            problem = "multiplies the FP8 weights that are kept between optimizer steps"
+            yield UserError(problem, key=key, fix="precision.qat_placement=in_place")
+        shapes = {p.shape: p for p in weights if any(size % BLOCK for size in p.shape)}
+        if shapes:
+            shown = ", ".join(f"{p.role.name} {p.name.split('.')[-2]} {list(shape)}" for shape, p in shapes.items())
+            yield UserError(f"FP8 matmuls need dimensions in multiples of {BLOCK}: {shown}", key=key, fix=back)
 
     def parts(self, tensor_format: TensorFormat, shape: Shape) -> tuple[Part, ...]:
         suffix = "weight_scale_inv" if tensor_format.strategy == "block" else "weight_scale"

@@ -142,6 +142,7 @@ def _convention(tensor_format: TensorFormat) -> Convention:
 class Int4(Integer):
     name = "int4"
     bits = 4
+    proposed = ("int4_qat", 128)
     compiled_kernels = True
 
     def _packed(

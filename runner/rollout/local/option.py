@@ -17,6 +17,7 @@ from runner.config.rules.precision import bad_roles, known_model, sharded_weight
 from runner.config.schema import Config, Role, RolloutConfig
 from runner.errors import UserError
 from runner.models.family import Parameter
+from runner.rollout.local.machine import packed_matmul
 
 SPECULATION = (Drafting.none, Drafting.ngram, Drafting.draft)
 INT4_GROUPS = (32, 64, 128, 256)  # of torch's weight-only int4 matmul
@@ -130,6 +131,7 @@ OPTION = Option(
     LocalRolloutConfig,
     rules=(one_device, speculation, cache, int4_matmul),
     machine=(device, memory),
+    checks=(packed_matmul,),
     engines=layout,
-    probe="runner.doctor.local_probe.LocalProbe",
+    probe="runner.rollout.local.probe.LocalProbe",
 )

@@ -1,4 +1,4 @@
-"""FP8 on CPU ranks, simulated as trainer=torch does it (runner.trainer.fp8); on CUDA Transformer Engine has FP8 matmuls.
+"""FP8 on CPU ranks, simulated as trainer=torch does it (runner.trainer.torch.fp8); on CUDA Transformer Engine has FP8 matmuls.
 
 Weights hold quantize-dequantized 128 x 128 blocks (qat.py). Here the inputs of their matmuls become 1 x 128 FP8, and with
 fp8_backward the gradients of their outputs, before anything is communicated. What a rank holds of a divided dimension is a
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.trainer.fp8 import QuantizeActivation, QuantizeGradient
 from runner.trainer.megatron import names
 from runner.trainer.megatron.qat import Quantized, QuantizedParameters
+from runner.trainer.torch.fp8 import QuantizeActivation, QuantizeGradient
 
 
 def simulate_fp8(model: nn.Module, quantized: QuantizedParameters, *, backward: bool) -> None:

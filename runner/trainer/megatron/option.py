@@ -10,7 +10,7 @@ from runner.config.option import Need, Option, TrainerLayout
 from runner.config.packages import version_of
 from runner.config.schema import Config
 from runner.errors import UserError
-from runner.trainer.megatron.arguments import trainer_config
+from runner.trainer.megatron.arguments import padded_vocabulary, trainer_config
 from runner.trainer.megatron.config import MegatronTrainerConfig
 from runner.trainer.megatron.rules import RULES
 
@@ -22,9 +22,9 @@ def layout(cfg: Config) -> TrainerLayout:
         fused=True,
         masters=True,
         shards_states=trainer.distributed_optimizer,
-        pads_vocabulary=True,
+        padded_vocabulary=padded_vocabulary(cfg),
         resident_reference=trainer.resident_reference,
-        keeps_fp8=not cfg.precision.fp8_param_gather,
+        keeps_quantized=not cfg.precision.fp8_param_gather,
         max_restarts=trainer.max_restarts,
     )
 

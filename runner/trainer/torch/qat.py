@@ -21,6 +21,7 @@ from runner.errors import UserError
 from runner.models.family import Family
 from runner.precision import kernels
 from runner.precision.codec import Scales, encode, fused_scales, module_of, quantize_dequantize, quantize_dequantize_
+from runner.precision.formats import UNQUANTIZED
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
 
@@ -207,7 +208,7 @@ def export_weights(
         tensor_format, weight = layout.formats[name], weights[name]
         if not tensor_format.quantized:
             for piece in pieces:
-                yield ExportedTensor(piece.name, "bf16", {piece.name: piece.of(weight).detach()})
+                yield ExportedTensor(piece.name, UNQUANTIZED, {piece.name: piece.of(weight).detach()})
         elif pieces[0].expert is None:
             scales = kept(name, None) or layout.fused_scales(name, weights.__getitem__).get(name)
             yield encode(pieces[0].name, weight, tensor_format, scales)

@@ -24,11 +24,11 @@ from runner.models import family_of, visual
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.models.images import Images
 from runner.precision import cpu_matmul
+from runner.precision.formats import spec_of
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
 from runner.trainer import attention, experts, microbatch, mtp, policy_step
-from runner.trainer.fp8 import install_fp8_matmuls
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.mtp import Sequences
 from runner.trainer.optimizer import MasterOptimizer
@@ -37,6 +37,7 @@ from runner.trainer.policy import Loss, PolicyTrainer, PolicyUpdates, Updated, r
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
 from runner.trainer.torch import checkpoint
+from runner.trainer.torch.fp8 import install_fp8_matmuls
 from runner.trainer.torch.option import TorchTrainerConfig
 from runner.trainer.torch.qat import (
     ForwardFakeQuantization,
@@ -104,7 +105,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         quantized = bool(self._train_layout.quantized)
         in_place = precision.qat_placement is QatPlacement.in_place and self.optimizer.has_masters
         self._in_place = quantized and in_place
-        if quantized and precision.train.format == "fp8":  # first: fake quantization wraps what it finds
+        if quantized and spec_of(precision.train.format).quantizes_activations:  # first: fake quantization wraps what it finds
             install_fp8_matmuls(self.model, self._train_layout, self.quantizer, precision, self.device)
         self._fake = ForwardFakeQuantization(self.model, self.quantizer) if quantized and not in_place else None
 

@@ -1,35 +1,18 @@
-"""What a check found, and the table that shows it."""
+"""The table that shows what checks found."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import Enum
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-
-class Status(Enum):
-    ok = "ok"
-    warn = "warn"
-    fail = "FAIL"
-
+from runner.findings import Finding, Status
 
 STYLES = {Status.ok: "green", Status.warn: "yellow", Status.fail: "bold red"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table; `fix` says what to type or change when it is not ok."""
-
-    name: str
-    status: Status
-    found: str
-    fix: str = ""
 
 
 def make_console() -> Console:
