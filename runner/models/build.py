@@ -16,7 +16,6 @@ from runner.convert.reading import open_checkpoint, read_weight
 from runner.convert.source import Source
 from runner.errors import UserError
 from runner.models import family_of
-from runner.models.families.qwen3_vl import processor_config
 from runner.models.family import Family
 from runner.models.published import (
     KEY,
@@ -226,4 +225,4 @@ def save_config(model: ModelConfig, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         copy_tokenizer(model.hf_checkpoint, folder)
     if model.vision and not (folder / "preprocessor_config.json").exists():
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor_config(model), indent=1))
+        (folder / "preprocessor_config.json").write_text(json.dumps(family_of(model).processor_config(model), indent=1))

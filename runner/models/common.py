@@ -8,7 +8,7 @@ from typing import Any
 
 from runner.config.choices import RouterScore
 from runner.config.schema import ModelConfig, Role
-from runner.models.family import Cut, MtpLayers, Parameter, StackedParameter
+from runner.models.family import Cut, MtpLayers, Parameter, StackedParameter, VisualTower
 from runner.models.vocabulary import EOS_ID, PAD_ID
 
 # ModelConfig fields of a dense model without MLA, MTP or vision
@@ -55,12 +55,19 @@ class KnownFamily:
     normalizes_top_k: bool = True
     gates_shared_expert: bool = False
     groups_experts: bool = False
+    sees: bool = False
 
     def register(self) -> None:
         return
 
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
         return set()
+
+    def tower(self, model: ModelConfig) -> VisualTower | None:
+        return None
+
+    def processor_config(self, model: ModelConfig) -> dict[str, Any]:
+        raise AssertionError(f"{model.family} sees no images")
 
     def window(self, config: dict[str, Any]) -> int | None:
         return None

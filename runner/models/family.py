@@ -66,6 +66,30 @@ class MtpLayers(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class VisualTower:
+    """Sizes of the visual tower; images are cut into patches of `patch_size` pixels, `merge` x `merge` patches per token."""
+
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    depth: int = 2
+    patch_size: int = 4
+    temporal_patch_size: int = 2
+    channels: int = 3
+    merge: int = 2
+    num_positions: int = 256  # a 16 x 16 grid, interpolated for other image sizes
+    mean: float = 0.5  # of every channel, after rescaling to [0, 1]
+    std: float = 0.5
+    marks: int = 2  # tokens around those of an image: start and end of vision
+    deepstack_layers: tuple[int, ...] = (0,)  # tower layers whose output is added to the first decoder layers
+
+    @property
+    def side(self) -> int:
+        """Pixels on each side of what one image token stands for."""
+        return self.patch_size * self.merge
+
+
 class Family(Protocol):
     name: str
     architectures: tuple[str, ...]  # config.json "architectures" that this family reads
@@ -74,6 +98,7 @@ class Family(Protocol):
     normalizes_top_k: bool  # the chosen experts' weights sum to one
     gates_shared_expert: bool  # the shared expert has a sigmoid gate
     groups_experts: bool  # the router may choose groups of experts first
+    sees: bool  # it has a visual tower
 
     @property
     def mtp(self) -> MtpLayers | None:
@@ -107,6 +132,15 @@ class Family(Protocol):
 
     def window(self, config: dict[str, Any]) -> int | None:
         """Tokens that some layer of this config.json sees at most, itself included; None: every layer sees everything."""
+        ...
+
+    def tower(self, model: ModelConfig) -> VisualTower | None:
+        """The visual tower of a checkpoint, or of a tiny model without one; None where the family has none. UserError for a
+        checkpoint's that is not understood."""
+        ...
+
+    def processor_config(self, model: ModelConfig) -> dict[str, Any]:
+        """preprocessor_config.json of a family that sees: how transformers makes the patches of runner/models/images.py."""
         ...
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:

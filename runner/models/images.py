@@ -18,7 +18,8 @@ import torch
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.models.families.qwen3_vl import MEAN, STD, VisualTower, tower
+from runner.models import family_of
+from runner.models.family import VisualTower
 from runner.models.vocabulary import IMAGE_ID, VISION_END_ID, VISION_START_ID
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class PlacedImage:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens (h, w); they lie at start .. start + h * w - 1, row by row."""
-        side = self.tower.patch_size * self.tower.merge
+        side = self.tower.side
         return self.pixels.shape[0] // side, self.pixels.shape[1] // side
 
     @property
@@ -65,7 +66,7 @@ class PlacedImage:
         """fp32 [h * w * m * m, 3 * t * p * p]: token by token, the m x m patches of a token together, a still image t times."""
         p, m, t = self.tower.patch_size, self.tower.merge, self.tower.temporal_patch_size
         scaled = (self.pixels * (1 / 255)).astype(np.float32)
-        normal = (scaled - np.float32(MEAN)) / np.float32(STD)
+        normal = (scaled - np.float32(self.tower.mean)) / np.float32(self.tower.std)
         rows, columns = self.grid
         cut = normal.reshape(rows, m, p, columns, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)  # h w m m 3 p p
         still = np.broadcast_to(cut[:, :, :, :, :, None], (*cut.shape[:5], t, p, p))
@@ -120,7 +121,7 @@ class ImageProcessor:
     @property
     def side(self) -> int:
         """Pixels of a token, in height and width."""
-        return self.tower.patch_size * self.tower.merge
+        return self.tower.side
 
     def place(self, tokens: Sequence[int], pixels: Sequence[np.ndarray], first: int = 0) -> tuple[list[int], Images]:
         """The tokens, each placeholder becoming as many as its image has, and the images in these places; `first`: of the
@@ -168,7 +169,8 @@ class ImageProcessor:
 
 def image_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ImageProcessor:
     """The processor of a vision model; UserError for a model without a visual tower."""
-    if not model.vision:
+    tower = family_of(model).tower(model) if model.vision else None
+    if tower is None:
         raise UserError(f"{model.name} has no visual tower", key="model", fix="model=tiny_vlm")
     ids = (VISION_START_ID, IMAGE_ID, VISION_END_ID)
     if model.hf_checkpoint is not None:
@@ -177,4 +179,4 @@ def image_processor(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> I
         config: Any = checkpoint_config(model)
         ids = (config.vision_start_token_id, config.image_token_id, config.vision_end_token_id)
     mark = "".join(tokenizer.convert_ids_to_tokens(list(ids)))
-    return ImageProcessor(tower(model), mark, ids[1])
+    return ImageProcessor(tower, mark, ids[1])

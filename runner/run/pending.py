@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from runner.data import Sample, Status, WeightSpan
 from runner.errors import UserError
-from runner.models.families.qwen3_vl import VisualTower
+from runner.models.family import VisualTower
 from runner.models.images import PlacedImage
 from runner.routing.reference import RouteRef
 from runner.run.collect import Group, Rollout

@@ -17,12 +17,12 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config
 from runner.errors import UserError
-from runner.models.families import qwen3_vl
 from runner.models.pictures import image_bytes, open_rgb, resized
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
 from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
 from runner.tasks.protocol import Prompt
+from runner.tasks.rules import seen_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,10 +116,10 @@ def _original(data: bytes) -> np.ndarray:
 def image_tokens(cfg: Config) -> Iterator[UserError]:
     task = cfg.task
     assert isinstance(task, Geo3kTaskConfig)
-    side = qwen3_vl.token_side(cfg.model)
-    if side is None:
+    tower = seen_by(cfg)
+    if tower is None:
         return
-    tokens = task.max_image_pixels // side**2 + qwen3_vl.MARKS
+    side, tokens = tower.side, task.max_image_pixels // tower.side**2 + tower.marks
     if tokens >= task.max_prompt_tokens:
         yield UserError(
             f"an image of {task.max_image_pixels} pixels is {tokens} tokens, prompts have {task.max_prompt_tokens} at most",

@@ -6,6 +6,16 @@ from collections.abc import Callable, Iterator
 
 from runner.config.schema import Config
 from runner.errors import UserError
+from runner.models import family_of
+from runner.models.family import VisualTower
+
+
+def seen_by(cfg: Config) -> VisualTower | None:
+    """The visual tower that a task's images are shown to; None for a model that cannot see or whose tower a rule refuses."""
+    try:
+        return family_of(cfg.model).tower(cfg.model)
+    except UserError:
+        return None
 
 
 def held_out(cfg: Config) -> Iterator[UserError]:

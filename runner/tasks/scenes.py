@@ -11,12 +11,15 @@ from runner.tasks.protocol import Prompt
 from runner.tasks.seeding import stream
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from runner.models.images import ImageProcessor
 
 S = TypeVar("S")
 Kind = tuple[str, str]  # colour or ink, and shape
+SHAPES = ("square", "triangle", "circle")  # the easier to tell apart first
+SMALLEST_SHAPE, SMALLEST_CELL = 5, 7  # pixels of a shape, and of a cell that holds it in more than one place
 
 
 class Scenes(Generic[S]):
@@ -92,3 +95,17 @@ def counted_by_rows(cells: Sequence[Kind | None], side: int, kind: Kind) -> str:
     """The solution: one number per row of cells, then their sum."""
     rows = [cells[row * side : (row + 1) * side].count(kind) for row in range(side)]
     return "+".join(map(str, rows)) + f"={sum(rows)}"
+
+
+def mask(shape: str, size: int) -> np.ndarray:
+    """bool [size, size]: the pixels of a shape as large as its box."""
+    import numpy as np
+
+    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
+    if shape == "square":
+        return np.ones((size, size), dtype=bool)
+    if shape == "circle":
+        inside: np.ndarray = rows**2 + columns**2 <= (size / 2) ** 2
+        return inside
+    triangle: np.ndarray = np.abs(columns) <= (rows + size / 2) / 2
+    return triangle

@@ -19,10 +19,9 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.models.families import qwen3_vl
 from runner.tasks.protocol import Prompt
-from runner.tasks.rules import held_out
-from runner.tasks.scenes import Scenes, counted_by_rows, filled
+from runner.tasks.rules import held_out, seen_by
+from runner.tasks.scenes import SHAPES, SMALLEST_CELL, SMALLEST_SHAPE, Scenes, counted_by_rows, filled, mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
     from runner.models.images import ImageProcessor
 
 COLORS = {"red": (220, 50, 40), "green": (40, 180, 70), "blue": (50, 90, 220), "yellow": (230, 200, 40)}
-SHAPES = ("square", "triangle", "circle")  # the easier to tell apart first
 GROUND = (90, 150)  # gray levels of the ground
-SMALLEST_SHAPE, SMALLEST_CELL = 5, 7  # pixels of a shape, and of a cell that holds it in more than one place
 
 
 @dataclass
@@ -120,24 +117,10 @@ def draw(scene: Scene, cfg: VisualCountTaskConfig) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def mask(shape: str, size: int) -> np.ndarray:
-    """bool [size, size]: the pixels of a shape as large as its box."""
-    import numpy as np
-
-    rows, columns = np.mgrid[:size, :size] - (size - 1) / 2
-    if shape == "square":
-        return np.ones((size, size), dtype=bool)
-    if shape == "circle":
-        inside: np.ndarray = rows**2 + columns**2 <= (size / 2) ** 2
-        return inside
-    triangle: np.ndarray = np.abs(columns) <= (rows + size / 2) / 2
-    return triangle
-
-
 def image_tokens(cfg: Config) -> Iterator[UserError]:
-    task, side = cfg.task, qwen3_vl.token_side(cfg.model)
+    task, tower = cfg.task, seen_by(cfg)
     assert isinstance(task, VisualCountTaskConfig)
-    tokens = (task.grid * task.cell_pixels // side) ** 2 + qwen3_vl.MARKS if side else 0
+    tokens = (task.grid * task.cell_pixels // tower.side) ** 2 + tower.marks if tower else 0
     if tokens >= task.max_prompt_tokens:
         yield UserError(
             f"an image of {task.grid} x {task.grid} cells is {tokens} tokens, prompts have {task.max_prompt_tokens} at most",

@@ -21,11 +21,9 @@ from runner.config.limits import number
 from runner.config.option import Option
 from runner.config.schema import Config, TaskConfig
 from runner.errors import UserError
-from runner.models.families import qwen3_vl
 from runner.tasks.protocol import Prompt
-from runner.tasks.rules import held_out, turns_needed
-from runner.tasks.scenes import Scenes, counted_by_rows, filled
-from runner.tasks.visual_count import SHAPES, SMALLEST_CELL, SMALLEST_SHAPE, mask
+from runner.tasks.rules import held_out, seen_by, turns_needed
+from runner.tasks.scenes import SHAPES, SMALLEST_CELL, SMALLEST_SHAPE, Scenes, counted_by_rows, filled, mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,9 +196,9 @@ def reduced(pixels: np.ndarray, kept: int, side: int) -> np.ndarray:
 
 
 def image_tokens(cfg: Config) -> Iterator[UserError]:
-    task, side = cfg.task, qwen3_vl.token_side(cfg.model)
+    task, tower = cfg.task, seen_by(cfg)
     assert isinstance(task, VisualZoomTaskConfig)
-    tokens = (task.grid * task.cell_pixels // side) ** 2 + qwen3_vl.MARKS if side else 0
+    tokens = (task.grid * task.cell_pixels // tower.side) ** 2 + tower.marks if tower else 0
     if tokens > task.rollout.max_observation_tokens:
         yield UserError(
             f"a field of {task.grid} x {task.grid} cells is {tokens} tokens",

@@ -8,7 +8,7 @@ from runner.config.choices import Drafting
 from runner.config.option import option_of
 from runner.config.schema import Config
 from runner.errors import UserError
-from runner.models.families import qwen3_vl
+from runner.models import FAMILIES
 
 
 def seen(cfg: Config) -> Iterator[UserError]:
@@ -19,11 +19,12 @@ def seen(cfg: Config) -> Iterator[UserError]:
             key="model",
             fix="model=tiny_vlm, or task=arithmetic",
         )
-    if cfg.model.vision and cfg.model.family != qwen3_vl.Qwen3VL.name:
+    family = FAMILIES.get(cfg.model.family)
+    if cfg.model.vision and not (family and family.sees):
         yield UserError(
             f"family {cfg.model.family} has no visual tower", key="model.vision", fix="model.vision=false, or model=tiny_vlm"
         )
-    if cfg.model.family == qwen3_vl.Qwen3VL.name and not cfg.model.vision:
+    if family and family.sees and not cfg.model.vision:
         yield UserError(f"family {cfg.model.family} has a visual tower", key="model.vision", fix="model.vision=true")
 
 

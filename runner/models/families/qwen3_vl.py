@@ -7,14 +7,13 @@ checkpoint follow the decoder's width (`tower`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from runner.config.schema import ModelConfig, Role
 from runner.errors import UserError
 from runner.models import common
 from runner.models.agreement import local_config
-from runner.models.family import Parameter
+from runner.models.family import Parameter, VisualTower
 from runner.models.vocabulary import IMAGE_ID, VIDEO_ID, VISION_END_ID, VISION_START_ID
 
 # what transformers takes for the decoder where config.json has nothing
@@ -24,31 +23,6 @@ DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 128000,
     "rope_theta": 500000.0,
 }
-
-
-@dataclass(frozen=True)
-class VisualTower:
-    """Sizes of the visual tower; images are cut into patches of `patch_size` pixels, `merge` x `merge` patches per token."""
-
-    hidden_size: int
-    ffn_size: int
-    num_heads: int
-    depth: int = 2
-    patch_size: int = 4
-    temporal_patch_size: int = 2
-    channels: int = 3
-    merge: int = 2
-    num_positions: int = 256  # a 16 x 16 grid, interpolated for other image sizes
-    deepstack_layers: tuple[int, ...] = (0,)  # tower layers whose output is added to the first decoder layers
-
-
-def token_side(model: ModelConfig) -> int | None:
-    """Pixels on each side of what one image token stands for; None where a rule refuses the checkpoint's tower."""
-    try:
-        shape = tower(model)
-    except UserError:
-        return None
-    return shape.patch_size * shape.merge
 
 
 def tower(model: ModelConfig) -> VisualTower:
@@ -99,29 +73,13 @@ TOWER_KEYS = {  # of vision_config, with transformers' values for what is left o
     "spatial_merge_size": 2,
     "num_position_embeddings": 2304,
 }
-MARKS = 2  # tokens around those of an image: start and end of vision
-MEAN = STD = 0.5  # of every channel, after rescaling to [0, 1]: Qwen3-VL's own
-
-
-def processor_config(model: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: how transformers makes the patches of runner/models/images.py."""
-    shape = tower(model)
-    side = shape.patch_size * shape.merge
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": shape.patch_size,
-        "temporal_patch_size": shape.temporal_patch_size,
-        "merge_size": shape.merge,
-        "image_mean": [MEAN] * shape.channels,
-        "image_std": [STD] * shape.channels,
-        "size": {"shortest_edge": side**2, "longest_edge": side**2 * model.max_context_tokens},  # pixels of a whole image
-    }
 
 
 class Qwen3VL(common.DenseFamily):
     name = "qwen3_vl"
     architectures: tuple[str, ...] = ("Qwen3VLForConditionalGeneration",)
     model_types: tuple[str, ...] = ("qwen3_vl",)
+    sees: bool = True
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:
         yield from _visual_parameters(model)
@@ -133,6 +91,22 @@ class Qwen3VL(common.DenseFamily):
             yield from common.gated_mlp(f"{prefix}.mlp", model.hidden_size, model.ffn_size, Role.dense_mlp, layer)
             yield from common.layer_norms(model, prefix, layer)
         yield from common.final_norm_and_head(model, decoder)
+
+    def tower(self, model: ModelConfig) -> VisualTower | None:
+        return tower(model)
+
+    def processor_config(self, model: ModelConfig) -> dict[str, Any]:
+        shape = tower(model)
+        side = shape.side
+        return {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "patch_size": shape.patch_size,
+            "temporal_patch_size": shape.temporal_patch_size,
+            "merge_size": shape.merge,
+            "image_mean": [shape.mean] * shape.channels,
+            "image_std": [shape.std] * shape.channels,
+            "size": {"shortest_edge": side**2, "longest_edge": side**2 * model.max_context_tokens},  # pixels of a whole image
+        }
 
     def hf_config(self, model: ModelConfig) -> dict[str, Any]:
         text = common.base_config(model) | {"model_type": "qwen3_vl_text", "head_dim": model.head_dim}
