@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "data")  # modules of runner/ itself
+GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "findings", "data")  # modules of runner/ itself
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
-    "algorithms.estimators", "algorithms", "tools", "tasks", "weights", "weights.transports", "config.rules", "convert",
+    "algorithms.estimators", "algorithms", "tasks", "tools", "weights", "weights.transports", "config.rules", "convert",
     "cluster", "tracking", "rollout", "turns", "trainer", "trainer.torch", "trainer.megatron", "rollout.local.cpu_kernels",
     "rollout.local", "rollout.sglang.plugin", "rollout.sglang", "cluster.local", "cluster.ray", "planner", "doctor", "run",
     "sweep", "cli", "__main__",
@@ -27,8 +27,7 @@ BACK = {
     ("config", "models"): "the families that model.family may name, and the config.json that a local checkpoint has",
     ("config", "precision.formats"): "the formats that a grid may name",
     ("config", "algorithms.estimators"): "the estimators that algorithm.estimator may name",
-    ("tools", "tasks"): "the type of a prompt, for checkers only",
-    ("models", "models.families"): "the table of families, and the visual tower of one of them",
+    ("models", "models.families"): "the table of families",
     ("models", "precision"): "a built model loads the weights of a quantized folder",
     ("models", "convert"): "... through the converter's reader of published folders",
     ("precision.formats", "precision"): "a format's file names the arithmetic of its family, which is older than the files",
@@ -36,7 +35,6 @@ BACK = {
     ("cluster", "cluster.local"): "the launcher that a config names",
     ("cluster", "cluster.ray"): "... and the other one",
     ("weights.transports", "rollout.sglang"): "the type of the section that p2p's options stand in, for checkers only",
-    ("trainer", "trainer.torch"): "FP8 matmuls wrap the quantized weights of the torch trainer",
 }
 
 
