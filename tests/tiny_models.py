@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from runner.config.choices import RouterScore
-from runner.models.common import PLAIN
+from tests.configs import composed
 
-BASE: dict[str, Any] = PLAIN | {
-    "hf_checkpoint": None,
+# conf/model/tiny_dense.yaml, smaller
+BASE: dict[str, Any] = asdict(composed("model=tiny_dense").model) | {
     "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_size": 128,
-    "num_heads": 4,
-    "num_kv_heads": 2,
     "head_dim": 16,
-    "vocab_size": 272,
     "max_context_tokens": 128,
     "rope_theta": 10000.0,
-    "norm_eps": 1e-6,
-    "tied_embeddings": False,
-    "attention_bias": False,
-    "qk_norm": True,
     "initializer_range": 0.05,
-    "toy_twin": "none",
 }
+del BASE["name"], BASE["family"]  # each test's own
 MOE: dict[str, Any] = {"num_experts": 4, "experts_top_k": 2, "expert_ffn_size": 64}
 MLA: dict[str, Any] = {
     "qk_norm": False,
