@@ -16,7 +16,7 @@ from runner.precision.tensor_format import TensorFormat
 from runner.rollout.audit import audit_pool
 from runner.rollout.local import LocalPool
 from runner.trainer import attention, experts
-from runner.trainer.fp8 import install_fp8_matmuls
+from runner.trainer.torch.fp8 import install_fp8_matmuls
 from runner.trainer.torch.qat import WeightLayout, WeightQuantizer
 from runner.weights.stream import SealedTensor, seal
 
