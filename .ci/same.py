@@ -25,6 +25,7 @@ COMMON = [
     "evaluation.interval_steps=2", "evaluation.num_prompts=8", "evaluation.samples_per_prompt=2",
     "warm_start.max_steps=12", "warm_start.check_interval_steps=6", "warm_start.cache=false",
     "mismatch.decompose_interval_steps=1", "mismatch.decompose_samples=4", "checkpoint.interval_steps=2",
+    "speculative.auto_disable=false",  # whether drafts pay is measured in seconds, which a busy machine changes
 ]  # fmt: skip
 RUNS = {
     "default": ["steps=3"],
