@@ -16,7 +16,7 @@ WORKDIR /runner
 ARG CUDA_ARCHITECTURES="9.0"
 ENV TORCH_CUDA_ARCH_LIST=${CUDA_ARCHITECTURES} CUDA_HOME=/usr/local/cuda MAX_JOBS=8
 
-COPY pyproject.toml constraints-gpu.txt README.md Makefile ./
+COPY pyproject.toml hatch_build.py constraints-gpu.txt README.md LICENSE Makefile ./
 COPY .ci ./.ci
 COPY runner ./runner
 COPY conf ./conf

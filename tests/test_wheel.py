@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runner import __version__, provenance
 from runner.config.searchpath import HOME, groups
 
 pytest.importorskip("hatchling", reason="`make setup` installs it")
@@ -39,6 +40,15 @@ def test_it_holds_every_config_and_no_link(site: Path) -> None:
         there = {str(file.relative_to(ours)): file.read_text() for file in ours.rglob("*.yaml")}
         assert there and there == {str(file.relative_to(theirs)): file.read_text() for file in theirs.rglob("*.yaml")}
         assert not [file for file in (ours, *ours.rglob("*")) if file.is_symlink()]
+
+
+def test_it_names_its_version_and_commit(site: Path) -> None:
+    ours = provenance.git_state(HOME)
+    assert ours is not None or not (HOME / ".git").exists()
+    line = f"runner {__version__}, commit " + (f"{ours['commit']}{', with changes' * ours['dirty']}" if ours else "unknown")
+    assert python(site, "-m", "runner", "--version").strip() == line
+    (license_file,) = site.glob("runner-*.dist-info/licenses/LICENSE")
+    assert license_file.read_text() == (HOME / "LICENSE").read_text()
 
 
 def test_it_composes_every_recipe_and_plans(site: Path) -> None:

@@ -29,9 +29,9 @@ def dispatch(argv: list[str]) -> int:
     if command.flags.help:
         print(help_of(verb, groups_text) if named else help_text())
     elif command.flags.version:
-        from importlib.metadata import version
+        from runner.provenance import version_line
 
-        print(version("runner"))
+        print(version_line())
     elif not shown(command):
         return verb.start(command)
     return 0
@@ -48,7 +48,7 @@ def help_text() -> str:
         [
             ("VERB --help", "what that verb takes, with more examples"),
             ("--cfg job [--resolve] [--package KEY]", "print the composed config and stop"),
-            ("--version", "the version of runner"),
+            ("--version", "the version of runner and its commit"),
             ("-sc install=bash", 'Tab completion: eval "$(runner -sc install=bash)"'),
         ]
     )

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         self.flags = self.add_argument_group("flags")
         verb.flags(self)
         self.flag("--help", "-h", action="store_true", help="this text")
-        self.flag("--version", action="store_true", help="the version of runner")
+        self.flag("--version", action="store_true", help="the version of runner and its commit")
 
     def flag(self, *names: str, help: str, **settings: object) -> None:
         """Add a flag. Takes what argparse's add_argument takes."""

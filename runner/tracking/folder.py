@@ -24,7 +24,7 @@ from typing import Any, get_args
 import psutil
 import yaml
 
-from runner import lock
+from runner import lock, provenance
 from runner.config import option as options
 from runner.config.schema import Config
 from runner.cores import available_cores
@@ -62,19 +62,6 @@ def write_resolved(run_dir: Path, cfg: Config) -> None:
 
 
 # ---- environment.json
-
-
-def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files differ from it; None outside a repository or without git."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _cpu_name() -> str:
@@ -117,7 +104,7 @@ def environment(cfg: Config) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _gpus(),
         "packages": versions,
-        "git": _git_state(Path(__file__).parent),
+        "git": provenance.commit(),
     }
 
 
