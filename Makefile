@@ -24,7 +24,7 @@ GPTQ ?= llmcompressor==0.14.0.1
 GPTQ_STAMP := $(GPTQ_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-recipes test-peers test-gptq same lock lint format bench clean
+.PHONY: help setup setup-gpu warm-gpu setup-sglang test-sglang test-night setup-gptq run test test-slow test-megatron test-ray test-recipes test-peers test-gptq same lock lint docs format bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,7 +34,7 @@ $(STAMP_CPU): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH) uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron,tensorboard,mlflow]'
 	@touch $(STAMP_CPU)
 
 # Transformer Engine's torch part is compiled against the torch that is there, after everything else, with the toolkit's nvcc and the
@@ -114,6 +114,10 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## The site of docs/, as build/site (warnings are errors; `make docs-serve` shows it while it is written)
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict --clean
 
 format: setup ## Format the tree
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runner.config.choices import LauncherKind, WandbMode
+from runner.config.choices import LauncherKind
 from runner.config.schema import Config, CpuMatmul
 from runner.doctor import machine
 from runner.doctor.table import show
@@ -111,10 +111,10 @@ def test_wandb_online_without_a_login(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cfg = laptop(tmp_path)
-    cfg.tracking.wandb_mode = WandbMode.online
-    assert next(machine.wandb_mode(cfg)).status is Status.warn
+    cfg.tracking = composed("tracking=wandb", **{"tracking.wandb_mode": "online"}).tracking
+    assert found(cfg)["wandb"].status is Status.warn
     monkeypatch.setenv("WANDB_API_KEY", "given")
-    assert next(machine.wandb_mode(cfg)).status is Status.ok
+    assert found(cfg)["wandb"].status is Status.ok
 
 
 def test_a_broken_kernel_is_a_failure_of_the_run_that_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-LOCKS = {"constraints.txt": {"dev", "megatron"}, "constraints-gpu.txt": {"dev", "megatron", "gpu"}}
+LOCKS = {
+    "constraints.txt": {"dev", "megatron", "docs", "tensorboard", "mlflow"},
+    "constraints-gpu.txt": {"dev", "megatron", "gpu", "tensorboard", "mlflow"},
+}
 
 
 def pins(file: str) -> dict[str, Version]:

@@ -24,8 +24,8 @@ from runner.trainer.megatron.config import MegatronTrainerConfig
 from tests.configs import composed
 
 
-def tracking_config(**tracking: object) -> schema.Config:
-    return composed("tracking=none", steps=4, **{f"tracking.{key}": value for key, value in tracking.items()})
+def tracking_config() -> schema.Config:
+    return composed("tracking=none", steps=4)
 
 
 # ---- metrics.jsonl
@@ -240,7 +240,7 @@ def test_no_wandb_import_when_disabled(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_keeps_its_id_over_a_resume(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    cfg = tracking_config(wandb_mode="offline")
+    cfg = composed("tracking=wandb", steps=4)
     tracker = build_tracker(cfg, tmp_path)
     tracker.log(0, {"rollout/raw_reward": 0.5})
     tracker.finish("interrupted", {"reward": 0.5})

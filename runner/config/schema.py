@@ -28,7 +28,6 @@ from runner.config.choices import (
     Scale,
     Schedule,
     TurnCredit,
-    WandbMode,
 )
 from runner.config.choices import Convention as Convention
 from runner.config.choices import Correction as Correction
@@ -317,11 +316,12 @@ class ClusterConfig:
 
 @dataclass
 class TrackingConfig:
+    """What every tracker is told; the options' own keys stand in their rooms."""
+
+    _target_: str = MISSING
     name: str = MISSING
-    wandb_mode: WandbMode = MISSING
     project: str = MISSING
-    entity: Optional[str] = MISSING
-    group: Optional[str] = MISSING
+    group: Optional[str] = MISSING  # a sweep's jobs are one
     tags: list[str] = field(default_factory=list)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import resource
 import shutil
@@ -17,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from runner.config import option as options
-from runner.config.choices import LauncherKind, WandbMode
+from runner.config.choices import LauncherKind
 from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool, version_of
 from runner.config.packages import installed as has_module
 from runner.config.preflight import visible_gpus
@@ -52,7 +51,6 @@ def check_machine(cfg: Config) -> Iterator[Finding]:
         of_options,
         outputs_folder,
         optional_parts,
-        wandb_mode,
         shared_memory,
         open_files,
     )
@@ -223,15 +221,6 @@ def optional_parts(cfg: Config) -> Iterator[Finding]:
             absent.append(f"{distribution} ({purpose})")
     if absent:
         yield Finding("optional parts", Status.ok, f"not installed and not needed: {', '.join(absent)}")
-
-
-def wandb_mode(cfg: Config) -> Iterator[Finding]:
-    mode = os.environ.get("WANDB_MODE", cfg.tracking.wandb_mode)
-    logged_in = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
-    if mode == WandbMode.online and not logged_in:
-        yield Finding("wandb", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
-    else:
-        yield Finding("wandb", Status.ok, mode)
 
 
 def shared_memory(cfg: Config) -> Iterator[Finding]:

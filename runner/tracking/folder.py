@@ -35,7 +35,7 @@ from runner.storage import atomic_write
 from runner.tracking.base import State
 
 PACKAGES = (  # beside those of the options
-    "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray", "wandb",
+    "torch", "transformers", "tokenizers", "safetensors", "compressed-tensors", "hydra-core", "omegaconf", "ray",
     "numpy", "numba", "triton", "flash-attn", "math-verify", "sympy",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: JSONL, status, console, wandb and the report, behind one `Tracker`.
+"""Where a run's metrics go: JSONL, status, console, the report and the option of `tracking`, behind one `Tracker`.
 
 The driver alone tracks. Trackers that are not wanted are absent from the list, so nobody asks `if wandb:`.
 """
@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config.choices import WandbMode
+from hydra.utils import get_class
+
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.storage import atomic_write
@@ -26,7 +27,6 @@ from runner.tracking.folder import (
     encode_number,
     event_problem,
     metrics_problem,
-    plain_config,
     read_jsonl,
     read_status,
     rollout_files,
@@ -303,14 +303,11 @@ def build_tracker(cfg: Config, run_dir: Path, *, first_step: int = 0, check: Cal
     run_dir.mkdir(parents=True, exist_ok=True)
     write_resolved(run_dir, cfg)
     write_environment(run_dir, cfg)
-    # The report comes after the status that it shows; wandb last, so that its sync line is the last one printed.
+    # The report comes after the status that it shows; the option of `tracking` last, so that its line is the last one printed.
     resumed = bool(cfg.resume)
     lines, status = JsonlTracker(run_dir, first_step, resumed=resumed), StatusTracker(run_dir, first_step)
     trackers: list[BaseTracker] = [lines, status, ReportTracker(run_dir), build_console(cfg, run_dir, first_step)]
-    if cfg.tracking.wandb_mode != WandbMode.disabled:
-        from runner.tracking.wandb_tracker import WandbTracker
-
-        trackers.append(WandbTracker(cfg, plain_config(cfg), run_dir, resumed=resumed))
+    trackers.append(get_class(cfg.tracking._target_)(cfg, run_dir, first_step=first_step))
     tracker = CompositeTracker(trackers, check)
     for note in (*lines.notes, *status.notes):
         tracker.event("warning", note)

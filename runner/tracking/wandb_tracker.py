@@ -1,4 +1,4 @@
-"""Weights & Biases, offline by default. Imported only when tracking.wandb_mode is not `disabled`.
+"""tracking=wandb: Weights & Biases, offline by default.
 
 A resumed run keeps its id (wandb_id in the run's folder). Offline, every attempt writes a folder of its own under
 <run>/wandb, and `wandb sync` merges those of one id; `runner/step` is the x axis of every chart, so the steps that
@@ -8,25 +8,40 @@ were done twice after a kill lie on top of each other.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
-import wandb
+from omegaconf import MISSING
 
 from runner.config.choices import WandbMode
-from runner.config.schema import Config
+from runner.config.option import Need, Option
+from runner.config.schema import Config, TrackingConfig
 from runner.errors import UserError
+from runner.findings import Finding, Status
 from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker, State
+from runner.tracking.folder import plain_config
 
 STEP_METRIC = "runner/step"
 
 
+@dataclass
+class WandbTrackingConfig(TrackingConfig):
+    wandb_mode: WandbMode = MISSING
+    entity: Optional[str] = MISSING
+
+
 class WandbTracker(BaseTracker):
-    def __init__(self, cfg: Config, config: dict[str, Any], run_dir: Path, *, resumed: bool) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, *, first_step: int) -> None:
+        import wandb
+
+        assert isinstance(cfg.tracking, WandbTrackingConfig)
         self.run_dir = run_dir
         self.offline = cfg.tracking.wandb_mode == WandbMode.offline
         settings = wandb.Settings(
@@ -39,16 +54,16 @@ class WandbTracker(BaseTracker):
         )
         try:
             self.run = wandb.init(
-                mode="offline" if self.offline else "online",
+                mode=cfg.tracking.wandb_mode.value,
                 project=cfg.tracking.project,
                 entity=cfg.tracking.entity,
                 group=cfg.tracking.group,
                 tags=list(cfg.tracking.tags),
                 name=run_dir.name,
-                id=self._run_id(resumed),
+                id=self._run_id(bool(cfg.resume)),
                 resume="allow",
                 dir=str(run_dir),
-                config=config,
+                config=plain_config(cfg),
                 settings=settings,
             )
         except wandb.errors.Error as error:
@@ -77,3 +92,20 @@ class WandbTracker(BaseTracker):
         if self.offline:
             folder = self.run_dir / "wandb"
             print(f"wandb: upload this run with\n    wandb sync {shlex.quote(str(folder))}/offline-run-*")
+
+
+def login(cfg: Config) -> Iterator[Finding]:
+    assert isinstance(cfg.tracking, WandbTrackingConfig)
+    mode = os.environ.get("WANDB_MODE", cfg.tracking.wandb_mode)
+    logged_in = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
+    if mode == WandbMode.online and not logged_in:
+        yield Finding("wandb", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
+    else:
+        yield Finding("wandb", Status.ok, mode)
+
+
+OPTION = Option(
+    WandbTrackingConfig,
+    needs=(Need("wandb", "wandb", "tracking=wandb needs wandb", "pip install wandb, or tracking=none"),),
+    checks=(login,),
+)
