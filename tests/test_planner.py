@@ -409,6 +409,16 @@ def test_proposals_fit_when_applied() -> None:
         assert plan_memory(changed, take_inventory(changed)).fits, proposal
 
 
+def test_what_the_rules_refuse_is_not_proposed() -> None:
+    """The in-process engine has no FP8 cache, however well it would fit."""
+    run = ["model=qwen3_4b", "trainer=torch", "rollout=local"]
+    cfg = composed(*run)
+    proposals = what_would_fit(cfg, take_inventory(cfg))
+    assert proposals and not [proposal for proposal in proposals if "kv_cache" in proposal]
+    for proposal in proposals:
+        assert load_config([*run, *proposal.split()])
+
+
 def test_no_proposal_where_nothing_helps() -> None:
     cfg = kimi()
     cfg.cluster.gpu_memory_gib = 6.0

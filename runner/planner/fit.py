@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from runner.cluster.placement import placement_problems
+from runner.config import rules
 from runner.config.choices import KvDtype, Recompute
 from runner.config.option import engine_layout, trainer_layout
 from runner.config.schema import Config
@@ -103,15 +104,24 @@ def _formats(cfg: Config) -> str:
     return repr((cfg.precision.train, cfg.precision.rollout, cfg.precision.roles))
 
 
+def _changed(cfg: Config, changes: tuple[Change, ...]) -> Config:
+    changed = copy.deepcopy(cfg)
+    for _, apply in changes:
+        apply(changed)
+    return changed
+
+
+def _problems(cfg: Config) -> set[str]:
+    return {error.problem for error in rules.check(cfg)}
+
+
 def try_changes(
     cfg: Config, inventory: Inventory, changes: tuple[Change, ...], known: Inventories | None = None
 ) -> MemoryPlan | None:
     """The memory plan with the changes, or None where they cannot be placed. `known` keeps inventories between calls."""
     known = {} if known is None else known
     known[_formats(cfg)] = inventory
-    changed = copy.deepcopy(cfg)
-    for _, apply in changes:
-        apply(changed)
+    changed = _changed(cfg, changes)
     if placement_problems(changed):
         return None
     try:
@@ -124,17 +134,18 @@ def try_changes(
 
 
 def what_would_fit(cfg: Config, inventory: Inventory, limit: int = 6) -> list[str]:
-    """Overrides that make the plan fit: single changes, or pairs where no single one is enough; triples after that."""
+    """Overrides that make the plan fit, and that the rules allow: single changes, or pairs where none is enough; then triples."""
     changes = list(single_changes(cfg))
     found: list[str] = []
     known: Inventories = {}
+    before = _problems(cfg)
     for size in (1, 2, 3):
         for chosen in combinations(changes, size):
             keys = [part.split("=")[0] for text, _ in chosen for part in text.split()]
             if len(set(keys)) < len(keys):
                 continue
             plan = try_changes(cfg, inventory, chosen, known)
-            if plan is not None and plan.fits:
+            if plan is not None and plan.fits and _problems(_changed(cfg, chosen)) <= before:
                 found.append(" ".join(text for text, _ in chosen))
                 if len(found) == limit:
                     return found
