@@ -115,9 +115,9 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: setup ## The site of docs/, as build/site (warnings are errors; `make docs-serve` shows it while it is written)
+docs: setup ## The site of docs/, as build/site; warnings are errors
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict --clean
+	$(BIN)/python -m mkdocs build -q --strict --clean
 
 format: setup ## Format the tree
 	$(BIN)/ruff check --fix .

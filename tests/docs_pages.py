@@ -1,0 +1,99 @@
+"""The pages of docs/ and README as blocks: what tests/test_docs.py runs, and what a title says is not run here."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = {"extending.md": "tests/test_extending.py", "turns.md": "tests/test_turns_docs.py"}  # run every block of theirs
+NOT_RUN = ("needs ", "after ", "once, ", "long: ")  # how the title of a block begins that is not run
+PRINTS = "prints "  # ... of one that ends with 1 or 2, as the text after it shows
+QUICK = ("--cfg", "--help", "--version", "--dry-run")
+KINDS = ("sh", "python", "yaml", "text", "diff")
+
+
+@dataclass(frozen=True)
+class Block:
+    """`number`: its place in the page. `shows`: the text block right behind it, or nothing."""
+
+    page: str
+    number: int
+    kind: str
+    title: str
+    body: str
+    shows: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.page}-{self.number}"
+
+    @property
+    def is_run(self) -> bool:
+        return not self.title.startswith(NOT_RUN)
+
+    @property
+    def commands(self) -> list[Command]:
+        return [Command(line) for line in self.body.splitlines() if line.strip() and not line.startswith("#")]
+
+    @property
+    def file(self) -> str:
+        """The path that its first line names, or nothing."""
+        found = re.match(r"# (\S+\.(?:py|yaml|jsonl))\n", self.body)
+        return found[1] if found and self.kind in ("python", "yaml") else ""
+
+
+@dataclass(frozen=True)
+class Command:
+    line: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(word.split("=", 1) for word in self._split()[0])
+
+    @property
+    def words(self) -> list[str]:
+        """What follows the variables: `python`, `-m`, `runner`, ..."""
+        return self._split()[1]
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of runner. Empty for another program."""
+        return self.words[3:] if self.words[:3] == ["python", "-m", "runner"] else []
+
+    @property
+    def verb(self) -> str:
+        first = self.arguments[0] if self.arguments else ""
+        return "run" if not first or "=" in first or first.startswith("-") else first
+
+    @property
+    def quick(self) -> bool:
+        return self.words[:3] == ["python", "-m", "runner"] and (
+            self.verb == "plan" or any(word in QUICK for word in self.arguments)
+        )
+
+    def _split(self) -> tuple[list[str], list[str]]:
+        words = shlex.split(self.line, comments=True)
+        count = next(index for index, word in enumerate(words) if not re.match(r"[A-Z_]+=", word))
+        return words[:count], words[count:]
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path: Path) -> list[Block]:
+    """Every fenced block of a page, in order."""
+    text, found = path.read_text(), list[Block]()
+    matches = list(re.finditer(r'^```(\w*)(?: title="([^"]*)")?\n(.*?)^```$', text, flags=re.MULTILINE | re.DOTALL))
+    for number, match in enumerate(matches):
+        after = matches[number + 1] if number + 1 < len(matches) else None
+        beside = after is not None and after[1] == "text" and not text[match.end() : after.start()].strip()
+        shows = after[3] if after is not None and beside else ""
+        found.append(Block(path.name, number, match[1], match[2] or "", match[3], shows))
+    return found
+
+
+def all_blocks() -> list[Block]:
+    return [block for path in pages() if path.name not in ELSEWHERE for block in blocks(path)]
