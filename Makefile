@@ -117,7 +117,7 @@ lint: setup ## ruff and mypy
 
 docs: setup ## The site of docs/, as build/site; warnings are errors
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build -q --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict --clean
 
 format: setup ## Format the tree
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,10 @@ ELSEWHERE = {"extending.md": "tests/test_extending.py", "turns.md": "tests/test_
 NOT_RUN = ("needs ", "after ", "once, ", "long: ")  # how the title of a block begins that is not run
 PRINTS = "prints "  # ... of one that ends with 1 or 2, as the text after it shows
 QUICK = ("--cfg", "--help", "--version", "--dry-run")
+SMALL = [
+    "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=4", "warm_start.max_steps=2",
+    "warm_start.check_interval_steps=2", "evaluation.interval_steps=0",
+]  # fmt: skip
 KINDS = ("sh", "python", "yaml", "text", "diff")
 
 
@@ -97,3 +104,25 @@ def blocks(path: Path) -> list[Block]:
 
 def all_blocks() -> list[Block]:
     return [block for path in pages() if path.name not in ELSEWHERE for block in blocks(path)]
+
+
+def small(command: Command, steps: int) -> list[str]:
+    """The words of a command; a run in it takes few steps of small batches, and a run that is resumed is made that long."""
+    words = [sys.executable if word == "python" else word for word in command.words]
+    if "runner" not in words or command.verb not in ("run", "sweep"):
+        return words
+    words = [word for word in words if not word.startswith("steps=")] + [f"steps={steps}"]
+    if any(word.startswith("resume=") for word in words):
+        return words
+    words += [item for item in SMALL if item.split("=")[0] not in " ".join(words)]
+    return words if any(word.startswith("tracking=") for word in words) else [*words, "tracking=none"]
+
+
+def run(command: Command, folder: Path, steps: int) -> str:
+    """What a command prints in `folder`, made small. AssertionError with the end of it where it fails."""
+    environment = {key: value for key, value in os.environ.items() if key != "RUNNER_CONFIG_DIR"}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"} | command.environment
+    words = small(command, steps)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{command.line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout + done.stderr

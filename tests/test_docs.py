@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,16 +11,14 @@ import pytest
 
 from runner.__main__ import main
 from runner.config import compose
-from tests.docs_pages import ELSEWHERE, KINDS, NOT_RUN, PRINTS, ROOT, Block, Command, all_blocks, blocks, pages
+from runner.config.searchpath import groups
+from runner.errors import UserErrors
+from tests.docs_pages import ELSEWHERE, KINDS, NOT_RUN, PRINTS, ROOT, Block, Command, all_blocks, blocks, pages, run
 
 BLOCKS = all_blocks()
 QUICK = [block for block in BLOCKS if block.kind == "sh" and block.is_run and all(command.quick for command in block.commands)]
 LONG = sorted({block.page for block in BLOCKS if block.kind == "sh" and block.is_run and block not in QUICK})
 IN_CI = ("quickstart.md", "tracking.md", "sweeps.md")  # the runs of the others are of the night
-SMALL = [
-    "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=4", "warm_start.max_steps=2",
-    "warm_start.check_interval_steps=2", "evaluation.interval_steps=0",
-]  # fmt: skip
 
 
 def write_files(page: str, folder: Path) -> None:
@@ -46,10 +43,11 @@ def test_every_block_is_of_a_kind_that_is_run_or_says_what_it_needs() -> None:
     assert len(BLOCKS) > 40 and len(QUICK) > 10
     for block in BLOCKS:
         assert block.kind in KINDS, f"{block}: {block.body[:60]!r}"
-        assert not block.title or block.title.startswith((*NOT_RUN, PRINTS)), f"{block}: {block.title!r}"
+        titled = (*NOT_RUN, PRINTS)
+        assert not block.title or block.kind == "text" or block.title.startswith(titled), f"{block}: {block.title!r}"
         if block.kind == "yaml" and not block.title:
             assert block.file, f"{block} names no file"
-        if block.kind == "text":
+        if block.kind == "text" and not block.title:
             before = blocks(ROOT / "docs" / block.page if block.page != "README.md" else ROOT / block.page)[block.number - 1]
             assert before.shows == block.body, f"{block} stands behind no command"
     for path in pages():
@@ -83,7 +81,7 @@ def composable() -> list[str]:
     for block in BLOCKS:
         if block.kind == "sh" and not block.is_run:
             for command in block.commands:
-                if command.arguments and command.verb in ("run", "plan", "sweep") and "model=auto" not in command.arguments:
+                if command.arguments and command.verb in ("run", "plan") and "model=auto" not in command.arguments:
                     found.append(command.line)
     return found
 
@@ -94,20 +92,6 @@ def test_commands_that_need_something_compose(line: str, tmp_path: Path) -> None
     checkpoint = [word for word in arguments if word.endswith("=DIR")]  # whose config.json is not here
     composed = compose.load([word for word in arguments if word not in checkpoint], check_rules=not checkpoint)
     assert composed.config
-
-
-def run(command: Command, folder: Path, steps: int) -> str:
-    words = [sys.executable if word == "python" else word for word in command.words]
-    if command.arguments and command.verb in ("run", "sweep"):
-        resumes = any(word.startswith("resume=") for word in words)
-        words = [word for word in words if not word.startswith("steps=")] + [f"steps={steps}"]
-        words += [] if resumes else SMALL
-        words += [] if resumes or any(word.startswith("tracking=") for word in words) else ["tracking=none"]
-    environment = {key: value for key, value in os.environ.items() if key != "RUNNER_CONFIG_DIR"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | command.environment
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, f"{command.line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -148,3 +132,28 @@ def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path: Path) 
         assert not [url for pair in loads for url in pair if url.startswith(("http", "//"))], name
     assert "staleness" in (tmp_path / "search" / "search_index.js").read_text()
     assert "TrainerLayout" in built["api.html"]
+
+
+def runs(precision: str, trainer: str, rollout: str, model: str, *, gpu: bool) -> bool:
+    """Whether the rules allow it, on one GPU or on CPU ranks."""
+    cpu = ["parallelism=cpu2", "parallelism.tp=1"] if trainer == "megatron" else []
+    words = [f"precision={precision}", f"trainer={trainer}", f"rollout={rollout}", f"model={model}", "speculative=none"]
+    try:
+        compose.load([*words, *(["parallelism=h200x1"] if gpu else cpu)])
+    except UserErrors:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", [("torch", "local"), ("torch", "sglang"), ("megatron", "local"), ("megatron", "sglang")])
+def test_the_matrix_of_readme_is_what_the_rules_say(sides: tuple[str, str]) -> None:
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    column = 1 + [("torch", "local"), ("torch", "sglang"), ("megatron", "local"), ("megatron", "sglang")].index(sides)
+    told = {name: row[column] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(told) == set(groups()["precision"])
+    for precision, cell in told.items():
+        allowed = {gpu: runs(precision, *sides, "tiny_moe", gpu=gpu) for gpu in (False, True)}
+        assert cell.startswith("text") == allowed[True], f"{precision}: {cell}"
+        assert (allowed[True] and not allowed[False]) == ("GPU" in cell), f"{precision}: {cell}"
+        assert ("images" in cell) == runs(precision, *sides, "tiny_vlm", gpu=False), f"{precision}: {cell}"
