@@ -42,7 +42,9 @@ class Block:
 
     @property
     def commands(self) -> list[Command]:
-        return [Command(line) for line in self.body.splitlines() if line.strip() and not line.startswith("#")]
+        return [
+            Command(line) for line in self.body.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
+        ]
 
     @property
     def file(self) -> str:

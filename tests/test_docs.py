@@ -81,7 +81,8 @@ def composable() -> list[str]:
     for block in BLOCKS:
         if block.kind == "sh" and not block.is_run:
             for command in block.commands:
-                if command.arguments and command.verb in ("run", "plan") and "model=auto" not in command.arguments:
+                composes = command.arguments and command.verb in ("run", "plan") and "resume=RUN" not in command.arguments
+                if composes and "model=auto" not in command.arguments:
                     found.append(command.line)
     return found
 
