@@ -9,8 +9,10 @@ STAMP_SGLANG := $(VENV)/.installed-sglang
 ifneq ($(wildcard $(STAMP_GPU)),)
 STAMP := $(STAMP_GPU)
 STAMP_SGLANG := $(STAMP_GPU)
+LOCK := constraints-gpu.txt
 else
 STAMP := $(STAMP_CPU)
+LOCK := constraints.txt
 endif
 SGLANG := runner/rollout/sglang
 # pip installs torch first: a wider range would let other packages pull a CUDA build of gigabytes, and pip finds wheels where uv does
@@ -116,7 +118,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 docs: setup ## The site of docs/, as build/site; warnings are errors
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c $(LOCK) -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q --strict --clean
 
 format: setup ## Format the tree

@@ -42,9 +42,8 @@ class Block:
 
     @property
     def commands(self) -> list[Command]:
-        return [
-            Command(line) for line in self.body.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
-        ]
+        lines = self.body.replace("\\\n", " ").splitlines()
+        return [Command(line.partition("  #")[0].rstrip()) for line in lines if line.strip() and not line.startswith("#")]
 
     @property
     def file(self) -> str:
