@@ -12,7 +12,7 @@ import pytest
 
 from runner.config import compose, preflight
 from runner.config.schema import Config
-from runner.errors import UserError, UserErrors
+from runner.errors import Failure, UserError, UserErrors
 from runner.tracking.mlflow_tracker import name_of
 from runner.tracking.tracker import build_tracker
 from tests.configs import composed
@@ -83,6 +83,10 @@ def test_mlflow_keeps_the_run_over_a_resume(tmp_path: Path, capsys: pytest.Captu
     (run_dir / "mlflow_run_id").write_text("of another store")
     build_tracker(config("mlflow", tmp_path, run_dir), run_dir, first_step=4).finish("failed", {})
     assert {found.info.status for found in client.search_runs([experiment.experiment_id])} == {"FINISHED", "FAILED"}
+    refused = build_tracker(config("mlflow", tmp_path), tmp_path / "deleted")
+    client.delete_run((tmp_path / "deleted" / "mlflow_run_id").read_text().strip())
+    with pytest.raises(Failure, match="MLflow takes no more of the run(?s:.)*tracking=none"):
+        refused.log(0, METRICS)
     cfg = config("mlflow", tmp_path)
     cfg.tracking.uri = f"file://{tmp_path}/mlruns"
     with pytest.raises(UserError, match="MLflow does not open file://"):

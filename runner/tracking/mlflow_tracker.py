@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -20,15 +21,16 @@ from omegaconf import MISSING
 
 from runner.config.option import Need, Option
 from runner.config.schema import Config, TrackingConfig
-from runner.errors import UserError
+from runner.errors import Failure, UserError
 from runner.redaction import redacted
 from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker, State
 from runner.tracking.folder import plain_config
 
 ID_FILE = "mlflow_run_id"
-PARAMETERS_PER_CALL = 100  # MLflow's own limits, this one and the next
+PARAMETERS_PER_CALL = 100  # MLflow's own limits, this one and the next two
 PARAMETER_CHARACTERS = 6000
+TAG_CHARACTERS = 5000
 STATES = {"completed": "FINISHED", "stopped": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -87,15 +89,31 @@ class MlflowTracker(BaseTracker):
 
         now = int(time.time() * 1000)
         rows = [Metric(name_of(name), value, now, step) for name, value in metrics.items()]
-        self.client.log_batch(self.run_id, metrics=rows)
+        with self._told():
+            self.client.log_batch(self.run_id, metrics=rows)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
-        self.client.set_tag(self.run_id, name_of(f"event/{kind}"), message)
+        with self._told():
+            self.client.set_tag(self.run_id, name_of(f"event/{kind}"), message[:TAG_CHARACTERS])
 
     def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
-        self.client.set_tag(self.run_id, "status", f"{status} {message}".rstrip())
-        self.client.set_terminated(self.run_id, STATES[status])
+        with self._told():
+            self.client.set_tag(self.run_id, "status", f"{status} {message}".rstrip()[:TAG_CHARACTERS])
+            self.client.set_terminated(self.run_id, STATES[status])
         print(f"mlflow: run {self.run_id} is in {redacted(self.uri)}")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """What the store or the server refuses ends the run, as a full disk does: metrics are never lost without a word."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            problem = f"MLflow takes no more of the run into {redacted(self.uri)}: {redacted(error.message)}"
+            raise Failure(
+                problem, key="tracking.uri", fix="resume=<the run> goes on; with tracking=none without MLflow"
+            ) from error
 
 
 def name_of(text: str) -> str:
