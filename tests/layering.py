@@ -12,17 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUND = (
-    "errors",
-    "storage",
-    "lock",
-    "scratch",
-    "redaction",
-    "cores",
-    "findings",
-    "data",
-    "provenance",
-)  # modules of runner/ itself
+# modules of runner/ itself
+GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "findings", "data", "provenance")
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
     "algorithms.estimators", "algorithms", "tasks", "tools", "weights", "weights.transports", "config.rules", "convert",

@@ -38,11 +38,13 @@ ALLOWED = {
     ("cluster", "rollout"): "a launcher starts SGLang's servers, here or on nodes",
     ("weights.transports.p2p", "rollout"): "the type of the section that its options stand in, for checkers only",
     ("algorithms.estimators.reinforce_pp", "estimator"): "GRPO's loss with other advantages",
+    ("trainer.megatron.process", "tracking"): "the package, which Megatron imports where it can: ranks log nothing",
     ("turns.tools", "task"): "a tool of the same name",
     ("tools.calculator", "task"): "a tool of the same name",
 }
 # Names that are words of their own, too: they count where the group stands before them, as in `trainer=torch`.
 WORDS = {
+    "none": "nothing; an option of other groups, too",
     "torch": "the package",
     "local": "this machine",
     "bf16": "the dtype",

@@ -112,9 +112,9 @@ def test_wandb_online_without_a_login(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     cfg = laptop(tmp_path)
     cfg.tracking = composed("tracking=wandb", **{"tracking.wandb_mode": "online"}).tracking
-    assert found(cfg)["wandb"].status is Status.warn
+    assert found(cfg)["wandb mode"].status is Status.warn
     monkeypatch.setenv("WANDB_API_KEY", "given")
-    assert found(cfg)["wandb"].status is Status.ok
+    assert found(cfg)["wandb mode"].status is Status.ok
 
 
 def test_a_broken_kernel_is_a_failure_of_the_run_that_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,7 @@ NEEDED = (("mlflow-skinny", "mlflow"), ("sqlalchemy", "sqlalchemy"), ("alembic",
 OPTION = Option(
     MlflowTrackingConfig,
     needs=tuple(
-        Need(name, module, f"tracking=mlflow needs {name}", f"pip install {name}, or tracking=none") for name, module in NEEDED
+        Need(name, module, f"tracking=mlflow needs {name}", fix=f"pip install {name}, or tracking=none")
+        for name, module in NEEDED
     ),
 )

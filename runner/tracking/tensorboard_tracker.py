@@ -57,6 +57,11 @@ class TensorboardTracker(BaseTracker):
 OPTION = Option(
     TrackingConfig,
     needs=(
-        Need("tensorboard", "tensorboard", "tracking=tensorboard needs tensorboard", "pip install tensorboard, or tracking=none"),
+        Need(
+            "tensorboard",
+            "tensorboard",
+            "tracking=tensorboard needs tensorboard",
+            fix="pip install tensorboard, or tracking=none",
+        ),
     ),
 )

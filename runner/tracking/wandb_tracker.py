@@ -99,13 +99,13 @@ def login(cfg: Config) -> Iterator[Finding]:
     mode = os.environ.get("WANDB_MODE", cfg.tracking.wandb_mode)
     logged_in = "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").is_file()
     if mode == WandbMode.online and not logged_in:
-        yield Finding("wandb", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
+        yield Finding("wandb mode", Status.warn, "online, but no login was found", "wandb login, or tracking.wandb_mode=offline")
     else:
-        yield Finding("wandb", Status.ok, mode)
+        yield Finding("wandb mode", Status.ok, mode)
 
 
 OPTION = Option(
     WandbTrackingConfig,
-    needs=(Need("wandb", "wandb", "tracking=wandb needs wandb", "pip install wandb, or tracking=none"),),
+    needs=(Need("wandb", "wandb", "tracking=wandb needs wandb", fix="pip install wandb, or tracking=none"),),
     checks=(login,),
 )
