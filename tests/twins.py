@@ -40,6 +40,7 @@ SIZES = {  # key of a config.json -> its size in a twin
     "num_local_experts": EXPERTS,
     "n_routed_experts": EXPERTS,
     "num_experts_per_tok": 2,
+    "experts_per_token": 2,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
@@ -47,7 +48,13 @@ SIZES = {  # key of a config.json -> its size in a twin
     "initializer_range": 0.05,  # sizes: so that logits of a narrow model are as wide as those of the original
 }
 # centre and spread of what transformers starts at zero or one, which would hide that it was left out
-DRAWN = {"bias": (0.0, 0.1), "gate.weight": (0.0, 0.5), "norm.weight": (1.0, 0.2)}
+DRAWN = {
+    "bias": (0.0, 0.1),
+    "gate.weight": (0.0, 0.5),
+    "router.weight": (0.0, 0.5),
+    "norm.weight": (1.0, 0.2),
+    "sinks": (0.0, 1.0),
+}
 
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,7 @@ class RouterScore(StrEnum):
 
     softmax = "softmax"
     sigmoid = "sigmoid"
+    top_k_softmax = "top_k_softmax"  # of the chosen experts' logits alone, in the logits' dtype
 
 
 class Drafting(StrEnum):

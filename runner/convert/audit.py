@@ -10,7 +10,7 @@ from rich.progress import Progress
 from runner.config.schema import ModelConfig, PrecisionConfig
 from runner.convert.compare import audit_checkpoint, compare_checkpoints, quantization_config_of
 from runner.convert.grid import with_groups_of
-from runner.convert.source import model_of, open_source, without_unused
+from runner.convert.source import model_of, of_model, one_by_one, open_source
 from runner.convert.stored import problems
 from runner.errors import UserError
 from runner.precision.audit import audit
@@ -58,14 +58,14 @@ def against_config(folder: Path, precision: PrecisionConfig, overrides: list[str
     tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
     title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
-    opened = open_source(folder)
-    unused = opened.tensors.keys() - without_unused(opened, model)[0].tensors.keys()
+    opened = one_by_one(open_source(folder), model)
+    unused = opened.tensors.keys() - of_model(opened, model)[0].tensors.keys()
     return title, _broken(folder, model) or audit_checkpoint(plan, folder, str(folder), unused)
 
 
 def _broken(folder: Path, model: ModelConfig) -> list[str]:
     """Where a folder's tensors differ from its own config.json: then they cannot be compared with anything else."""
-    source, _ = without_unused(open_source(folder), model)
+    source, _ = of_model(open_source(folder), model)
     try:
         own = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     except UserError:  # which the audit says as a difference

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from runner.convert.source import open_source
+from runner.convert.source import model_of, one_by_one, open_shard, open_source, read
 from runner.data import ExportedTensor, WeightStream
 from runner.errors import UserError
 from runner.models.config_file import CONFIG, read_json
@@ -23,11 +22,6 @@ from runner.precision.quantization_config import nested_quantization_config
 from runner.precision.tensor_format import TensorFormat
 
 FOREIGN_PARTS = ("weight_g_idx",)  # of GPTQ's activation order
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """On-disk tensor name -> its safetensors file; raises UserError for folders and shards that cannot be read."""
-    return {name: folder / stored.shard for name, stored in open_source(folder).tensors.items()}
 
 
 def weight_of(tensor_name: str) -> str:
@@ -50,15 +44,17 @@ def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
 
 def read_checkpoint(folder: Path) -> Iterator[ExportedTensor]:
     """Every weight of a checkpoint folder, one at a time, sorted by name."""
-    files = tensor_files(folder)
+    opened = open_source(folder)
+    source = one_by_one(opened, model_of(opened))
     groups: dict[str, list[str]] = {}
-    for tensor_name in files:
+    for tensor_name in source.tensors:
         groups.setdefault(weight_of(tensor_name), []).append(tensor_name)
     for name in sorted(groups):
         parts: dict[str, torch.Tensor] = {}
         for tensor_name in groups[name]:
-            with safe_open(files[tensor_name], framework="pt") as reader:
-                parts[tensor_name] = reader.get_tensor(tensor_name)
+            stored = source.tensors[tensor_name]
+            with open_shard(folder / stored.shard) as handle:
+                parts[tensor_name] = read(handle, stored)
         yield ExportedTensor(name, format_of_parts(name, parts), parts)
 
 

@@ -25,7 +25,7 @@ from runner.config.schema import ModelConfig, Role
 from runner.convert.jobs import Action, Job, Jobs, dequantizing_jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
-from runner.convert.source import INDEX, Source, model_of, open_shard, open_source, without_unused
+from runner.convert.source import INDEX, Source, model_of, of_model, open_shard, open_source, read
 from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models.config_file import CONFIG
@@ -80,7 +80,7 @@ def convert(
     """
     opened = open_source(source)
     model = model_of(opened)
-    opened, notes = without_unused(opened, model)
+    opened, notes = of_model(opened, model)
     check_apart(source, target)
     jobs, quantization_config = plan_jobs(opened, model, tensor_format, roles)
     jobs.notes += notes
@@ -192,7 +192,7 @@ def _convert_shard(
             handles = {shard: stack.enter_context(open_shard(source.folder / shard)) for shard in shards}
 
             def run(job: Job) -> None:
-                _convert_job(job, [handles[tensor.shard].get_tensor(tensor.name) for tensor in job.inputs], writer)
+                _convert_job(job, [read(handles[tensor.shard], tensor) for tensor in job.inputs], writer)
                 if progress:
                     progress(path.name, job.input_bytes)
 
@@ -311,7 +311,7 @@ def _copy_others(source: Path, folder: Path, others: list[Path]) -> None:
 def _write_index(source: Source, jobs: Jobs, folder: Path) -> None:
     if not source.indexed:
         return
-    placed = {part.name: shard for shard, work in jobs.shards.items() for job in work for part in job.outputs}
+    placed = {part.stored_name: shard for shard, work in jobs.shards.items() for job in work for part in job.outputs}
     total = sum(job.output_bytes for job in jobs)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

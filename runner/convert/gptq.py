@@ -31,7 +31,7 @@ from runner.convert.compare import audit_checkpoint
 from runner.convert.engine import SPACE_MARGIN, Report, check_apart, identity, write_target
 from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
-from runner.convert.source import Source, StoredTensor, model_of, open_shard, open_source, without_unused
+from runner.convert.source import Source, StoredTensor, model_of, of_model, open_shard, open_source
 from runner.errors import UserError
 from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
@@ -92,9 +92,12 @@ def convert_gptq(
     python = driver_python(cfg)
     opened = open_source(source)
     model = model_of(opened)
-    opened, notes = without_unused(opened, model)
+    opened, notes = of_model(opened, model)
     check_apart(source, target)
     plan = PrecisionPlan.with_format(model, tensor_format, roles(model))
+    if any(parameter.stack for parameter in plan.parameters.values()):
+        problem = f"method=gptq calibrates one module per matrix, and transformers has all experts of {model.family} in one"
+        raise UserError(problem, key="convert.method", fix="method=rtn")
     jobs = quantizing_jobs(opened, plan)
     jobs.notes += notes
     tokens = calibration_tokens(cfg, model, python)

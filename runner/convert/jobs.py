@@ -6,7 +6,7 @@ Everything here is decided from headers, before a byte of the target is written.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -17,6 +17,7 @@ from runner.convert.source import INDEX, Source, StoredTensor
 from runner.convert.stored import check, inputs_of, is_activation_part, is_plain
 from runner.errors import UserError
 from runner.models import Parameter
+from runner.models.stacks import place_of
 from runner.precision.codec import module_of
 from runner.precision.plan import PrecisionPlan, shorten
 from runner.precision.quantization_config import nested_quantization_config
@@ -61,6 +62,15 @@ class Jobs:
 
     shards: dict[str, list[Job]]
     notes: list[str] = field(default_factory=list)
+    _homes: dict[str, str] = field(default_factory=dict)
+
+    def add(self, job: Job) -> None:
+        """Into the file of its first input; parts of one stack into that of the first of them."""
+        shard = job.inputs[0].shard
+        for part in job.outputs:
+            if part.place is not None:
+                shard = self._homes.setdefault(part.place.name, shard)
+        self.shards[shard].append(job)
 
     def __iter__(self) -> Iterator[Job]:
         for jobs in self.shards.values():
@@ -71,6 +81,13 @@ def parts_of(name: str, shape: tuple[int, ...], tensor_format: TensorFormat) -> 
     """Names, dtypes and shapes of what `codec.encode` makes of a weight [out, in]; the writer checks them again."""
     module = module_of(name)
     return tuple(Part(f"{module}.{part.name}", getattr(torch, part.dtype), part.shape) for part in tensor_format.parts(shape))
+
+
+def _placed(outputs: tuple[Part, ...], target: PrecisionPlan) -> tuple[Part, ...]:
+    """The same, in stacks of all experts where the target's folder has them so."""
+    if not target.in_stacks:
+        return outputs
+    return tuple(replace(part, place=place_of(part.name, target.parameters)) for part in outputs)
 
 
 def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
@@ -86,13 +103,12 @@ def quantizing_jobs(source: Source, plan: PrecisionPlan) -> Jobs:
     for name, stored in source.tensors.items():
         parameter = plan.parameters.get(name)
         if parameter is None or not plan.tensors[name].quantized:
-            jobs.shards[stored.shard].append(_copy(stored, parameter))
+            jobs.add(_copy(stored, parameter, plan))
             continue
         tensor_format = plan.tensors[name]
-        outputs = parts_of(name, stored.shape, tensor_format)
+        outputs = _placed(parts_of(name, stored.shape, tensor_format), plan)
         inputs = (stored, *(source.tensors[other] for other in plan.fused_with(name) if other != name))
-        job = Job(name, Action.encode, tensor_format, inputs, outputs, parameter.role.name)
-        jobs.shards[stored.shard].append(job)
+        jobs.add(Job(name, Action.encode, tensor_format, inputs, outputs, parameter.role.name))
     jobs.notes += _notes(source, plan, jobs)
     return jobs
 
@@ -108,6 +124,7 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
             key="convert.source",
             fix="choose the format to convert to, for example precision=int4_qat",
         )
+    target = plan.reread(None)
     jobs = Jobs({shard: [] for shard in source.shards})
     used: set[str] = set()
     stored_plain: list[str] = []
@@ -117,18 +134,17 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
         if is_plain(inputs, name):
             if plan.tensors[name].quantized:
                 stored_plain.append(name)
-            jobs.shards[inputs[0].shard].append(_copy(inputs[0], parameter))
+            jobs.add(_copy(inputs[0], parameter, target))
             continue
-        outputs = (Part(name, torch.bfloat16, parameter.shape),)
-        job = Job(name, Action.decode, plan.tensors[name], inputs, outputs, parameter.role.name)
-        jobs.shards[inputs[0].shard].append(job)
+        outputs = _placed((Part(name, torch.bfloat16, parameter.shape),), target)
+        jobs.add(Job(name, Action.decode, plan.tensors[name], inputs, outputs, parameter.role.name))
     if stored_plain:
         jobs.notes.append(f"{len(stored_plain)} weights that quantization_config covers lie in bf16: {shorten(stored_plain)}")
     dropped = [name for name in source.tensors if name not in used and is_activation_part(name)]
     if dropped:
         jobs.notes.append(f"{len(dropped)} activation scales left out: {shorten(dropped)}")
     for name in source.tensors.keys() - used - set(dropped):
-        jobs.shards[source.tensors[name].shard].append(_copy(source.tensors[name], None))
+        jobs.add(_copy(source.tensors[name], None, target))
     if not any(job.action is Action.decode for job in jobs):
         raise UserError(f"{source.folder} names a quantization_config, but no weight in it is quantized")
     for name in jobs.shards:
@@ -137,14 +153,16 @@ def dequantizing_jobs(source: Source, model: ModelConfig) -> Jobs:
     return jobs
 
 
-def _copy(stored: StoredTensor, parameter: Parameter | None) -> Job:
-    part = Part(stored.name, stored.dtype, stored.shape)
+def _copy(stored: StoredTensor, parameter: Parameter | None, target: PrecisionPlan) -> Job:
+    outputs = _placed((Part(stored.name, stored.dtype, stored.shape),), target)
     role = parameter.role.name if parameter else "tied lm_head"
-    return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), (part,), role)
+    return Job(stored.name, Action.copy, TensorFormat.bf16(), (stored,), outputs, role)
 
 
 def reader_notes(plan: PrecisionPlan) -> list[str]:
     """Programs that read the written format wrongly."""
+    if any(parameter.stack for parameter in plan.parameters.values()) and not plan.in_stacks:
+        return ["experts were written one by one: transformers reads those of this family in one tensor per projection only"]
     written = {t.format: t for name, t in plan.quantized.items() if plan.parameters[name].role is Role.routed_expert}
     return [note for tensor_format in written.values() if (note := tensor_format.spec.expert_note)]
 

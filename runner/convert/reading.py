@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from runner.config.schema import ModelConfig
-from runner.convert.source import Source, open_shard, open_source, without_unused
+from runner.convert.source import Source, of_model, open_shard, open_source, read
 from runner.convert.stored import check, inputs_of, is_plain
 from runner.data import ExportedTensor
 from runner.errors import UserError
@@ -28,7 +28,7 @@ def open_checkpoint(model: ModelConfig, key: str = KEY) -> tuple[Source, Precisi
     does not explain.
     """
     assert model.hf_checkpoint is not None
-    source, _ = without_unused(open_source(local_folder(model.hf_checkpoint), key), model)
+    source, _ = of_model(open_source(local_folder(model.hf_checkpoint), key), model)
     check_model(model, source.config, source.folder)
     plan = PrecisionPlan.from_quantization_config(model, nested_quantization_config(source.config))
     check(source, plan, key)
@@ -43,7 +43,7 @@ def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:
     parts = {}
     for tensor in stored:
         with open_shard(source.folder / tensor.shard) as handle:
-            parts[tensor.name] = handle.get_tensor(tensor.name)
+            parts[tensor.name] = read(handle, tensor)
     if is_plain(stored, name):
         return parts[name]
     decoded = codec.decode(ExportedTensor(name, tensor_format.format, parts), tensor_format)

@@ -17,6 +17,7 @@ from runner.errors import UserError
 from runner.models import FAMILIES
 from runner.models.common import short
 from runner.models.config_file import CONFIG, family_fields, read_json
+from runner.models.stacks import Place, places
 from runner.weights.files import DTYPES
 
 INDEX = "model.safetensors.index.json"
@@ -42,6 +43,7 @@ class StoredTensor:
     shard: str  # file name inside the folder
     dtype: torch.dtype
     shape: tuple[int, ...]
+    place: Place | None = None  # of one that is part of a stack of experts
 
     @property
     def num_bytes(self) -> int:
@@ -208,6 +210,14 @@ def open_shard(path: Path) -> Any:
         raise UserError(f"{path} cannot be read: {error}", fix="the file is truncated or damaged; download it again") from None
 
 
+def read(handle: Any, stored: StoredTensor) -> torch.Tensor:
+    """A tensor out of its opened shard; of a stack, its own part alone."""
+    if stored.place is None:
+        tensor: torch.Tensor = handle.get_tensor(stored.name)
+        return tensor
+    return stored.place.of(handle.get_slice(stored.place.name)[stored.place.expert]).contiguous()
+
+
 def _header(folder: Path, shard: str) -> Iterator[StoredTensor]:
     with open_shard(folder / shard) as handle:
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
@@ -224,10 +234,34 @@ def model_of(source: Source) -> ModelConfig:
     return ModelConfig(**(own | read))
 
 
-def without_unused(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
-    """The source without what published checkpoints hold and nothing here computes, and notes about it: multi-token-prediction
-    layers that the model does not use (DeepSeek-V3's), which its config.json then does not promise any more, and rotary
-    frequencies, which follow from config.json. Whatever else no weight claims, `stored.check` refuses."""
+def one_by_one(source: Source, model: ModelConfig) -> Source:
+    """The source with the parts of every weight under the weight's own name, where they lie in stacks of all experts.
+
+    UserError for a stack of another shape than config.json implies."""
+    tensors, taken = dict[str, StoredTensor](), set[str]()
+    for parameter in FAMILIES[model.family].parameters(model):
+        for name, place in places(parameter):
+            if place.name not in source.tensors:
+                continue
+            stack = source.tensors[place.name]
+            shape = place.shape(stack.shape)
+            if shape is None:
+                problem = f"{place.name} has shape {stack.shape}, config.json implies {place.experts} experts"
+                raise UserError(problem, fix="config.json and the shards must belong together; download both again")
+            tensors[name] = StoredTensor(name, stack.shard, stack.dtype, shape, place)
+            taken.add(place.name)
+    if not taken:
+        return source
+    others = {name: tensor for name, tensor in source.tensors.items() if name not in taken}
+    return replace(source, tensors=tensors | others)
+
+
+def of_model(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
+    """The source as the model's table names it, and notes: every expert's weights one by one (`one_by_one`), and without what
+    published checkpoints hold and nothing here computes: multi-token-prediction layers that the model does not use
+    (DeepSeek-V3's), which its config.json then does not promise any more, and rotary frequencies, which follow from
+    config.json. Whatever else no weight claims, `stored.check` refuses."""
+    source = one_by_one(source, model)
     layers = sorted(FAMILIES[model.family].unused(model, source.tensors.keys()))
     rotary = sorted(name for name in source.tensors if ROTARY.search(name) and name not in set(layers))
     notes = []

@@ -49,19 +49,20 @@ def build_model(
     dtype: torch.dtype,
     seed: int,
     device: torch.device | str = "cpu",
-    attention: str = "sdpa",
+    attention: str | None = None,
     experts: str = "grouped_mm",
 ) -> PreTrainedModel:
     """The transformers model in `dtype` on `device`, in eval mode (no dropout anywhere).
 
     Without a checkpoint the weights are a random start from `seed`, drawn in fp32 on the CPU and then rounded, so
     that every dtype and device starts from the same numbers. `attention` and `experts` name implementations that
-    are registered with transformers. The global random state is left as it was.
+    are registered with transformers (attention None: the one that it chooses itself, SDPA where the model has it). The global
+    random state is left as it was.
     UserError when the checkpoint cannot be read, or its architecture or tensors are not those of the family's table.
     """
     family = family_of(model)
     auto_class = AutoModelForImageTextToText if model.vision else AutoModelForCausalLM
-    kernels = {"attn_implementation": attention}
+    kernels = {} if attention is None else {"attn_implementation": attention}
     if family.moe_layers(model):
         kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
     if model.hf_checkpoint is None:
@@ -69,6 +70,7 @@ def build_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             built = auto_class.from_config(config, dtype=torch.float32, **kernels)
+        family.adapt(built)
         built = built.to(dtype)
     else:
         built = _from_checkpoint(model, family, auto_class, dtype, kernels)
@@ -82,7 +84,8 @@ def _from_checkpoint(
     assert model.hf_checkpoint is not None
     source, plan = open_checkpoint(model)
     config = checkpoint_config(model)
-    if nested_quantization_config(source.config) is not None or not source.named:
+    in_stacks = any(parameter.stack for parameter in plan.parameters.values())
+    if nested_quantization_config(source.config) is not None or not source.named or in_stacks:
         return _weight_by_weight(model, family, auto_class, config, dtype, kernels, source, plan)
     try:
         built, report = auto_class.from_pretrained(
@@ -118,7 +121,8 @@ def _weight_by_weight(
     source: Source,
     plan: PrecisionPlan,
 ) -> PreTrainedModel:
-    """The bf16 model of a quantized checkpoint, dequantized here, whose decoding is tested bit for bit.
+    """The bf16 model of a quantized checkpoint, dequantized here, whose decoding is tested bit for bit; and of one whose experts
+    lie otherwise in memory than transformers has them.
 
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
@@ -128,6 +132,7 @@ def _weight_by_weight(
     except LOADING_ERRORS as error:
         reason = f"transformers builds no model from config.json of '{model.hf_checkpoint}': {first_line(error)}"
         raise UserError(reason, key=KEY, fix="the config.json that belongs to the weights") from error
+    family.adapt(built)
     built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would stay unwritten memory
     _check_table(model, family, built)
     with torch.no_grad():

@@ -60,6 +60,9 @@ class KnownFamily:
     def register(self) -> None:
         return
 
+    def adapt(self, built: Any) -> None:
+        return
+
     def unused(self, model: ModelConfig, names: Collection[str]) -> set[str]:
         return set()
 

@@ -26,11 +26,23 @@ class Cut(Enum):
 
 
 @dataclass(frozen=True)
+class InStack:
+    """A tensor of a checkpoint folder with a matrix or a bias of every expert: the weight is rows first, first + step, ... of
+    stack[expert]. How the stack lies there, runner/models/stacks.py says."""
+
+    name: str  # "model.layers.0.mlp.experts.gate_up_proj"
+    experts: int
+    first: int = 0
+    step: int = 1
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One weight as it lies in an HF checkpoint (experts one by one).
 
     `cut` says how ranks share it.
     `fused` names the matrix that engines lay it into together with other weights: they want one NVFP4 global scale for it.
+    `stack`: the tensor of all experts that published checkpoints of its family hold it in.
     """
 
     name: str  # "model.layers.0.mlp.experts.3.gate_proj.weight"
@@ -40,6 +52,7 @@ class Parameter:
     expert: int | None = None
     fused: str | None = None  # "model.layers.0.mlp.experts.3.gate_up_proj"
     cut: Cut = Cut.whole
+    stack: InStack | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,11 @@ class Family(Protocol):
 
     def register(self) -> None:
         """Let transformers build this architecture, where it does not know it by itself. Safe to call again."""
+        ...
+
+    def adapt(self, built: Any) -> None:
+        """Give a model that transformers built modules of this family's own, in place of those whose weights lie otherwise in
+        memory than trainers and engines here compute with."""
         ...
 
     def parameters(self, model: ModelConfig) -> Iterator[Parameter]:

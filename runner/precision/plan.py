@@ -142,6 +142,16 @@ class PrecisionPlan:
         """HF weight name -> format name, as engines describe themselves."""
         return {name: tensor.format for name, tensor in self.tensors.items()}
 
+    @cached_property
+    def in_stacks(self) -> bool:
+        """Whether a folder holds the experts in stacks (`Parameter.stack`), as their family publishes them: in bf16, and in a
+        format that has such a form where that is the experts' alone. Other forms have them one by one."""
+        stacked = [name for name, parameter in self.parameters.items() if parameter.stack is not None]
+        if not self.quantized:
+            return bool(stacked)
+        matrices = {name for name in stacked if _is_matrix(self.parameters[name])}
+        return self.quantized.keys() == matrices and all(t.spec.stacked_config() for t in self.quantized.values())
+
     def summary(self) -> str:
         """`routed_expert 1152 x int4 group 32 exact, 97 x bf16`: weights by role and format."""
         counts: dict[str, int] = {}
@@ -176,6 +186,8 @@ class PrecisionPlan:
             return None
         if len(grids) > 1:
             raise UserError(f"one checkpoint cannot mix {' and '.join(map(str, grids))}")
+        if self.in_stacks:
+            return grids[0].spec.stacked_config()
         return grids[0].spec.quantization_config(grids[0], self.ignored_modules())
 
     def differences(self, other: PrecisionPlan, names: tuple[str, str] = ("run", "checkpoint")) -> list[str]:

@@ -29,7 +29,10 @@ def replayed_weights(
 
     softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE). sigmoid: sigmoid(fp32 logits)
     gathered (the selection bias takes no part), divided by sum + 1e-20 if `normalize`, times `scaling` (DeepSeek-V3).
+    top_k_softmax: softmax of the gathered logits, in the logits' dtype (gpt-oss).
     """
+    if score == RouterScore.top_k_softmax:
+        return torch.softmax(logits.gather(1, experts), dim=-1).float()
     if score == RouterScore.softmax:
         chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, experts)
         return chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from runner import storage
 from runner.config.schema import Config
 from runner.convert.jobs import reader_notes
-from runner.convert.source import INDEX, SINGLE
+from runner.convert.source import INDEX, SINGLE, of_model, open_shard, open_source, read
 from runner.data import ExportedTensor
 from runner.errors import UserError
+from runner.models import stacks
 from runner.models.config_file import CONFIG
 from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
@@ -71,9 +71,10 @@ def plan_of(cfg: Config, format: str | None) -> PrecisionPlan:
 def _weights(cfg: Config, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, bf16(master)) of every weight in a trainer's checkpoint folder."""
     if (folder / SINGLE).is_file():
-        with safe_open(folder / SINGLE, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                yield name, handle.get_tensor(name)
+        source, _ = of_model(open_source(folder, "run"), cfg.model)
+        with open_shard(folder / SINGLE) as handle:
+            for name, stored in source.tensors.items():
+                yield name, read(handle, stored)
         return
     from hydra.utils import get_class
 
@@ -89,7 +90,8 @@ def _weights(cfg: Config, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.Tensor]], target: Path) -> int:
     """Encode and write a folder that transformers and engines load; returns its weights' bytes. It appears in one rename.
 
-    Holds one shard of 4 GiB in memory. Raises UserError when a weight of the family's table did not come.
+    Holds one shard of 4 GiB in memory, and stacks of experts until they are complete. Raises UserError when a weight of the
+    family's table did not come.
     """
     from runner.models.build import save_config
 
@@ -97,9 +99,8 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
         with storage.new_folder(target) as partial:
             shards = _Shards(partial)
             missing = set(plan.parameters)
-            for exported in codec.encode_all(weights, plan):
-                missing.discard(exported.name)
-                shards.add(exported)
+            for parts in _as_stored(codec.encode_all(weights, plan), plan, missing):
+                shards.add(parts)
             if missing:
                 raise UserError(f"{len(missing)} weights are not in the checkpoint, first {min(missing)}", key="run")
             size = shards.finish()
@@ -108,6 +109,17 @@ def write(cfg: Config, plan: PrecisionPlan, weights: Iterable[tuple[str, torch.T
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}", key="target", fix="target=<a folder with space>") from error
     return size
+
+
+def _as_stored(exported: Iterable[ExportedTensor], plan: PrecisionPlan, missing: set[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors as the folder holds them; what came is no longer `missing`."""
+
+    def parts() -> Iterator[dict[str, torch.Tensor]]:
+        for item in exported:
+            missing.discard(item.name)
+            yield item.parts
+
+    return stacks.laid(parts(), plan.parameters) if plan.in_stacks else parts()
 
 
 def _add_quantization_config(plan: PrecisionPlan, path: Path) -> None:
@@ -128,11 +140,12 @@ class _Shards:
         self._held: dict[str, torch.Tensor] = {}
         self._held_bytes = 0
 
-    def add(self, exported: ExportedTensor) -> None:
-        num_bytes = sum(part.numel() * part.element_size() for part in exported.parts.values())
+    def add(self, parts: dict[str, torch.Tensor]) -> None:
+        """Tensors that stay together."""
+        num_bytes = sum(part.numel() * part.element_size() for part in parts.values())
         if self._held and self._held_bytes + num_bytes > SHARD_BYTES:
             self._write()
-        self._held |= {name: part.contiguous() for name, part in exported.parts.items()}
+        self._held |= {name: part.contiguous() for name, part in parts.items()}
         self._held_bytes += num_bytes
         self.size += num_bytes
 

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "runner_causal"
+SINK_FEATURES = 8  # GPU kernels take heads whose width is a multiple
 SHORT = 256  # tokens up to which [T, T] scores of all heads are cheaper than the fused kernel
 
 
@@ -28,11 +29,16 @@ def causal_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> ([B, T, H, Dv], None). Without a mask attention is causal, as a module
     that says `is_causal` asks, or whole (a visual tower's); everything else goes to transformers' own function. With a
-    `sliding_window` a token sees itself and the window - 1 before it: transformers makes no mask for a function of our own."""
+    `sliding_window` a token sees itself and the window - 1 before it: transformers makes no mask for a function of our own.
+    `s_aux` [H]: logits of attention sinks."""
+    if s_aux is not None:
+        assert attention_mask is None and scaling is not None
+        return attention_with_sinks(query, key, value, scaling, s_aux, sliding_window).transpose(1, 2).contiguous(), None
     if sliding_window and sliding_window < query.shape[2] and attention_mask is None:
         attention_mask = window_mask(query.shape[2], sliding_window, query.device)
     plain = attention_mask is None and query.shape[2] == key.shape[2]
@@ -41,6 +47,30 @@ def causal_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True))
     return plain_attention(query, key, value, scale, causal=causal).transpose(1, 2).contiguous(), None
+
+
+def attention_with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sinks: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """Causal attention [B, H, T, D], [B, G, T, D], [B, G, T, Dv] -> [B, H, T, Dv] with one more logit in each softmax, which has
+    no value: sinks [H]. In fp32 on a CPU.
+
+    The sink is a key that is seen by every token. Its logit comes from one more feature, in which it alone is not zero, so that
+    torch's fused kernels compute it and its gradient.
+    """
+    q, k, v = (t.float() if query.device.type == "cpu" else t for t in (query, key, value))
+    batch, heads, length, width = q.shape
+    more = SINK_FEATURES - width % SINK_FEATURES
+    extra = torch.zeros(batch, heads, length, more, dtype=q.dtype, device=q.device)
+    extra[..., 0] = (sinks.to(q.dtype) / scale).view(1, -1, 1)
+    q = torch.cat([q, extra], dim=-1)
+    k = nn.functional.pad(k, (0, more, 1, 0))
+    k[:, :, 0, width] = 1
+    values = v.shape[-1]
+    v = nn.functional.pad(v, (0, q.shape[-1] - values, 1, 0))  # as wide as keys: the fused kernel wants that on a CPU
+    seen = nn.functional.pad(window_mask(length, window or length, query.device), (1, 0), value=True)
+    output = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    return output[..., :values].to(query.dtype)
 
 
 def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:

@@ -54,18 +54,34 @@ class _FromSlots(torch.autograd.Function):
         return grad.new_zeros(ctx.total, grad.shape[1]).index_copy_(0, slot, grad), None
 
 
+class _BiasOfRows(torch.autograd.Function):
+    """bias [E, out], rows per expert [E] -> [P, out] of rows in expert order; the backward sums each expert's rows in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: torch.Tensor, counts: torch.Tensor, total: int) -> torch.Tensor:
+        ctx.save_for_backward(counts)
+        return bias.repeat_interleave(counts, dim=0, output_size=total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (counts,) = ctx.saved_tensors
+        sums = torch.segment_reduce(grads[0].float(), "sum", lengths=counts, axis=0)
+        return sums.to(grads[0].dtype), None, None
+
+
 def sorted_experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """[N, H], [N, K] expert ids, [N, K] weights -> [N, H]; weights `gate_up_proj` [E, 2F, H], `down_proj` [E, H, F].
+    """[N, H], [N, K] expert ids, [N, K] weights -> [N, H]; weights `gate_up_proj` [E, 2F, H], `down_proj` [E, H, F], and biases
+    [E, out] beside them where the module has any.
 
-    `self` is a transformers experts module; under precision=fp8 both matmuls are those of fp8.py.
+    `self` is an experts module of transformers' kind; under precision=fp8 both matmuls are those of fp8.py.
     """
     num_tokens, top_k = top_k_index.shape
     slot, ends, total = _slots(top_k_index.reshape(-1), self.num_experts, CPU_ROWS if hidden_states.device.type == "cpu" else 1)
     rows = _ToSlots.apply(hidden_states, slot, top_k, total)
-    gate, up = _matmul(self, "gate_up_proj", rows, ends).chunk(2, dim=-1)
-    down = _matmul(self, "down_proj", self.act_fn(gate) * up, ends)
+    inner = self._apply_gate(_linear(self, "gate_up_proj", rows, ends))
+    down = _linear(self, "down_proj", inner, ends)
     output = _FromSlots.apply(down, slot).view(num_tokens, top_k, -1)
     return (output * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
 
@@ -84,6 +100,15 @@ def _slots(pairs: torch.Tensor, num_experts: int, multiple: int) -> tuple[torch.
     slot[order] = torch.arange(len(order), device=order.device)
     slot = slot + shift[pairs]
     return slot, ends.to(torch.int32), len(pairs) if multiple == 1 else int(ends[-1])
+
+
+def _linear(module: Any, attribute: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`_matmul`, and the bias of each row's expert."""
+    output = _matmul(module, attribute, rows, ends)
+    if not module.has_bias:
+        return output
+    counts = torch.diff(ends.long(), prepend=ends.new_zeros(1, dtype=torch.long))
+    return output + _BiasOfRows.apply(getattr(module, f"{attribute}_bias"), counts, len(rows))
 
 
 def _matmul(module: Any, attribute: str, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -207,6 +207,11 @@ class FormatSpec(ABC):
             "global_compression_ratio": None,
         }
 
+    def stacked_config(self) -> dict[str, Any] | None:
+        """`quantization_config` of a checkpoint whose routed experts, in stacks (runner/models/stacks.py), are in this format and
+        nothing else; None: it has no such form."""
+        return None
+
     def scheme(self, tensor_format: TensorFormat) -> dict[str, Any]:
         """`weights` of a compressed-tensors scheme. `observer_kwargs` carries the convention; every reader accepts it."""
         convention = tensor_format.convention

@@ -1,22 +1,27 @@
 """mxfp4: e2m1 values (W4A16), a power-of-two scale per 32 weights. The numbers: ../fp4.py.
 
-weight_packed uint8 [out, in / 2], weight_scale uint8 (e8m0) [out, in / 32]
+weight_packed uint8 [out, in / 2], weight_scale uint8 (e8m0) [out, in / 32]. A power of two moves no bit of a mantissa: every
+product value * scale is exact in bf16, so that no way of rounding it can differ between trainer, converter and engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.config.schema import Convention
 from runner.errors import UserError
 from runner.precision.formats import FormatSpec, Part, Readable, Scales, Scheme, Shape
+from runner.precision.quantization_config import module_names
 from runner.precision.tensor_format import TensorFormat
 
 if TYPE_CHECKING:
     import torch
 
 GROUP = 32
+# modules_to_not_convert of gpt-oss's own config.json: all that is no routed expert
+KEPT = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
 class Fp4(FormatSpec):
@@ -54,6 +59,7 @@ class Mxfp4(Fp4):
     part_names = ("weight_packed", "weight_scale")
     fixed_group = GROUP
     container = "mxfp4-pack-quantized"
+    methods = ("mxfp4",)
 
     def parts(self, tensor_format: TensorFormat, shape: Shape) -> tuple[Part, ...]:
         rows, columns = shape
@@ -84,6 +90,21 @@ class Mxfp4(Fp4):
 
         code, scale = fp4.quantize_mxfp4(weight, kept and kept.scale)
         return fp4.dequantize_mxfp4(code, scale), Scales(scale)
+
+    def stacked_config(self) -> dict[str, Any]:
+        return {"quant_method": self.methods[0], "modules_to_not_convert": list(KEPT)}
+
+    def config_reader(self, config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
+        """Of gpt-oss's `quant_method: mxfp4`: all routed experts but those of modules that it names, `*` for any layer."""
+        kept = module_names(config, "modules_to_not_convert")
+        grid = TensorFormat.mxfp4()
+
+        def format_of(module: str) -> TensorFormat:
+            if ".experts." not in module or any(fnmatchcase(f"{module}.", f"{entry}.*") for entry in kept):
+                return TensorFormat.bf16()
+            return grid
+
+        return format_of
 
     def scheme(self, tensor_format: TensorFormat) -> dict[str, Any]:
         return super().scheme(tensor_format) | {"scale_dtype": "torch.uint8"}

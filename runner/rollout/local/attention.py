@@ -153,9 +153,12 @@ def slot_attention(
     scaling: float,
     engine_step: Step,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """query [N, h, 1, d], key [N, n, 1, d], value [N, n, 1, d_v] -> output [N, 1, h, d_v]; writes the cache, then reads it."""
+    """query [N, h, 1, d], key [N, n, 1, d], value [N, n, 1, d_v] -> output [N, 1, h, d_v]; writes the cache, then reads it.
+
+    `s_aux` [h]: logits of attention sinks."""
     step, layer = engine_step, int(module.layer_idx)  # type: ignore[arg-type]
     keys = step.cache.write(layer, "key", step.write_index, key)
     values = step.cache.write(layer, "value", step.write_index, value)
@@ -172,12 +175,29 @@ def slot_attention(
     if step.width > 1:
         flat = flat.view(step.rows, step.width, heads, size).transpose(1, 2)
     grouped = flat.reshape(step.rows, key.shape[1], groups * step.width, size)
-    output = F.scaled_dot_product_attention(
-        grouped, keys_BnCd, values_BnCd, attn_mask=step.mask(groups, query.dtype, sliding_window or 0), scale=scaling
-    )
+    mask = step.mask(groups, query.dtype, sliding_window or 0)
+    if s_aux is None:
+        output = F.scaled_dot_product_attention(grouped, keys_BnCd, values_BnCd, attn_mask=mask, scale=scaling)
+    else:
+        sinks = s_aux.view(-1, groups, 1).expand(-1, -1, step.width).reshape(1, -1, groups * step.width, 1)
+        output = attention_with_sinks(grouped, keys_BnCd, values_BnCd, mask, scaling, sinks)
     output = output.reshape(step.rows, heads, step.width, -1)
     output = output.transpose(1, 2).reshape(step.rows * step.width, 1, heads, -1)
     return (output if step.pad_index is None else output.index_select(0, step.pad_index)), None
+
+
+def attention_with_sinks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, sinks: torch.Tensor
+) -> torch.Tensor:
+    """[B, n, R, d], [B, n, C, d], [B, n, C, d_v], additive mask [B, 1, R, C], sinks [1, n, R, 1] -> [B, n, R, d_v].
+
+    A sink is one more logit of the softmax, without a value: it takes a share of the weight away. In fp32; the scores
+    [B, n, R, C] are written out.
+    """
+    scores = (query.float() * scale) @ key.float().transpose(2, 3) + mask
+    logits = torch.cat([scores, sinks.float().expand(len(scores), -1, -1, -1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., :-1]
+    return (weights @ value.float()).to(query.dtype)
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

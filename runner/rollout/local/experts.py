@@ -5,6 +5,8 @@ Shape legend: N tokens, K experts per token, E experts, H hidden, I expert ffn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,12 +20,14 @@ class EngineExperts(nn.Module):
         self,
         gate_up: list[ResidentWeight],
         down: list[ResidentWeight],
-        activation: nn.Module,
+        apply_gate: Callable[[torch.Tensor], torch.Tensor],
         stacked: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        biases: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """`stacked`: the memory [E, 2 I, H] and [E, H, I] that dense weights are views of."""
+        """`apply_gate`: gate and up projection [..., 2 I] -> [..., I]. `stacked`: the memory [E, 2 I, H] and [E, H, I] that dense
+        weights are views of. `biases`: [E, 2 I] and [E, H]."""
         super().__init__()
-        self.gate_up, self.down, self.activation, self.stacked = gate_up, down, activation, stacked
+        self.gate_up, self.down, self.apply_gate, self.stacked, self.biases = gate_up, down, apply_gate, stacked, biases
         self.chosen: torch.Tensor | None = None
 
     def forward(self, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -35,12 +39,15 @@ class EngineExperts(nn.Module):
         used = [expert for expert, count in enumerate(counts) if count]
         sizes = [counts[expert] for expert in used]
         rows = hidden_NH.index_select(0, order // k)
-        both = [self.gate_up[expert].linear(part) for expert, part in zip(used, rows.split(sizes), strict=True)]
-        gate, up = torch.cat(both).chunk(2, dim=-1)
-        inner = self.activation(gate) * up
-        outputs = [self.down[expert].linear(part) for expert, part in zip(used, inner.split(sizes), strict=True)]
+        both = torch.cat([self.gate_up[expert].linear(part) for expert, part in zip(used, rows.split(sizes), strict=True)])
+        if self.biases is not None:
+            both += self.biases[0].index_select(0, flat[order])
+        inner = self.apply_gate(both)
+        outputs = torch.cat([self.down[expert].linear(part) for expert, part in zip(used, inner.split(sizes), strict=True)])
+        if self.biases is not None:
+            outputs += self.biases[1].index_select(0, flat[order])
         unsorted = torch.empty(tokens * k, hidden_NH.shape[-1], dtype=hidden_NH.dtype, device=hidden_NH.device)
-        unsorted.index_copy_(0, order, torch.cat(outputs))
+        unsorted.index_copy_(0, order, outputs)
         weighted = unsorted.view(tokens, k, -1) * weights_NK.unsqueeze(-1)
         return weighted.sum(1).to(hidden_NH.dtype)
 

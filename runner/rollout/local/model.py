@@ -79,10 +79,11 @@ class EngineModel:
                 self.others[name] = view
 
     def _install_experts(self, path: str, gate_up: Pieces, down: Pieces, views: Mapping[str, torch.Tensor]) -> None:
-        old = self.module.get_submodule(path)
+        old: Any = self.module.get_submodule(path)
         gates, stacked_gate_up = self._make_stack(gate_up, views)
         downs, stacked_down = self._make_stack(down, views)
-        experts = EngineExperts(gates, downs, old.act_fn, (stacked_gate_up, stacked_down))  # type: ignore[arg-type]
+        biases = (old.gate_up_proj_bias.data, old.down_proj_bias.data) if old.has_bias else None
+        experts = EngineExperts(gates, downs, old._apply_gate, (stacked_gate_up, stacked_down), biases)
         self.module.set_submodule(path, experts)
         self.experts.append(experts)
 

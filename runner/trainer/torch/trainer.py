@@ -20,7 +20,7 @@ from runner.config.schema import Config, QatPlacement
 from runner.cores import default_threads
 from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError
-from runner.models import family_of, visual
+from runner.models import family_of, stacks, visual
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.models.images import Images
 from runner.precision import cpu_matmul
@@ -328,7 +328,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         if self.device.type == "cuda":
             optimizer["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         tensors = {
-            "model": dict(disk_tensors(self.family, self.cfg.model, self.unquantized_weights().items())),
+            "model": self._as_published(),
             "masters": self._trained(),
             "optimizer": optimizer,
         }
@@ -337,6 +337,15 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         if self._reference is not None:
             tensors["reference"] = self._reference
         return checkpoint.State(tensors, {**self.counters(), "master_weights": self.optimizer.has_masters})
+
+    def _as_published(self) -> dict[str, torch.Tensor]:
+        """bf16(master) as folders of the family hold it."""
+        weights = dict(disk_tensors(self.family, self.cfg.model, self.unquantized_weights().items()))
+        parameters = {parameter.name: parameter for parameter in self.family.parameters(self.cfg.model)}
+        published: dict[str, torch.Tensor] = {}
+        for tensors in stacks.laid(({name: weight} for name, weight in weights.items()), parameters):
+            published |= tensors
+        return published
 
     def load_state(self, state: checkpoint.State) -> None:
         """Inverse of `state`; the model weights are derived from the masters. KeyError or RuntimeError where it does not fit."""
