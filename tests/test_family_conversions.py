@@ -21,7 +21,8 @@ from runner.precision.tensor_format import TensorFormat
 from tests import twins
 
 GRIDS = {"int4": TensorFormat.int4(32, Convention.exact), "fp8": TensorFormat.fp8("block")}
-ONE_OF_EACH = twins.one_of_each_family()
+# gpt-oss's experts transformers reads in bf16 and MXFP4 alone: test_gpt_oss.py
+ONE_OF_EACH = [name for name in twins.one_of_each_family() if name != "gpt_oss"]
 
 
 @pytest.mark.parametrize("grid_name", GRIDS)

@@ -22,12 +22,15 @@ from runner.trainer import attention, experts
 from tests import twins
 
 TWINS = sorted(twins.PUBLISHED)
-USED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-WINDOWS: dict[str, dict[str, Any]] = {
+USED = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, {"use_sliding_window": False}
+EVERY_LAYER = {"sliding_window": 8}, {"sliding_window": None}
+# what a config.json says to have a window in some layers, and to have none
+WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2": USED,
     "qwen3_4b": USED,
-    "mistral": {"sliding_window": 8},
-    "mixtral": {"sliding_window": 8},
+    "mistral": EVERY_LAYER,
+    "mixtral": EVERY_LAYER,
+    "gpt_oss": ({"sliding_window": 8}, {"layer_types": ["full_attention"] * 2}),
 }
 
 
@@ -81,7 +84,8 @@ def test_trainer_and_engine_compute_transformers_logits(name: str, folders: dict
 @pytest.mark.parametrize("name", WINDOWS)
 def test_layers_that_see_a_window(name: str, tmp_path: Path) -> None:
     """A prefill, and the tokens behind it one at a time."""
-    model = twins.twin(tmp_path / name, name, **WINDOWS[name])
+    windows, everything = WINDOWS[name]
+    model = twins.twin(tmp_path / name, name, **windows)
     tokens = torch.randint(16, 272, (40,), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         theirs = twins.loaded_by_transformers(tmp_path / name, dtype=torch.float32)(tokens[None]).logits[0]
@@ -97,7 +101,6 @@ def test_layers_that_see_a_window(name: str, tmp_path: Path) -> None:
             for piece, start in zip(pieces, starts, strict=True)
         ]
         decoded = engine.logits(torch.cat(hidden))
-        everything = {"sliding_window": None} if "use_sliding_window" not in WINDOWS[name] else {"use_sliding_window": False}
         values = json.loads((tmp_path / name / "config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(values | everything))
         whole = as_trained(model)(tokens[None]).logits[0]

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from runner.config.schema import ModelConfig
+from runner.convert.source import model_of as model_of_source
+from runner.convert.source import one_by_one, open_shard, open_source, read
 from runner.models import auto
 from runner.models.config_file import recognized
 from runner.models.family import Family
@@ -124,6 +126,24 @@ def twin(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, **changes
     return model_of(folder)
 
 
+def mxfp4_twin(folder: Path) -> ModelConfig:
+    """The twin of gpt-oss with experts as published. Codes and scales are drawn, not quantized: any that a folder may hold,
+    groups without a code of 4 or 6 among them, whose scale is larger than it would have to be."""
+    twin(folder, "gpt_oss")
+    weights, draw = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(3)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = weights.pop(name).shape
+        codes = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=draw, dtype=torch.uint8)
+        small = torch.rand(experts, rows, columns // 32, 1, generator=draw) < 0.2
+        weights[f"{name}_blocks"] = torch.where(small, codes & 0xBB, codes)  # without bit 2 of each code: 0, 0.5, 1 and 1.5
+        weights[f"{name}_scales"] = torch.randint(118, 122, (experts, rows, columns // 32), generator=draw).to(torch.uint8)
+    write_weights(folder, weights)
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"] = PUBLISHED["gpt_oss"]["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(values))
+    return model_of(folder)
+
+
 def _transformers_config(values: dict[str, Any], family: Family) -> Any:
     """transformers' own class of the architecture, whatever a published config.json calls its model_type (kimi_k2)."""
     own = {key: value for key, value in values.items() if key not in ("architectures", "model_type")}
@@ -150,7 +170,11 @@ def model_of(folder: Path) -> ModelConfig:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    """Every tensor of a single-file folder, experts one by one under the names of the family's table."""
+    opened = open_source(folder)
+    source = one_by_one(opened, model_of_source(opened))
+    with open_shard(folder / "model.safetensors") as handle:
+        return {name: read(handle, stored) for name, stored in source.tensors.items()}
 
 
 def write_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:

@@ -31,6 +31,7 @@ from runner.doctor.table import show
 from runner.errors import UserError
 from runner.findings import Finding, Status
 from runner.models import family_of
+from runner.precision import fp4
 from runner.precision.codec import decode, encode, integers, scales_of
 from runner.precision.formats import all_formats
 from runner.precision.plan import NEVER_QUANTIZED, PrecisionPlan, shorten
@@ -277,7 +278,7 @@ def two_hot(
     by_full = (full[:, columns] - full[:, other]).to(torch.bfloat16).float()
     telling = by_rounded != by_full
     if torch.equal(got, by_rounded) and not telling.any():
-        return TwoHot("two-hot equal" + (", every product exact in bf16" if tensor_format.integer else ""))
+        return TwoHot("two-hot equal" + (", every product exact in bf16" if _has_products(tensor_format) else ""))
     share = f"{float(telling.float().mean()):.0%} of pairs tell"
     observed = "bf16" if torch.equal(got, by_rounded) else "fp32" if torch.equal(got, by_full) else ""
     if not observed:
@@ -289,9 +290,17 @@ def two_hot(
 
 
 def fp32_products(exported: ExportedTensor, tensor_format: TensorFormat, expected: torch.Tensor) -> torch.Tensor:
-    """[N, K] fp32: integer * scale without the rounding to bf16; formats other than integers are decoded to bf16 first."""
-    if not tensor_format.integer:
+    """[N, K] fp32: integer, or FP4 value under a power of two, times scale without the rounding to bf16; other formats are
+    decoded to bf16 first."""
+    if not _has_products(tensor_format):
         return expected.float()
     q, scale = integers(exported, tensor_format), scales_of(exported).scale
+    if not tensor_format.integer:
+        q, scale = fp4.decode_fp4(q), fp4.e8m0_to_float(scale)
     grouped = q.float().unflatten(-1, (scale.shape[-1], -1))
     return (grouped * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+def _has_products(tensor_format: TensorFormat) -> bool:
+    """Whether each weight is a value times one scale of its group, exact in fp32."""
+    return tensor_format.integer or tensor_format.format == "mxfp4"

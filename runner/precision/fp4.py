@@ -83,7 +83,7 @@ def quantize_mxfp4(weight: torch.Tensor, scale: torch.Tensor | None = None) -> t
 
 
 def dequantize_mxfp4(code: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """bf16(value * 2^(e8m0 - 127)): exact for every code and every scale up to 252, beyond which `mxfp4_scales` does not go."""
+    """bf16(value * 2^(e8m0 - 127)): exact for every code and every scale up to 252, that of weights of 1e38."""
     grouped = decode_fp4(code).unflatten(-1, (-1, MXFP4_GROUP))
     return (grouped * e8m0_to_float(scale).unsqueeze(-1)).to(torch.bfloat16).flatten(-2)
 

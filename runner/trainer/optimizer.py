@@ -73,8 +73,9 @@ class MasterOptimizer:
         self.config = config
         self.has_masters = master_weights
         params = [(name, param) for name, param in named if param.requires_grad]
-        decayed = [(name, param) for name, param in params if param.dim() >= 2]
-        plain = [(name, param) for name, param in params if param.dim() < 2]
+        matrix = {name: param.dim() >= 2 and not name.endswith("bias") for name, param in params}  # biases of experts lie stacked
+        decayed = [(name, param) for name, param in params if matrix[name]]
+        plain = [(name, param) for name, param in params if not matrix[name]]
         self.params = dict(decayed + plain)
         device = torch.device("cpu") if config.cpu_offload else next(iter(self.params.values())).device
         self._offsets: dict[str, int] = {}
