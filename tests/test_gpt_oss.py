@@ -187,9 +187,9 @@ def test_a_stack_of_another_number_of_experts_is_refused(tmp_path: Path) -> None
         convert(tmp_path / "published", tmp_path / "target", BF16, lambda _: (), workers=1)
 
 
-@pytest.mark.parametrize("other", [["trainer=megatron", "parallelism=cpu2"], ["rollout=sglang"]])
+@pytest.mark.parametrize("other", [["trainer=megatron", "parallelism=h200x8"], ["rollout=sglang"]])
 def test_engines_that_cannot_say_why(other: list[str]) -> None:
-    with pytest.raises(UserErrors, match="gpt_oss: .*sinks"):
+    with pytest.raises(UserErrors, match="gpt_oss.*sinks"):
         compose.load(["model=tiny_gpt_oss", "precision=mxfp4_qat", "speculative=none", *other])
 
 

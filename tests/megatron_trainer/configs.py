@@ -30,6 +30,9 @@ MODELS: dict[str, dict[str, object]] = {
     },
     "mla": {**MLA, **WIDE, "num_kv_heads": 4, "expert_ffn_size": 64, "kv_lora_rank": 32},
     "mla_q": {**MLA, **WIDE, "num_kv_heads": 4, "expert_ffn_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32},
+    "gpt_oss": model(
+        "tiny_gpt_oss", **WIDE, num_layers=3, num_kv_heads=2, num_experts=4, expert_ffn_size=64, tied_embeddings=False
+    ),
     "mtp": model("tiny_mtp", **WIDE, num_kv_heads=2, tied_embeddings=False),
 }
 

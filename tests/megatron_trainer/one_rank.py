@@ -65,6 +65,17 @@ def weights_are_quantized_at_every_moment() -> None:
     _assert_quantized(worker)
 
 
+def mxfp4_experts_with_biases_are_quantized_at_every_moment() -> None:
+    worker = _worker(model="gpt_oss", format="mxfp4")
+    names = {chosen.place.name.rpartition(".")[2] for chosen in worker.quantization.quantized.values()}
+    assert names == {"weight"}, names
+    _assert_quantized(worker)
+    worker.updates(_batch(worker.cfg))
+    _assert_quantized(worker)
+    packed = {name: part for tensor in worker.export("rollout") for name, part in tensor.parts.items()}
+    assert {str(part.dtype) for name, part in packed.items() if ".experts." in name} == {"torch.uint8", "torch.bfloat16"}
+
+
 def roles_decide_what_is_quantized() -> None:
     worker = _worker(model="dense", **{"precision.roles": [Role.attention, Role.dense_mlp]})
     names = {chosen.place.name.split(".", 3)[-1] for chosen in worker.quantization.quantized.values()}
@@ -239,6 +250,7 @@ def reference_logprobs_come_from_full_precision_weights() -> None:
 
 CASES: tuple[Callable[[], None], ...] = (
     weights_are_quantized_at_every_moment,
+    mxfp4_experts_with_biases_are_quantized_at_every_moment,
     roles_decide_what_is_quantized,
     an_optimizer_that_skips_the_copy_leaves_quantized_weights,
     masters_are_never_filled_from_quantized_weights,

@@ -64,14 +64,15 @@ TWINS = (
     "glm4_moe_qk_norm",
     "deepseek_v3",
 )
-REPLAYED = ("qwen2_moe", "mixtral", "glm4_moe")
+REPLAYED = ("qwen2_moe", "mixtral", "glm4_moe", "gpt_oss")
 CASES |= {f"twin {name}": ("twin", {}, {}) for name in TWINS} | {f"twin {name}, replayed": ("twin", {}, {}) for name in REPLAYED}
+CASES |= {"twin gpt_oss": ("twin", {}, {"sliding_window": 4})}
 
 
 def write(folder: Path, model: str, numbers: dict[str, Any], changes: dict[str, Any]) -> None:
     """A checkpoint of random weights, biases and router biases that are not zero."""
     if model == "twin":
-        twins.twin(folder, folder.name.removeprefix("twin ").removesuffix(", replayed"))
+        twins.twin(folder, folder.name.removeprefix("twin ").removesuffix(", replayed"), **changes)
         return
     values = {**MODELS[model], **numbers}
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
-from runner.config.choices import BaseDtype, Recompute
+from runner.config.choices import BaseDtype, Recompute, RouterScore
 from runner.config.schema import Config, ModelConfig
 from runner.errors import UserError, UserErrors
 from runner.models import family_of
@@ -19,6 +19,8 @@ from runner.models.family import Family
 from runner.trainer.megatron.config import MegatronTrainerConfig
 
 Arguments = dict[str, Any]
+SWIGLU_ALPHA = 1.702
+SCORE_FUNCTIONS = {RouterScore.softmax: "softmax", RouterScore.sigmoid: "sigmoid", RouterScore.top_k_softmax: "softmax"}
 FULL_ROUTER_DTYPE = "fp32"  # routers are computed in fp32: near ties of bf16 logits would route at random
 
 
@@ -171,7 +173,7 @@ def _experts(cfg: Config) -> Arguments:
         "moe_permute_fusion": cuda and trainer.permute_fusion,
         "moe_router_fusion": cuda and trainer.router_fusion,
         "moe_router_dtype": FULL_ROUTER_DTYPE,
-        "moe_router_score_function": str(model.router_score),
+        "moe_router_score_function": SCORE_FUNCTIONS[model.router_score],
         # the softmax over the chosen logits is the renormalised softmax over all; before the choice it stays as it is
         "moe_router_pre_softmax": not family_of(model).normalizes_top_k,
         "moe_router_load_balancing_type": "none",
@@ -232,6 +234,33 @@ def rope_scaling(hf_config: dict[str, Any]) -> Arguments:
         "original_max_position_embeddings": int(original),
         "mscale_all_dim": float(values.get("mscale_all_dim") or 0.0),
     }
+
+
+def gpt_oss(model: ModelConfig, hf_config: dict[str, Any]) -> Arguments:
+    """What gpt-oss's config.json says beside the model group: biases everywhere, sinks, a clamped SwiGLU, windows; {} for other
+    families. UserError for another gain than that of the activation that Megatron has.
+
+    The window counts the token itself in transformers, and those before it in Megatron.
+    """
+    if model.family != "gpt_oss":
+        return {}
+    if (alpha := hf_config.get("swiglu_alpha", SWIGLU_ALPHA)) != SWIGLU_ALPHA:
+        raise UserError(
+            f"Megatron's SwiGLU of gpt-oss has a gain of {SWIGLU_ALPHA}, not {alpha}", key="trainer", fix="trainer=torch"
+        )
+    arguments: Arguments = {
+        "add_bias_linear": True,
+        "softmax_type": "learnable",
+        "activation_func": "quick_gelu",
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": float(hf_config.get("swiglu_limit", 7.0)),
+    }
+    kinds = hf_config.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(model.num_layers)]
+    window = family_of(model).window(hf_config)
+    if window is not None:
+        arguments["window_size"] = (window - 1, 0)
+        arguments["window_attn_skip_freq"] = [int(kind == "sliding_attention") for kind in kinds]
+    return arguments
 
 
 def gpt_model(cfg: Config) -> Arguments:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel, gpt_model
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -29,6 +30,7 @@ from runner.trainer.megatron.sources import Read
 from runner.trainer.megatron.specs import decoder_spec
 
 FUSION = "fused_weight_gradient_mlp_cuda"  # APEX's extension
+ACTIVATIONS = {"silu": torch.nn.functional.silu, "quick_gelu": quick_gelu}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -92,9 +94,10 @@ def transformer_config(cfg: Config, hf_config: dict[str, Any]) -> TransformerCon
     values = arguments.transformer(cfg)
     for key in ("params_dtype", "pipeline_dtype"):
         values[key] = DTYPES[values[key]]
-    values["activation_func"] = torch.nn.functional.silu
+    values |= rope.scaling_arguments(cfg.model, hf_config) | arguments.gpt_oss(cfg.model, hf_config)
+    values["activation_func"] = ACTIVATIONS[values["activation_func"]]
     kind = MLATransformerConfig if cfg.model.kv_lora_rank else TransformerConfig
-    return kind(**values | rope.scaling_arguments(cfg.model, hf_config))
+    return kind(**values)
 
 
 def build_gpt(cfg: Config, config: TransformerConfig, hf_config: dict[str, Any]) -> GPTModel:

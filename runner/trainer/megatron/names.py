@@ -69,8 +69,13 @@ def _entries(model: ModelConfig, family: Family) -> Iterator[Mapped]:
         if layer not in moe:
             yield from _mlp(f"{hf}.mlp", f"{mega}.mlp")
             continue
-        for gate in ("mlp.gate", "block_sparse_moe.gate"):  # what the family's table does not have, `table` leaves out
+        for gate in (
+            "mlp.gate",
+            "mlp.router",
+            "block_sparse_moe.gate",
+        ):  # what the family's table does not have, `table` leaves out
             yield Mapped(f"{mega}.mlp.router.weight", Kind.direct, (f"{hf}.{gate}.weight",))
+        yield Mapped(f"{mega}.mlp.router.bias", Kind.direct, (f"{hf}.mlp.router.bias",))
         yield Mapped(f"{mega}.mlp.router.expert_bias", Kind.direct, (f"{hf}.mlp.gate.e_score_correction_bias",))
         for expert in range(model.num_experts):
             ours = f"{mega}.mlp.experts.local_experts.{expert}"
@@ -100,14 +105,16 @@ def _attention(model: ModelConfig, hf: str, mega: str) -> Iterator[Mapped]:
     for what in ("weight", "bias"):
         yield Mapped(f"{mega}.linear_qkv.{what}", Kind.qkv, tuple(f"{hf}.{x}_proj.{what}" for x in "qkv"))
         yield Mapped(f"{mega}.linear_proj.{what}", Kind.direct, (f"{hf}.o_proj.{what}",))
+    yield Mapped(f"{mega}.core_attention.softmax_offset", Kind.direct, (f"{hf}.sinks",))
     for norm in "qk":
         yield Mapped(f"{mega}.{norm}_layernorm.weight", Kind.direct, (f"{hf}.{norm}_norm.weight",))
 
 
 def _mlp(hf: str, mega: str, projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Iterator[Mapped]:
-    gate, up, down = (f"{hf}.{projection}.weight" for projection in projections)
-    yield Mapped(f"{mega}.linear_fc1.weight", Kind.gate_up, (gate, up))
-    yield Mapped(f"{mega}.linear_fc2.weight", Kind.direct, (down,))
+    for what in ("weight", "bias"):
+        gate, up, down = (f"{hf}.{projection}.{what}" for projection in projections)
+        yield Mapped(f"{mega}.linear_fc1.{what}", Kind.gate_up, (gate, up))
+        yield Mapped(f"{mega}.linear_fc2.{what}", Kind.direct, (down,))
 
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

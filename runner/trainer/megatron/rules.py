@@ -16,6 +16,7 @@ from runner.trainer.megatron.arguments import trainer_config
 FAMILIES = (
     "deepseek",
     "glm4_moe",
+    "gpt_oss",
     "llama",
     "mimo",
     "mistral",
@@ -25,11 +26,11 @@ FAMILIES = (
     "qwen3",
     "qwen3_moe",
 )
+WINDOWS = ("gpt_oss",)  # those of them whose layers with a window are computed
 # why others are not among them
 NOT_MAPPED = {
     "glm4": "Megatron-core has no norms behind the attention and the mlp, which GLM-4 has",
     "glm4_moe_lite": "Megatron-core gives the norms on latents rms_norm_eps, transformers does not: logprobs differ by 4e-5",
-    "gpt_oss": "its sinks, windows and clamped SwiGLU with biases are not mapped to Megatron-core's",
     "minimax_m2": "Megatron-core's norms on queries and keys are of each head, MiniMax-M2's span all heads",
     "qwen3_vl": "trainer=megatron has no vision towers",
 }
@@ -41,11 +42,22 @@ def families(cfg: Config) -> Iterator[UserError]:
         reason = NOT_MAPPED.get(model.family, "what it would compute was compared with nothing")
         key = "model" if model.vision else "model.family"
         yield UserError(f"trainer=megatron does not train {model.family}: {reason}", key=key, fix="trainer=torch")
-    elif error := window_problem(model, family_of(model), local_config(model)):
+    elif model.family not in WINDOWS and (error := window_problem(model, family_of(model), local_config(model))):
         yield error
     elif family_of(model).rotary_share < 1 and Rope.of(local_config(model) or {}).kind != "default":
         problem = "a scale of the attention's logits stands for the rotary scaling's factor, and part of a head is not rotated"
         yield UserError(f"{problem} in family {model.family}", key="model.hf_checkpoint", fix="trainer=torch")
+
+
+def sinks(cfg: Config) -> Iterator[UserError]:
+    """gpt-oss: attention with sinks, and experts with biases."""
+    if cfg.model.family != "gpt_oss":
+        return
+    if cfg.parallelism.gpus:
+        problem = "what Transformer Engine makes of gpt_oss's sinks, windows and biases was compared with nothing"
+        yield UserError(problem, key="model.family", fix="trainer=torch, or CPU ranks")
+    if cfg.parallelism.etp > 1:
+        yield UserError("Megatron divides no experts with biases", key="parallelism.etp", fix="parallelism.etp=1")
 
 
 def router(cfg: Config) -> Iterator[UserError]:
@@ -151,4 +163,4 @@ def heads(cfg: Config) -> Iterator[UserError]:
         )
 
 
-RULES: tuple[Rule, ...] = (families, router, optimizer, quantization, drafts, experts, heads)
+RULES: tuple[Rule, ...] = (families, sinks, router, optimizer, quantization, drafts, experts, heads)

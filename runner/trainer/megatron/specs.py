@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -18,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from runner.trainer.attention import plain_causal_attention
+from runner.trainer.attention import attention_with_sinks, plain_causal_attention
 
 
 class RmsNorm(nn.RMSNorm):
@@ -54,7 +55,8 @@ class DuplicatedLinear(nn.Module):
 class PackedCausalAttention(nn.Module):
     """Causal attention over packed sequences on a CPU, with any value width (MLA) and context parallelism.
 
-    Megatron's local attention takes neither packed sequences, nor MLA's widths, nor context parallelism. With cp > 1
+    Megatron's local attention takes neither packed sequences, nor MLA's widths, nor context parallelism. `softmax_offset` are
+    attention sinks [N], and what of them a tensor-parallel rank has, under the name that Megatron gives them. With cp > 1
     queries, keys and values are gathered over the context-parallel ranks (zig-zag layout, as Transformer Engine's)
     and each rank keeps its own rows: simple, not fast; a GPU runs Transformer Engine's ring attention.
     """
@@ -71,6 +73,14 @@ class PackedCausalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        self.window: int | None = None
+        if config.window_size and config.window_attn_skip_freq[layer_number - 1]:
+            self.window = config.window_size[0] + 1
+        self.softmax_offset: nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -90,9 +100,23 @@ class PackedCausalAttention(nn.Module):
             q, k, v = (gather_from_sequence_parallel_region(x, group=group)[layout.from_ranks] for x in (q, k, v))
         # [T, heads, width] -> [samples, heads, longest, width]
         q, k, v = (x[layout.pad].transpose(1, 2) for x in (q, k, v))
-        output = plain_causal_attention(q, k, v, q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        if self.softmax_offset is None:
+            assert self.window is None, "a window without sinks"
+            output = plain_causal_attention(q, k, v, scale)
+        else:
+            output = attention_with_sinks(q, k, v, scale, self.softmax_offset, self.window)
         packed = output.transpose(1, 2).flatten(0, 1)[layout.unpad]  # [T, N, V]
         return packed.flatten(1)
+
+
+class ExpertOutput(RowParallelLinear):
+    """The second matrix of an expert with a bias, which Megatron adds to its output in place: without ranks to sum over that is a
+    view of a custom function's, where autograd forbids it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output, bias = super().forward(x)
+        return output.clone(), bias
 
 
 class PackedLayout:
@@ -158,6 +182,8 @@ def _local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = RmsNorm
         layer.submodules.pre_mlp_layernorm = RmsNorm
+        if config.num_moe_experts and config.add_bias_linear:
+            layer.submodules.mlp.submodules.experts.submodules.linear_fc2 = ExpertOutput
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedCausalAttention
         for down in ("linear_q_down_proj", "linear_kv_down_proj"):
