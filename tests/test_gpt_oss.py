@@ -21,7 +21,7 @@ from runner.config.schema import Config, Convention, ModelConfig, PrecisionConfi
 from runner.convert.compare import audit_checkpoint, compare_checkpoints
 from runner.convert.engine import convert
 from runner.errors import UserError, UserErrors
-from runner.models import family_of
+from runner.models import family_of, stacks
 from runner.models.build import build_model, disk_tensors, named_weights
 from runner.precision import codec, fp4
 from runner.precision.plan import PrecisionPlan, quantized_roles
@@ -185,6 +185,24 @@ def test_a_stack_of_another_number_of_experts_is_refused(tmp_path: Path) -> None
     (tmp_path / "published" / "config.json").write_text(json.dumps(values | {"num_local_experts": 4}))
     with pytest.raises(UserError, match=r"gate_up_proj_blocks has shape \(8, 256, 2, 16\), config.json implies 4 experts"):
         convert(tmp_path / "published", tmp_path / "target", BF16, lambda _: (), workers=1)
+
+
+def test_gptq_is_refused_before_it_asks_for_its_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twins.twin(tmp_path / "source", "gpt_oss")
+    words = ["convert", f"source={tmp_path / 'source'}", f"target={tmp_path / 'target'}", "precision=int4_qat", "method=gptq"]
+    assert main(words) == 2
+    assert "transformers has all experts of gpt_oss in one" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_without_an_expert_is_no_folder() -> None:
+    model = compose.load_config(["model=tiny_gpt_oss"]).model
+    parameters = {parameter.name: parameter for parameter in family_of(model).parameters(model)}
+    name = "model.layers.0.mlp.experts.0.down_proj"
+    parts = {f"{name}.weight": torch.zeros(128, 128), f"{name}.bias": torch.zeros(128), "model.norm.weight": torch.ones(128)}
+    laid = stacks.laid([parts], parameters)
+    assert list(next(laid)) == ["model.norm.weight"]
+    with pytest.raises(UserError, match="experts.down_proj, .*down_proj_bias: weights of some experts are missing"):
+        next(laid)
 
 
 @pytest.mark.parametrize("other", [["trainer=megatron", "parallelism=h200x8"], ["rollout=sglang"]])

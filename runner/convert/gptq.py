@@ -33,6 +33,7 @@ from runner.convert.jobs import Action, Job, Jobs, quantizing_jobs
 from runner.convert.journal import Partial, check_space
 from runner.convert.source import Source, StoredTensor, model_of, of_model, open_shard, open_source
 from runner.errors import UserError
+from runner.models import family_of
 from runner.models.published import config_values
 from runner.models.tokenizer import load_tokenizer
 from runner.precision import formats, int4
@@ -89,15 +90,15 @@ def convert_gptq(
             key="convert.format",
             fix=f"method=rtn, or format={WRITTEN[0]}",
         )
-    python = driver_python(cfg)
     opened = open_source(source)
     model = model_of(opened)
+    if any(parameter.stack for parameter in family_of(model).parameters(model)):
+        problem = f"method=gptq calibrates one module per matrix, and transformers has all experts of {model.family} in one"
+        raise UserError(problem, key="convert.method", fix="method=rtn")
+    python = driver_python(cfg)
     opened, notes = of_model(opened, model)
     check_apart(source, target)
     plan = PrecisionPlan.with_format(model, tensor_format, roles(model))
-    if any(parameter.stack for parameter in plan.parameters.values()):
-        problem = f"method=gptq calibrates one module per matrix, and transformers has all experts of {model.family} in one"
-        raise UserError(problem, key="convert.method", fix="method=rtn")
     jobs = quantizing_jobs(opened, plan)
     jobs.notes += notes
     tokens = calibration_tokens(cfg, model, python)

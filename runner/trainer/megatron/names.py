@@ -69,11 +69,7 @@ def _entries(model: ModelConfig, family: Family) -> Iterator[Mapped]:
         if layer not in moe:
             yield from _mlp(f"{hf}.mlp", f"{mega}.mlp")
             continue
-        for gate in (
-            "mlp.gate",
-            "mlp.router",
-            "block_sparse_moe.gate",
-        ):  # what the family's table does not have, `table` leaves out
+        for gate in ("mlp.gate", "mlp.router", "block_sparse_moe.gate"):  # `table` leaves out what the family does not have
             yield Mapped(f"{mega}.mlp.router.weight", Kind.direct, (f"{hf}.{gate}.weight",))
         yield Mapped(f"{mega}.mlp.router.bias", Kind.direct, (f"{hf}.mlp.router.bias",))
         yield Mapped(f"{mega}.mlp.router.expert_bias", Kind.direct, (f"{hf}.mlp.gate.e_score_correction_bias",))
