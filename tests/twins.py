@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from runner.config.schema import ModelConfig
 from runner.convert.source import model_of as model_of_source
 from runner.convert.source import one_by_one, open_shard, open_source, read
-from runner.models import auto
+from runner.models import auto, family_of
 from runner.models.config_file import recognized
 from runner.models.family import Family
 from runner.models.tokenizer import byte_tokenizer
@@ -172,7 +172,8 @@ def model_of(folder: Path) -> ModelConfig:
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a single-file folder, experts one by one under the names of the family's table."""
     opened = open_source(folder)
-    source = one_by_one(opened, model_of_source(opened))
+    model = model_of_source(opened)
+    source = one_by_one(opened, family_of(model).parameters(model))
     with open_shard(folder / "model.safetensors") as handle:
         return {name: read(handle, stored) for name, stored in source.tensors.items()}
 

@@ -58,7 +58,7 @@ def against_config(folder: Path, precision: PrecisionConfig, overrides: list[str
     tensor_format, chosen = with_groups_of(TensorFormat.of(precision.rollout), model, precision, overrides)
     plan = PrecisionPlan.with_format(model, tensor_format, quantized_roles(model, precision))
     title = f"{folder} against precision={precision.name}: {plan.summary()}" + (f"\n({chosen})" if chosen else "")
-    opened = one_by_one(open_source(folder), model)
+    opened = one_by_one(open_source(folder), plan.parameters.values())
     unused = opened.tensors.keys() - of_model(opened, model)[0].tensors.keys()
     return title, _broken(folder, model) or audit_checkpoint(plan, folder, str(folder), unused)
 

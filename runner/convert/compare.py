@@ -5,15 +5,16 @@ Every function returns a list of differences in words, [] when the sides agree; 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runner.convert.source import model_of, one_by_one, open_shard, open_source, read
+from runner.convert.source import one_by_one, open_shard, open_source, read
 from runner.data import ExportedTensor, WeightStream
 from runner.errors import UserError
+from runner.models import Parameter
 from runner.models.config_file import CONFIG, read_json
 from runner.precision import formats
 from runner.precision.audit import audit
@@ -42,10 +43,9 @@ def format_of_parts(name: str, parts: Mapping[str, torch.Tensor]) -> str:
     raise UserError(f"{name}: parts {', '.join(sorted(parts))} are no known format")
 
 
-def read_checkpoint(folder: Path) -> Iterator[ExportedTensor]:
-    """Every weight of a checkpoint folder, one at a time, sorted by name."""
-    opened = open_source(folder)
-    source = one_by_one(opened, model_of(opened))
+def read_checkpoint(folder: Path, parameters: Iterable[Parameter] = ()) -> Iterator[ExportedTensor]:
+    """Every weight of a checkpoint folder, one at a time, sorted by name; those of `parameters` out of stacks of experts."""
+    source = one_by_one(open_source(folder), parameters)
     groups: dict[str, list[str]] = {}
     for tensor_name in source.tensors:
         groups.setdefault(weight_of(tensor_name), []).append(tensor_name)
@@ -78,7 +78,7 @@ def audit_checkpoint(plan: PrecisionPlan, folder: Path, label: str = "checkpoint
     seen: set[str] = set()
     groups: dict[str, list[str]] = {}
     fused: dict[str, set[float]] = {}
-    for exported in read_checkpoint(folder):
+    for exported in read_checkpoint(folder, plan.parameters.values()):
         seen.add(exported.name)
         if plan.ties(exported.name) or exported.name not in plan.tensors and all(part in unused for part in exported.parts):
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
-from runner.models import FAMILIES
+from runner.models import FAMILIES, Parameter
 from runner.models.common import short
 from runner.models.config_file import CONFIG, family_fields, read_json
 from runner.models.stacks import Place, places
@@ -234,12 +234,12 @@ def model_of(source: Source) -> ModelConfig:
     return ModelConfig(**(own | read))
 
 
-def one_by_one(source: Source, model: ModelConfig) -> Source:
-    """The source with the parts of every weight under the weight's own name, where they lie in stacks of all experts.
+def one_by_one(source: Source, parameters: Iterable[Parameter]) -> Source:
+    """The source with the parts of these weights under the weights' own names, where they lie in stacks of all experts.
 
     UserError for a stack of another shape than config.json implies."""
     tensors, taken = dict[str, StoredTensor](), set[str]()
-    for parameter in FAMILIES[model.family].parameters(model):
+    for parameter in parameters:
         for name, place in places(parameter):
             if place.name not in source.tensors:
                 continue
@@ -261,8 +261,9 @@ def of_model(source: Source, model: ModelConfig) -> tuple[Source, list[str]]:
     published checkpoints hold and nothing here computes: multi-token-prediction layers that the model does not use
     (DeepSeek-V3's), which its config.json then does not promise any more, and rotary frequencies, which follow from
     config.json. Whatever else no weight claims, `stored.check` refuses."""
-    source = one_by_one(source, model)
-    layers = sorted(FAMILIES[model.family].unused(model, source.tensors.keys()))
+    family = FAMILIES[model.family]
+    source = one_by_one(source, family.parameters(model))
+    layers = sorted(family.unused(model, source.tensors.keys()))
     rotary = sorted(name for name in source.tensors if ROTARY.search(name) and name not in set(layers))
     notes = []
     if layers:

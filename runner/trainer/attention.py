@@ -58,8 +58,11 @@ def attention_with_sinks(
     The sink is a key that is seen by every token. Its logit comes from one more feature, in which it alone is not zero, so that
     torch's fused kernels compute it and its gradient.
     """
-    q, k, v = (t.float() if query.device.type == "cpu" else t for t in (query, key, value))
-    batch, heads, length, width = q.shape
+    batch, heads, length, width = query.shape
+    if query.device.type == "cpu":
+        q, k, v = query.float(), key.float(), value.float()
+    else:  # the kernel that takes a mask there shares no heads
+        q, k, v = query, *(t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))
     more = SINK_FEATURES - width % SINK_FEATURES
     extra = torch.zeros(batch, heads, length, more, dtype=q.dtype, device=q.device)
     extra[..., 0] = (sinks.to(q.dtype) / scale).view(1, -1, 1)
