@@ -56,8 +56,9 @@ def sinks(cfg: Config) -> Iterator[UserError]:
     if cfg.parallelism.gpus:
         problem = "what Transformer Engine makes of gpt_oss's sinks, windows and biases was compared with nothing"
         yield UserError(problem, key="model.family", fix="trainer=torch, or CPU ranks")
-    if cfg.parallelism.etp > 1:
-        yield UserError("Megatron divides no experts with biases", key="parallelism.etp", fix="parallelism.etp=1")
+    elif cfg.parallelism.ranks > 1:
+        problem = "gpt_oss, with sinks, has another gradient norm on tensor-parallel ranks than on one; others were not tried"
+        yield UserError(problem, key="parallelism", fix="parallelism=single, or trainer=torch")
 
 
 def router(cfg: Config) -> Iterator[UserError]:
