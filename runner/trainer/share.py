@@ -88,9 +88,7 @@ def _step(cfg: Config, batch: Batch, indices: list[int], divide: Divide) -> list
     return [of(share) for share in divide([len(sample.tokens) for sample in part.samples])]
 
 
-def lessons(
-    cfg: Config, sequences: Sequences, images: Sequence[Images] | None = None, divide: Divide = alone
-) -> list[Lesson]:
+def lessons(cfg: Config, sequences: Sequences, images: Sequence[Images] | None = None, divide: Divide = alone) -> list[Lesson]:
     """[data-parallel rank] of one supervised step."""
     tokens = sum(len(row) - prompt for row, prompt in sequences)
     predictions = mtp.predictions(cfg, sequences, mtp.all_tokens(sequences))

@@ -132,7 +132,7 @@ class RayRanks:
 
     def each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         self._need_open()
-        messages = {key: _stored(args) for key, args in {id(args): args for args in arguments}.items()}
+        messages = {key: stored(args) for key, args in {id(args): args for args in arguments}.items()}
         return self._gather(
             name, [host.run.remote(name, *messages[id(args)]) for host, args in zip(self._hosts, arguments, strict=True)]
         )
@@ -237,10 +237,10 @@ class RayRanks:
             ray.wait([host.where.remote("") for host in hosts], num_returns=len(hosts), timeout=ANSWER_SECONDS)
 
 
-def _stored(args: tuple[Any, ...]) -> tuple[Any, list[Any]]:
-    """(the object that holds a call's arguments, the references in them: their objects stay where they are)."""
+def stored(message: Any) -> tuple[Any, list[Any]]:
+    """(the object that holds the message, the references in it: their objects stay where they are)."""
     references: list[Any] = []
-    return ray.put(np.frombuffer(wire.dumps(args, references, ray.ObjectRef), dtype=np.uint8)), references
+    return ray.put(np.frombuffer(wire.dumps(message, references, ray.ObjectRef), dtype=np.uint8)), references
 
 
 def _packed(message: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Samples balanced by tokens over data-parallel ranks, as packed micro-batches. The driver divides: nothing of Megatron is needed.
+"""Samples balanced by tokens over data-parallel ranks, as packed micro-batches. The driver divides: no Megatron is needed.
 
 A message holds what one data-parallel rank computes; its tensor-, context- and pipeline-parallel ranks get the same one.
 """
