@@ -43,8 +43,8 @@ MODEL = (
     "model.max_context_tokens=40960",
 )  # fmt: skip
 RUN = (
-    "scale=laptop", "cluster=ray", "cluster.nodes=2", "trainer=megatron", "rollout=sglang", "parallelism=cpu2", "rollout.cpu_engines=2",
-    "speculative=none", "router_replay=r3",
+    "scale=laptop", "cluster=ray", "cluster.nodes=2", "trainer=megatron", "rollout=sglang", "parallelism=cpu2",
+    "rollout.cpu_engines=2", "speculative=none", "router_replay=r3",
 )  # fmt: skip
 
 

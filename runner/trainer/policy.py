@@ -199,7 +199,7 @@ class PolicyUpdates(ABC):
         return Updated(metrics, collected, self.version)
 
     def _accumulate(self, step: Step, sums: policy_step.Sums) -> Rows:
-        """Gradients of one optimizer step; returns the detached logprobs of this rank's samples by their places in the rollout."""
+        """Gradients of one optimizer step; returns detached logprobs of this rank's samples by their places in the rollout."""
         batch, weights, places = step.batch, step.weights, step.share.indices
         collected: Rows = {}
 

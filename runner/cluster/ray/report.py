@@ -128,8 +128,8 @@ def warnings(cfg: Config, nodes: list[NodeReport]) -> Iterator[str]:
     for node in nodes:
         if node.store < needed:
             yield (
-                f"{node.who} has an object store of {node.store / GIB:.1f} GiB, the routes of a step may need {needed / GIB:.1f}: Ray "
-                f"writes the rest to disk (ray start --object-store-memory={needed})"
+                f"{node.who} has an object store of {node.store / GIB:.1f} GiB, the routes of a step may need {needed / GIB:.1f}: "
+                f"Ray writes the rest to disk (ray start --object-store-memory={needed})"
             )
         if on_gpus and node.open_files < OPEN_FILES:
             yield f"{node.who} allows {node.open_files} open files: ulimit -n {OPEN_FILES}"
