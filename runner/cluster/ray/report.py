@@ -128,7 +128,7 @@ def warnings(cfg: Config, nodes: list[NodeReport]) -> Iterator[str]:
     for node in nodes:
         if node.store < needed:
             yield (
-                f"{node.who} has an object store of {node.store / GIB:.1f} GiB, the routes of a step may need {needed / GIB:.1f}: "
+                f"{node.who} has an object store of {node.store / GIB:.1f} GiB, a step's routes may need {needed / GIB:.1f}: "
                 f"Ray writes the rest to disk (ray start --object-store-memory={needed})"
             )
         if on_gpus and node.open_files < OPEN_FILES:
