@@ -1,9 +1,9 @@
 """Whether anything grows over a long run under cluster=ray: memory and open files of every process of it, by kind.
 
-    python -m benchmarks.long_run [steps] [key=value ...]       default 300 toy steps; two Megatron ranks, on Ray nodes of this machine
+    python -m benchmarks.long_run [steps] [key=value ...]       default 300 toy steps; two Megatron ranks under Ray
 
-A run as a user starts it, looked at from outside once a second. Memory in MiB: what a process has for itself, and of a raylet what
-it has resident, which holds the node's object store. "early" is the median of the steps from a sixth to a third of the run, when
+A run as a user starts it, looked at from outside once a second. Memory in MiB: what a process has for itself, and of a raylet
+what it has resident, which holds the node's object store. "early" is the median of the steps from a sixth to a third of the run, when
 every kind of work has been done some dozens of times; "late" is that of the last sixth.
 """
 
@@ -24,7 +24,8 @@ import psutil
 RUN = (
     "cluster=ray", "trainer=megatron", "parallelism=cpu2", "rollout=local", "speculative=none", "tracking=none",
     "trainer.threads=1", "warm_start.enabled=false", "algorithm.prompts_per_step=2", "algorithm.samples_per_prompt=2",
-    "evaluation.interval_steps=50", "evaluation.num_prompts=16", "mismatch.decompose_interval_steps=0", "checkpoint.interval_steps=100",
+    "evaluation.interval_steps=50", "evaluation.num_prompts=16", "mismatch.decompose_interval_steps=0",
+    "checkpoint.interval_steps=100",
 )  # fmt: skip
 MIB = 1 << 20
 Seen = tuple[int, str, float, int]  # step, kind, MiB, open files; of all processes of a kind
