@@ -3,8 +3,8 @@
     python -m benchmarks.long_run [steps] [key=value ...]       default 300 toy steps; two Megatron ranks under Ray
 
 A run as a user starts it, looked at from outside once a second. Memory in MiB: what a process has for itself, and of a raylet
-what it has resident, which holds the node's object store. "early" is the median of the steps from a sixth to a third of the run, when
-every kind of work has been done some dozens of times; "late" is that of the last sixth.
+what it has resident, which holds the node's object store. "early" is the median of the steps from a sixth to a third of the
+run, when every kind of work has been done some dozens of times; "late" is that of the last sixth.
 """
 
 from __future__ import annotations
