@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runner.data import Batch
 from runner.errors import Failure, UserError
+from runner.routing.reference import Part, RouteRef, head, joined
 from runner.trainer.megatron import MegatronTrainer
 from runner.trainer.megatron.ranks import RankFailure
 from runner.weights.published import PublishedTensor, collect, read_back, sum_of
@@ -22,6 +25,8 @@ from tests.megatron_trainer.scenario import batch, run
 from tests.ray_nodes.conftest import two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+REPLAYED: dict[str, object] = {"router_replay.rollout": True, "router_replay.trainer": True}
 
 
 def gone(pid: int) -> bool:
@@ -57,15 +62,16 @@ def strike(trainer: MegatronTrainer, harm: Callable[[], None]) -> tuple[RankFail
 
 
 def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
-    """Bit for bit, and what the ranks publish on both nodes is what the local export sends."""
-    local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4"))
+    """Bit for bit, with routes that ranks fetch from where they lie; and what the ranks publish on both nodes is what the local
+    export sends."""
+    local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4", **REPLAYED))
     expected = run(local, local.cfg)
     local.close()
-    cfg = two_nodes()
+    cfg = two_nodes(**REPLAYED)
     launcher = launched(cfg)
     launcher.publishes = False
     trainer = MegatronTrainer(cfg)
-    found = run(trainer, cfg)
+    found = run(trainer, cfg, given=far)
     assert torch.equal(found.logprobs, expected.logprobs) and found.metrics == expected.metrics
     for ours, theirs in ((found.weights, expected.weights), (found.packed, expected.packed)):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -83,6 +89,21 @@ def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     assert all(not (root / file).exists() for root in roots for file in weights.files)
     assert all((root / file).exists() for root in roots for file in again.files)
     trainer.close()
+
+
+def far(batch: Batch) -> Batch:
+    """With routes in the object store, in two parts each, as an engine's answers of two turns leave them."""
+    import ray
+
+    from runner.cluster.ray.clients import Stored
+
+    samples = []
+    for sample in batch.samples:
+        assert isinstance(sample.routes, torch.Tensor)
+        turns = [Stored(ray.put(part.numpy())) for part in (sample.routes[:3], sample.routes[2:])]
+        routes = joined([head(RouteRef((Part(turns[0], 3),)), 2), RouteRef((Part(turns[1], len(sample.routes) - 2),))])
+        samples.append(replace(sample, routes=routes))
+    return replace(batch, samples=samples)
 
 
 def _published(trainer: MegatronTrainer) -> Iterator[PublishedTensor]:
@@ -188,9 +209,7 @@ def test_two_runs_want_the_same_nodes(launched: Any) -> None:
 
 def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every agent is asked; a report that differs in several ways gives as many problems, each with the node's name."""
-    from dataclasses import replace
-
-    from runner.cluster.ray.report import problems
+    from runner.cluster.ray.report import problems, warnings
 
     launcher = launched(two_nodes())
     nodes, driver, canary = launcher.reports()
@@ -201,6 +220,9 @@ def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pyte
     )
     found = [str(problem) for problem in problems(launcher.cfg, [nodes[0], broken], driver, canary)]
     assert len(found) == 4 and all("odd (127.0.0.1)" in problem for problem in found)
+    small = replace(nodes[0], store=1 << 20)
+    assert not list(warnings(launcher.cfg, nodes)) and nodes[0].store > 300 << 20
+    assert ["--object-store-memory=" in line for line in warnings(launcher.cfg, [small, nodes[1]])] == [True]
     text = "\n".join(found)
     assert (
         "has 1.0 torch" in text and "other code" in text and "off by -6" in text and "does not see what the driver writes" in text
