@@ -77,7 +77,7 @@ class EngineProcess(Protocol):
 class Launcher(Protocol):
     """One of `cluster`'s."""
 
-    publishes: bool  # the trainer's ranks write the rollout's weights on every node, instead of streaming them to the driver
+    publishes: bool  # the trainer's ranks write the rollout's weights on nodes, instead of streaming them to the driver
 
     def host(self, cfg: Config) -> str:
         """The driver's address, where the processes of every node reach it."""

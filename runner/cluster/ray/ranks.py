@@ -6,6 +6,7 @@ import faulthandler
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ class RayRanks:
         self.cfg, self.timeout = cfg, arguments.trainer_config(cfg).rank_timeout_seconds
         self._run_dir = run_dir
         self._hosts: list[Any] = []
+        self._calling = threading.RLock()  # weights may be asked for while a step runs: their time begins when it has ended
         self._nodes: list[Node] = []  # by rank
         self._pids: list[int] = []
         world = arguments.world_size(cfg)
@@ -131,6 +133,10 @@ class RayRanks:
         return self.each(name, [args] * len(self._hosts))
 
     def each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        with self._calling:
+            return self._each(name, arguments)
+
+    def _each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         self._need_open()
         messages = {key: stored(args) for key, args in {id(args): args for args in arguments}.items()}
         return self._gather(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.share import Share, lessons, steps
 from runner.weights.published import Published, PublishedTensor, Session, merged, tensors
+from runner.weights.transports.ranks import Order
 
 MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
 
@@ -114,8 +115,14 @@ class MegatronTrainer(PolicyTrainer):
                 problems += [f"{name}: bytes on the node of rank {r} differ" for r, names in enumerate(differ) for name in names]
         files = [file for part in found for file in part.files]
         folders = sorted({str(Path(file).parent) for file in files})
-        session = Session(f"version {self._version}", changes, problems, files, lambda: self._launcher.forget_weights(folders))
+        session = Session(
+            f"version {self._version}", changes, problems, files, lambda: self._launcher.forget_weights(folders), self._send
+        )
         yield from tensors(found, session)
+
+    def _send(self, orders: Mapping[int, Order]) -> list[str]:
+        """Have ranks send what they published; what went wrong, by rank. From any thread: a rank does one thing at a time."""
+        return self.ranks.each("send_published", [(orders.get(rank),) for rank in range(self.cfg.parallelism.ranks)])
 
     def save(self, folder: Path) -> None:
         self.ranks.call("save", folder.resolve())

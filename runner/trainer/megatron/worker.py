@@ -46,6 +46,8 @@ from runner.trainer.policy import Loss, PolicyUpdates, Rows, Updated, replays
 from runner.trainer.protocol import Routes, Weights
 from runner.trainer.share import Share, Step
 from runner.weights.published import Published
+from runner.weights.transports import kept_by_ranks
+from runner.weights.transports.ranks import Order, send_parts
 
 
 class Worker(PolicyUpdates):
@@ -334,10 +336,17 @@ class Worker(PolicyUpdates):
             yield from export.local_weights(self.cfg, self.places, self.passengers, format)
 
     def publish(self) -> Published:
-        """Write the export in rollout format on every node, this rank's part by this rank. Collective."""
+        """Write the export in rollout format, this rank's part by this rank: on every node, or on its own where ranks send it.
+        Collective."""
         if self.publisher is None:
-            self.publisher = Publisher(placement(self.cfg), self.device)
+            self.publisher = Publisher(placement(self.cfg), self.device, everywhere=not kept_by_ranks(self.cfg))
         return self.publisher.publish(self.export("rollout"))
+
+    def send_published(self, order: Order | None) -> str:
+        """Send engines what the order names of this rank's published parts; "" or what went wrong. Ranks without an order do not
+        wait for the others."""
+        assert self.publisher is not None
+        return "" if order is None else send_parts(order, self.publisher.root, self.device)
 
     def compare_published(self, owner: int, digests: dict[str, str], files: list[str]) -> list[str]:
         """Parts of a rank's whose copy on this node differs."""
