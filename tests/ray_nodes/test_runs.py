@@ -101,13 +101,25 @@ def test_every_recipe_of_many_gpus_is_run_on_two_nodes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_on_two_nodes_survives_a_killed_server(tmp_path: Path, recipe: str) -> None:
     """A Megatron rank and an SGLang server on each node; one server is killed after the first step, and no sample is missing."""
-    run = _start(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, *RECIPES[recipe], "steps=3")
-    folder, deadline = tmp_path / recipe, time.monotonic() + 700
+    _survives_a_killed_server(tmp_path, recipe, f"recipe={recipe}", *TWO_NODES, *RECIPES[recipe])
+
+
+@pytest.mark.sglang
+@pytest.mark.night
+def test_two_stages_send_weights_to_servers_of_which_one_starts_again(tmp_path: Path) -> None:
+    """weight_transport=ranks: each pipeline stage is a sender; the server that starts again is sent them, too."""
+    staged = ["parallelism.tp=1", "parallelism.pp=2", "rollout.weight_transport=ranks"]
+    _survives_a_killed_server(tmp_path, "staged", "model=tiny_moe", "precision=int4_qat", *TWO_NODES, *staged)
+
+
+def _survives_a_killed_server(outputs: Path, name: str, *overrides: str) -> None:
+    run = _start(outputs, name, *overrides, "steps=3")
+    folder, deadline = outputs / name, time.monotonic() + 700
     rows = folder / "metrics.jsonl"
     while not (rows.is_file() and rows.read_text()) and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.5)
     parents = _servers(folder)
-    assert len(parents) == 2
+    assert len(parents) == 2, run.communicate(timeout=700)[0][-3000:]
     parents[0].kill()
     said, _ = run.communicate(timeout=700)
     assert run.returncode == 0, said[-3000:]
