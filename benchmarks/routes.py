@@ -37,7 +37,7 @@ from runner.routing.reference import pick
 
 PROMPT, RESPONSE, LAYERS, TOP_K, EXPERTS = 1024, 31 << 10, 60, 8, 256
 ROWS, KINDS, ANSWERS, MIB = PROMPT + RESPONSE - 1, 3, 2, 1 << 20
-HELD_HERE = 16  # samples at most that the driver holds without Ray: it is to be seen, not to end the machine
+HELD_HERE = 4  # samples at most that the driver holds without Ray: what each costs is to be seen, not the end of the machine
 MODEL = (
     "model=qwen3_30b", f"model.num_layers={LAYERS}", f"model.num_experts={EXPERTS}", f"model.experts_top_k={TOP_K}",
     "model.max_context_tokens=40960",
