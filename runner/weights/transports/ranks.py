@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from runner.weights.weight_set import WeightSet
 
 READY_POLL_SECONDS = 0.02
-DESCRIBED = "pieces"  # what a sender says of its buckets, in its part of the store
+DESCRIBED, NOTHING = "pieces", b"[]"  # what a sender says of its buckets, in its part of the store; of none: it cannot
 
 
 class FromRanks(Transport):
@@ -112,12 +112,12 @@ class RanksDriver:
         said = [f"{_prefix(sender)}/{DESCRIBED}" for sender in orders]
         while not sending.done() and not store.check(said):
             await asyncio.sleep(READY_POLL_SECONDS)
-        whole = sending.done() or await ask(
-            lambda place: {"meeting": meeting.as_dict(), "rank": 1 + ranks * place, "senders": sorted(orders)}
-        )
-        del store  # senders that wait for an engine which refused or died know that nobody comes
+        ready = not sending.done() and all(store.get(key) != NOTHING for key in said)
+        offered = {"meeting": meeting.as_dict(), "senders": sorted(orders)}
+        whole = ready and await ask(lambda place: {**offered, "rank": 1 + ranks * place})
+        del store  # senders that wait for an engine which refused or died, or for another sender, know that nobody comes
         problems = [problem for problem in await sending if problem]
-        return "; ".join(problems) if whole else ""
+        return "" if ready and not whole else "; ".join(problems)
 
     def close(self) -> None:
         """What ranks have written goes with their nodes' folders."""
@@ -132,9 +132,11 @@ def send_parts(order: Order, root: Path, device: torch.device) -> str:
 
     weights = WeightSet(0, root, location={name: root / file for name, file in order.location.items()})
     try:
-        buckets = divided(weights, list(order.location), BUCKET_BYTES)
-        store = PrefixStore(_prefix(order.sender), store_of(order.meeting))
-        store.set(DESCRIBED, json.dumps([[vars(piece) for piece in bucket] for bucket in buckets]))
+        store, buckets = PrefixStore(_prefix(order.sender), store_of(order.meeting)), []
+        try:
+            buckets = divided(weights, list(order.location), BUCKET_BYTES)
+        finally:
+            store.set(DESCRIBED, json.dumps([[vars(piece) for piece in bucket] for bucket in buckets]))
         group = group_over(store, order.meeting, 0, None)
         for bucket in buckets:
             send(group, [tensor for _, tensor in read_parts(weights, [piece.name for piece in bucket])], device)
