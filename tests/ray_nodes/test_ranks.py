@@ -61,9 +61,9 @@ def strike(trainer: MegatronTrainer, harm: Callable[[], None]) -> tuple[RankFail
     return caught.value, time.monotonic() - struck[0]
 
 
-def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
+def test_two_nodes_compute_what_one_machine_does(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with routes that ranks fetch from where they lie; and what the ranks publish on both nodes is what the local
-    export sends."""
+    export sends. A bit that flips on one of them is named."""
     local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4", **REPLAYED))
     expected = run(local, local.cfg)
     local.close()
@@ -88,6 +88,7 @@ def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     weights.remove()
     assert all(not (root / file).exists() for root in roots for file in weights.files)
     assert all((root / file).exists() for root in roots for file in again.files)
+    _a_flipped_bit_is_named(trainer, roots[1], monkeypatch)
     trainer.close()
 
 
@@ -112,33 +113,29 @@ def _published(trainer: MegatronTrainer) -> Iterator[PublishedTensor]:
         yield item
 
 
-def test_a_flipped_bit_on_a_node_is_named(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the broadcast and the reading back, as bad memory would flip it."""
-    cfg = two_nodes("dp2")
-    launcher = launched(cfg)
-    launcher.publishes = True
-    nodes, trainer = launcher.nodes.all(), MegatronTrainer(cfg)
+def _a_flipped_bit_is_named(trainer: MegatronTrainer, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the node of rank 1, between the broadcast and the reading back, as bad memory would flip it."""
     call = trainer.ranks.call
 
     def flipping(name: str, *args: Any) -> list[Any]:
         found = call(name, *args)
         if name == "publish":
-            path = Path(nodes[1].where["weights"]) / found[0].files[0]
+            path = root / found[0].files[0]
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)
-            found[1].sums[0] = sum_of(read_back(Path(nodes[1].where["weights"]) / file for file in found[0].files))
+            found[1].sums[0] = sum_of(read_back(root / file for file in found[0].files))
         return found
 
     monkeypatch.setattr(trainer.ranks, "call", flipping)
-    weights = collect(2, _published(trainer))
+    weights = collect(5, _published(trainer))
     assert "rank 1's node has other bytes of rank 0's weights than it wrote" in weights.problems
     (named,) = [problem for problem in weights.problems if problem.endswith("bytes on the node of rank 1 differ")]
     assert named.partition(":")[0] in weights.digests
-    trainer.close()
 
 
-def test_a_killed_rank_is_named_and_new_ranks_take_its_place(launched: Any, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_new_ranks_take_its_place_and_one_that_stops_is_found(launched: Any, tmp_path: Path) -> None:
+    """The stopped one with the stack of a rank that waits."""
     cfg = two_nodes("dp2")
     launcher = launched(cfg)
     trainer = MegatronTrainer(cfg)
@@ -154,20 +151,12 @@ def test_a_killed_rank_is_named_and_new_ranks_take_its_place(launched: Any, tmp_
     again = MegatronTrainer(cfg)
     again.load(tmp_path / "saved")
     assert again.version == 0 and [node.where["pid"] for node in launcher.nodes.all()] == agents
-    again.close()
-
-
-def test_a_stopped_rank_is_found_with_its_stack(launched: Any) -> None:
-    cfg = two_nodes("dp2")
-    launched(cfg)
-    trainer = MegatronTrainer(cfg)
-    pids = trainer.ranks.pids
-    trainer.ranks.timeout = 8.0
-    error, seconds = strike(trainer, lambda: os.kill(pids[1], signal.SIGSTOP))
+    new, again.ranks.timeout = again.ranks.pids, 8.0
+    error, seconds = strike(again, lambda: os.kill(new[1], signal.SIGSTOP))
     text = str(error)
-    assert "gave no answer to updates within 8 s" in text and "runner/trainer" in text  # the waiting rank's own stack
-    assert seconds < 60 and all_gone(pids)
-    trainer.close()
+    assert "gave no answer to updates within 8 s" in text and "runner/trainer" in text
+    assert seconds < 60 and all_gone(new)
+    again.close()
 
 
 def test_a_lost_node_ends_its_ranks_and_is_replaced(launched: Any, connection: Any) -> None:
