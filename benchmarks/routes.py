@@ -1,6 +1,6 @@
 """Routes of long samples from an engine to a rank, by reference: what passes through the driver, and what stays in it.
 
-    python -m benchmarks.routes [samples] [held]       default 1024 and 64, 15 MiB of routes each; needs make setup-sglang
+    python -m benchmarks.routes [samples] [held] [tokens]    default 1024, 64 and 32768: 15 MiB of routes each; needs make setup-sglang
 
 Two Ray nodes of this machine. A stand-in server answers as SGLang does (32K tokens, 60 layers, 8 experts of 256 per token: 80 MiB
 of JSON), a few answers at a time; which routes it says depends on the request's seed. The actor of the server's node decodes,
@@ -35,7 +35,8 @@ from runner.config.schema import Config, ModelConfig
 from runner.data import Request, Sample, SamplingParams, Status
 from runner.routing.reference import pick
 
-PROMPT, RESPONSE, LAYERS, TOP_K, EXPERTS = 1024, 31 << 10, 60, 8, 256
+SAMPLES, HELD, TOKENS = (int(given) for given in [*sys.argv[1:4], *("1024", "64", "32768")[len(sys.argv[1:4]) :]])
+PROMPT, RESPONSE, LAYERS, TOP_K, EXPERTS = 1024, TOKENS - 1024, 60, 8, 256
 ROWS, KINDS, ANSWERS, MIB = PROMPT + RESPONSE - 1, 3, 2, 1 << 20
 HELD_HERE = 4  # samples at most that the driver holds without Ray: what each costs is to be seen, not the end of the machine
 MODEL = (
@@ -210,15 +211,14 @@ def config(held: int) -> Config:
 
 
 def main() -> None:
-    samples, held = (int(given) for given in [*sys.argv[1:], *("1024", "64")[len(sys.argv) - 1 :]])
     from runner.cluster.ray import RayLauncher
 
-    cfg = config(held)
+    cfg = config(HELD)
     print(f"{ROWS * LAYERS * TOP_K / MIB:.1f} MiB of routes each", flush=True)
-    asyncio.run(here(cfg.model, min(samples, 2 * HELD_HERE), min(held, HELD_HERE)))
+    asyncio.run(here(cfg.model, min(SAMPLES, 2 * HELD_HERE), min(HELD, HELD_HERE)))
     launcher = RayLauncher(cfg)
     try:
-        asyncio.run(by_reference(launcher, cfg.model, samples, held))
+        asyncio.run(by_reference(launcher, cfg.model, SAMPLES, HELD))
     finally:
         launcher.close()
 
