@@ -1,6 +1,6 @@
 """Routes of long samples from an engine to a rank, by reference: what passes through the driver, and what stays in it.
 
-    python -m benchmarks.routes [samples] [held] [tokens]    default 1024, 64 and 32768: 15 MiB of routes each; needs make setup-sglang
+    python -m benchmarks.routes [samples] [held] [tokens]    default 1024, 64 and 32768 (15 MiB of routes each); make setup-sglang
 
 Two Ray nodes of this machine. A stand-in server answers as SGLang does (32K tokens, 60 layers, 8 experts of 256 per token: 80 MiB
 of JSON), a few answers at a time; which routes it says depends on the request's seed. The actor of the server's node decodes,
