@@ -99,8 +99,8 @@ test-night: setup-sglang test-gptq test-peers ## What CI leaves out: GPTQ, rando
 test-megatron: setup ## Tests of the Megatron trainer on CPU ranks (about seven minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "megatron and not night"
 
-test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine (eight minutes)
-	$(BIN)/python -m pytest -m "ray and not sglang and not night"
+test-ray: setup-sglang ## Tests of cluster=ray on two Ray nodes of this machine, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "ray and not sglang and not night"
 
 test-recipes: setup-sglang ## Every recipe planned, and run at laptop scale: as it is, with Megatron ranks and SGLang servers, and on two Ray nodes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_recipes.py tests/ray_nodes/test_runs.py -k recipe

@@ -22,7 +22,9 @@ import torch
 from runner.config import compose
 from runner.config.schema import Config
 from runner.data import Batch, Sample, Status
+from runner.trainer import share
 from runner.trainer.megatron import arguments
+from runner.trainer.megatron.shares import Division
 
 TOKENS = 4096  # per step, and per micro-batch: the least that a step of a real run has
 LENGTH = 128
@@ -70,11 +72,12 @@ def serve(kind: str, extra: list[str]) -> None:
     torch.set_num_threads(1)
     kernels.load()  # a run of this size would load them after its first steps
     worker.initialize(cfg, 0, f"file://{tempfile.mkdtemp()}/rendezvous")
-    rank, batch = worker.Worker(cfg), _batch(cfg)
+    rank = worker.Worker(cfg)
+    (steps,) = share.steps(cfg, _batch(cfg), Division(cfg).divide)
     print(sum(parameter.numel() for parameter in rank.model.parameters()), flush=True)
     for _ in sys.stdin:
         started = time.process_time()
-        rank.updates(batch)
+        rank.updates(steps)
         rank.quantization.settle()
         print(time.process_time() - started, flush=True)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, flush=True)

@@ -35,6 +35,7 @@ BACK = {
     ("precision.kernels", "precision"): "kernels are checked against, and share constants with, the plain arithmetic",
     ("cluster", "cluster.local"): "the launcher that a config names",
     ("cluster", "cluster.ray"): "... and the other one",
+    ("cluster.ray", "planner"): "how large the routes of a step are: a node's object store holds them",
     ("weights.transports", "rollout.sglang"): "the type of the section that p2p's options stand in, for checkers only",
 }
 

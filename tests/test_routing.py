@@ -119,7 +119,7 @@ def test_routes_of_dense_first_models_are_picked_by_global_layer_id() -> None:
 
 
 def test_padding_spreads_over_all_experts() -> None:
-    rows = routes.padding_routes(12, 2, 8)
+    rows = routes.padding_routes(torch.arange(12), 2, 8)
     assert torch.bincount(rows.flatten(), minlength=8).tolist() == [3] * 8
     assert bool((rows[:, 0] != rows[:, 1]).all())
     data = batch(config(), size=2, routes=True)

@@ -7,8 +7,9 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 from reference import reference_routes
@@ -21,6 +22,7 @@ from runner.data import Request, Sample, SamplingParams, Status, WeightSpan
 from runner.errors import UserError, UserErrors
 from runner.models.tokenizer import byte_tokenizer
 from runner.rollout.feed import Feed
+from runner.routing.reference import Part, RouteRef
 from runner.run.collect import Collector
 from runner.run.supervise import _build_task
 from runner.tasks.protocol import Prompt
@@ -60,6 +62,28 @@ class EchoPool:
                 routes=torch.arange(request.known_routes, total - 1).view(-1, 1, 1).to(torch.uint8),
                 weight_spans=[WeightSpan(3, 0, len(new))],
             )
+
+
+class FarPool(EchoPool):
+    """Its routes lie elsewhere."""
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[Sample]:
+        for sample in super().generate(requests):
+            assert isinstance(sample.routes, torch.Tensor)
+            far = RouteRef((Part(There(sample.routes.numpy()), len(sample.routes)),))
+            yield dataclasses.replace(sample, routes=far)
+
+
+@dataclasses.dataclass
+class There:
+    """Routes that nobody has fetched yet."""
+
+    rows: np.ndarray
+    fetched: int = 0
+
+    def array(self) -> np.ndarray:
+        self.fetched += 1
+        return self.rows
 
 
 class Talker:
@@ -214,6 +238,18 @@ def test_a_stop_text_ends_a_turn_and_what_came_after_is_dropped() -> None:
     said = [turn["text"] for turn in sample.info["turns"] if turn["by"] == "model"]
     assert said and all(text in ("a", "aa") for text in said) and "aa" in said
     assert sample.routes is not None and len(sample.routes) == len(sample.tokens) - 1
+
+
+@pytest.mark.parametrize("stop", [(), ("a",)])
+def test_routes_of_all_turns_stay_where_they_were_decoded(stop: tuple[str, ...]) -> None:
+    """What a stop text cuts off a turn is cut off its routes as well, and nothing is fetched for that."""
+    cfg = conversation(environment=f"{HERE}.Talker", stop=list(stop))
+    (near,), (far,) = run(cfg, ["a"]), run(cfg, ["a"], FarPool())
+    assert isinstance(near.routes, torch.Tensor) and isinstance(far.routes, RouteRef) and torch.equal(near.tokens, far.tokens)
+    assert len(far.routes.parts) == 3 and len(far.routes) == len(far.tokens) - 1
+    held = [cast(There, part.held) for part in far.routes.parts]
+    assert any(len(one.rows) > part.rows for one, part in zip(held, far.routes.parts, strict=True)) == bool(stop)
+    assert [one.fetched for one in held] == [0, 0, 0] and torch.equal(far.routes.fetch(), near.routes)
 
 
 def test_checked_refuses_what_cannot_be_trained_on() -> None:

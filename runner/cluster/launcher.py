@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,10 @@ class Ranks(Protocol):
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """`worker.name(*args)` on every rank -> their results, by rank. Raises TrainerLost, and UserError that a rank raised."""
+
+    def each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """As `call`, with arguments of its own for every rank. A rank is sent no other's; ranks that are given the same object
+        get the same message."""
 
     def stream(self, name: str, *args: Any) -> Iterator[Any]:
         """The items of a generator method of all ranks, as they arrive."""
@@ -73,7 +77,7 @@ class EngineProcess(Protocol):
 class Launcher(Protocol):
     """One of `cluster`'s."""
 
-    publishes: bool  # the trainer's ranks write the rollout's weights on every node, instead of streaming them to the driver
+    publishes: bool  # the trainer's ranks write the rollout's weights on nodes, instead of streaming them to the driver
 
     def host(self, cfg: Config) -> str:
         """The driver's address, where the processes of every node reach it."""

@@ -27,7 +27,7 @@ from runner.planner.workload import (
     route_bytes_per_step,
 )
 from runner.precision.tensor_format import TensorFormat
-from runner.weights.transports import on_every_node
+from runner.weights.transports import kept_by_ranks, on_every_node
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
 CUDA_RESERVE = int(2.5 * GIB)
@@ -387,5 +387,7 @@ def separate_phases(
     node["routes of a step"] = routes
     if cfg.cluster.nodes > 1 and on_every_node(cfg):
         node["published weights, old and new"] = 2 * published
+    elif kept_by_ranks(cfg):
+        node["published weights, old and new"] = 2 * published // max(par.gpus // per_node, 1)
     phases.append(Phase("all", "host of a node", node, host_capacity))
     return phases

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from runner.data import Sample
-from runner.routing.reference import RouteRef, here
+from runner.routing.reference import RouteRef, pick
 
 
 class RouteError(ValueError):
@@ -114,36 +114,38 @@ def validate_all(samples: Sequence[Sample], num_layers: int, top_k: int, num_exp
         validate(samples[index], num_layers, top_k, num_experts)
 
 
-def padding_routes(count: int, top_k: int, num_experts: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """`[count, K]` int64 for tokens whose output nobody reads: arange % E, so that padding loads all experts evenly.
+def padding_routes(rows: torch.Tensor, top_k: int, num_experts: int) -> torch.Tensor:
+    """`[N, K]` int64 for tokens at places `rows` [N] whose output nobody reads: arange % E over all places, so that padding loads
+    all experts evenly.
 
     Zeros would send every padding token to expert 0. Experts of one row are distinct while K <= E.
     """
-    return (torch.arange(count * top_k, device=device) % num_experts).view(count, top_k)
+    return (rows[:, None] * top_k + torch.arange(top_k)) % num_experts
 
 
 def replay_layout(
     samples: Sequence[Sample], width: int, num_layers: int, top_k: int, num_experts: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Routes of right-padded samples: (`[L, B * W, K]` int64 to replay, `[B * W]` bool: recorded, not padding)."""
-    starts = [row * width for row in range(len(samples))]
-    routes, recorded = packed_layout(samples, starts, len(samples) * width, num_layers, top_k, num_experts)
+    starts, total = [row * width for row in range(len(samples))], len(samples) * width
+    routes, recorded = packed_layout(samples, starts, torch.arange(total), range(num_layers), top_k, num_experts)
     return routes.to(device), recorded.to(device)
 
 
 def packed_layout(
-    samples: Sequence[Sample], starts: Sequence[int], total: int, num_layers: int, top_k: int, num_experts: int
+    samples: Sequence[Sample], starts: Sequence[int], rows: torch.Tensor, layers: Sequence[int], top_k: int, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Routes of samples that begin at `starts` in a row of `total` tokens: (`[L, total, K]` int64, `[total]` bool: recorded).
+    """Routes of samples laid end to end, each from its place in `starts` on: of tokens `rows` [N] int64 and MoE layers `layers`,
+    (`[layers, N, K]` int64, `[N]` bool: recorded). Routes of other tokens and layers are left where they are.
 
     The last token of a sample has no recorded row (nothing is predicted after it) and counts as padding.
     """
-    routes = padding_routes(total, top_k, num_experts).unsqueeze(1).repeat(1, num_layers, 1)
-    recorded = torch.zeros(total, dtype=torch.bool)
+    routes = padding_routes(rows, top_k, num_experts).unsqueeze(1).repeat(1, len(layers), 1)
+    recorded = torch.zeros(len(rows), dtype=torch.bool)
     for start, sample in zip(starts, samples, strict=True):
-        recorded_routes = here(sample.routes)
-        assert recorded_routes is not None  # validated
-        count = len(recorded_routes)
-        routes[start : start + count] = recorded_routes.to(torch.int64)
-        recorded[start : start + count] = True
+        assert sample.routes is not None  # validated
+        inside = (rows >= start) & (rows < start + len(sample.routes))
+        if bool(inside.any()):
+            routes[inside] = pick(sample.routes, rows[inside] - start, layers).to(torch.int64)
+        recorded |= inside
     return routes.transpose(0, 1).contiguous(), recorded

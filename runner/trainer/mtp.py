@@ -43,7 +43,7 @@ def mtp_names(family: Family, model: ModelConfig) -> set[str]:
 class NoMtp:
     """The null object: no MTP layers, or none that are trained."""
 
-    def begin(self, sequences: Sequences, masks: Sequence[torch.Tensor]) -> None:
+    def begin(self, sequences: Sequences, masks: Sequence[torch.Tensor], predictions: int) -> None:
         return
 
     def learn(self, hidden: Callable[[], Sequence[torch.Tensor]], indices: Sequence[int]) -> None:
@@ -102,13 +102,9 @@ class MtpTraining(NoMtp):
     def dropped(self) -> Iterator[torch.Tensor]:
         yield self.optimizer.gradient
 
-    def begin(self, sequences: Sequences, masks: Sequence[torch.Tensor]) -> None:
-        """A new update: its samples on all ranks, and their loss masks [R]."""
-        self._sequences, self._masks = sequences, masks
-        self._predictions = 0
-        for (_, prompt), mask in zip(sequences, masks, strict=True):
-            for depth in range(len(self.layers)):
-                self._predictions += int(mask[max(2 + depth - prompt, 0) :].sum())
+    def begin(self, sequences: Sequences, masks: Sequence[torch.Tensor], predictions: int) -> None:
+        """A new update: this rank's samples, their loss masks [R], and how many predictions the samples of all ranks make."""
+        self._sequences, self._masks, self._predictions = sequences, masks, predictions
 
     def learn(self, hidden: Callable[[], Sequence[torch.Tensor]], indices: Sequence[int]) -> None:
         """Add the gradients of some of the update's samples. `hidden`: the policy's states behind its last norm, [T, H] each."""
@@ -204,6 +200,15 @@ class MtpTraining(NoMtp):
         for name, parameter in self.optimizer.params.items():
             self.optimizer.masters[name].copy_(parameter)
         self.optimizer.reset()
+
+
+def predictions(cfg: Config, sequences: Sequences, masks: Sequence[torch.Tensor]) -> int:
+    """How many counted tokens the MTP layers predict in all of these samples with loss masks [R]; 0 where none are trained."""
+    counted = 0
+    for (_, prompt), mask in zip(sequences, masks, strict=True) if trained_online(cfg) else ():
+        for depth in range(cfg.model.num_mtp_layers):
+            counted += int(mask[max(2 + depth - prompt, 0) :].sum())
+    return counted
 
 
 def sequences_of(batch: Batch) -> tuple[Sequences, list[torch.Tensor]]:

@@ -27,6 +27,7 @@ from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.mtp import NoMtp, Sequences, all_tokens, sequences_of
 from runner.trainer.optimizer import learning_rate, planned_steps
 from runner.trainer.protocol import Routes, StepResult, Weights
+from runner.trainer.share import Lesson, Share, Step
 
 Rows = dict[int, torch.Tensor]  # sample index -> [R]
 Loss = Callable[[MicroBatch, TokenScores], torch.Tensor]  # the scalar loss of a micro-batch
@@ -51,7 +52,7 @@ class PolicyTrainer(ABC):
 
     @abstractmethod
     def _updates(self, batch: Batch) -> Updated:
-        """`PolicyUpdates.updates` of all ranks together."""
+        """`PolicyUpdates.updates` of all ranks together, each with its share."""
 
     @abstractmethod
     def _logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> list[torch.Tensor]: ...
@@ -133,14 +134,15 @@ class PolicyUpdates(ABC):
     def _train(
         self,
         sequences: Sequences,
+        share: Share,
         loss: Loss,
         *,
         images: Sequence[Images],
         temperature: float = 1.0,
         replayed: Sequence[Sample] | None = None,
     ) -> None:
-        """Forward and backward of this rank's micro-batches, MTP layers included. `replayed`: samples whose recorded routes
-        are taken where replay is on; None: routers choose."""
+        """Forward and backward of this rank's samples, MTP layers included. `replayed`: samples whose recorded routes are taken
+        where replay is on; None: routers choose."""
 
     @abstractmethod
     def _means(self, sums: policy_step.Sums) -> dict[str, float]:
@@ -177,16 +179,14 @@ class PolicyUpdates(ABC):
 
     # ---- what they make
 
-    def updates(self, batch: Batch) -> Updated:
-        """`algorithm.updates_per_rollout` optimizer steps from one rollout."""
+    def updates(self, steps: Sequence[Step]) -> Updated:
+        """The optimizer steps that are made from one rollout."""
         sums = policy_step.Sums()
         norms: list[float] = []
         collected: Rows = {}
         lr, skipped_before = self._learning_rate(), self.nan.total
-        for indices in policy_step.split_updates(len(batch), self.cfg.algorithm.updates_per_rollout):
-            part = batch if len(indices) == len(batch) else batch.select(indices)
-            rows = self._accumulate(part, sums)
-            collected |= {indices[i]: row for i, row in rows.items()}
+        for step in steps:
+            collected |= self._accumulate(step, sums)
             lr = self._learning_rate()
             norms.append(self._update(sums, lr))
         metrics = self._means(sums) | {
@@ -198,37 +198,37 @@ class PolicyUpdates(ABC):
         }
         return Updated(metrics, collected, self.version)
 
-    def _accumulate(self, batch: Batch, sums: policy_step.Sums) -> Rows:
-        """Gradients of one optimizer step; returns the detached logprobs of each sample of this rank."""
-        weights = policy_step.loss_weights(self.cfg, batch)
+    def _accumulate(self, step: Step, sums: policy_step.Sums) -> Rows:
+        """Gradients of one optimizer step; returns detached logprobs of this rank's samples by their places in the rollout."""
+        batch, weights, places = step.batch, step.weights, step.share.indices
         collected: Rows = {}
 
         def loss(micro: MicroBatch, scores: TokenScores) -> torch.Tensor:
             if not micro.indices:
                 return scores.logprobs.sum()  # padding only: no tokens, but a graph for every collective of the backward
             for index, row in zip(micro.indices, scores.logprobs.detach().split(micro.lengths), strict=True):
-                collected[index] = row
+                collected[places[index]] = row
             rows = policy_step.TokenRows.of(batch, micro, weights)
             return policy_step.micro_batch_loss(self.cfg.algorithm, scores.logprobs, scores.entropy, rows, weights, sums)
 
         sequences, masks = sequences_of(batch)
         images = [sample.images for sample in batch.samples]
-        self.mtp.begin(sequences, masks)
-        self._train(sequences, loss, images=images, temperature=batch.temperature, replayed=batch.samples)
+        self.mtp.begin(sequences, masks, step.predictions)
+        self._train(sequences, step.share, loss, images=images, temperature=batch.temperature, replayed=batch.samples)
         return collected
 
-    def supervised(self, samples: Sequences, lr: float, images: Sequence[Images] | None = None) -> Updated:
+    def supervised(self, lesson: Lesson, lr: float) -> Updated:
         """One step on the mean loss over response tokens, with the masters and moments of RL."""
         sums = policy_step.Sums()
-        normalizer = float(sum(len(tokens) - prompt for tokens, prompt in samples))
+        normalizer = float(lesson.response_tokens)
 
         def loss(micro: MicroBatch, scores: TokenScores) -> torch.Tensor:
             value = -scores.logprobs.sum() / normalizer
             sums.values["loss"] = sums.values.get("loss", torch.zeros((), device=self.device)) + value.detach()
             return value
 
-        self.mtp.begin(samples, all_tokens(samples))
-        self._train(samples, loss, images=images or [()] * len(samples))
+        self.mtp.begin(lesson.sequences, all_tokens(lesson.sequences), lesson.predictions)
+        self._train(lesson.sequences, lesson.share, loss, images=lesson.images)
         total = self._means(sums).get("train/loss", 0.0)  # a mean over 0 counted tokens: the plain sum
         norm = self._update(sums, lr)
         metrics = {"sft/loss": total, "sft/grad_norm": norm, "sft/lr": lr, **self.mtp.take_metrics("sft")}

@@ -54,7 +54,7 @@ class TokenRows:
 
     @classmethod
     def of(cls, batch: Batch, micro: MicroBatch, weights: LossWeights) -> TokenRows:
-        """The rows of the samples that a micro-batch of `batch` holds; `weights` are the whole batch's."""
+        """The rows of the samples that a micro-batch of `batch` holds; `weights` are those of the samples of `batch`."""
 
         def gather(rows: list[torch.Tensor] | None) -> torch.Tensor | None:
             return None if rows is None else micro.gather(rows)
@@ -72,7 +72,7 @@ class TokenRows:
 
 
 def loss_weights(cfg: Config, batch: Batch) -> LossWeights:
-    """What every token of an optimizer step weighs in its loss; `batch` holds all of the step's samples, on every rank."""
+    """What every token of an optimizer step weighs in its loss; `batch` holds all of the step's samples."""
     kind = cfg.algorithm.loss_aggregation
     longest = cfg.rollout.sampling.max_response_tokens if kind is LossAggregation.constant_length else 0
     return aggregation.loss_weights(kind, [sample.loss_mask for sample in batch.samples], longest)

@@ -15,7 +15,7 @@ import torch
 from runner.data import Sample, Status, WeightSpan
 from runner.errors import told
 from runner.models.images import PlacedImage
-from runner.routing.reference import here
+from runner.routing.reference import RouteRef, head, joined
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
 from runner.turns.failure import Failed
@@ -62,7 +62,7 @@ class Transcript:
     mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw: list[float] | None = field(default_factory=list)
-    routes: list[torch.Tensor] = field(default_factory=list)
+    routes: list[torch.Tensor | RouteRef] = field(default_factory=list)
     rows: int = 0  # of routes
     spans: list[WeightSpan] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)  # what a reader sees
@@ -95,9 +95,8 @@ class Transcript:
         self.logprobs += piece.rollout_logprobs[:count].tolist()
         if self.raw is not None:
             self.raw = None if piece.raw_logprobs is None else self.raw + piece.raw_logprobs[:count].tolist()
-        routes = here(piece.routes)  # a turn may be cut: they are not left where they were decoded
-        if routes is not None:
-            rows = routes[: total - 1 - self.rows]
+        if piece.routes is not None:
+            rows = head(piece.routes, total - 1 - self.rows)
             self.routes.append(rows)
             self.rows += len(rows)
         for span in piece.weight_spans:
@@ -173,7 +172,7 @@ class Transcript:
             raw_logprobs=None if self.raw is None else torch.tensor(self.raw[:response], dtype=torch.float32),
             status=status,
             finish_reason=reason or ("stop" if status is Status.completed else "length"),
-            routes=torch.cat(self.routes) if self.routes else None,
+            routes=joined(self.routes) if self.routes else None,
             weight_spans=list(self.spans),
             rewards=dict(self.rewards),
             turn_rewards=list(self.turn_rewards),

@@ -6,9 +6,10 @@ Paths are the same below every node's own folder, which the servers of a node fi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -38,22 +39,29 @@ class Published:
     problems: list[str]
 
 
+Send = Callable[[Mapping[int, Any]], list[str]]  # orders by rank -> what went wrong, by rank (transports/ranks.py)
+
+
 @dataclass(frozen=True)
 class Session:
-    """One version over all nodes. `drop` removes its files everywhere."""
+    """One version over all nodes. `drop` removes its files everywhere; `send` has ranks send parts of it, each by its order: what
+    went wrong, by rank."""
 
     name: str
     changes: Changes
     problems: list[str]
     files: list[str]
     drop: Callable[[], None]
+    send: Send
 
 
 @dataclass(frozen=True)
 class PublishedTensor:
-    """In place of an exported tensor in a weight stream: it is on every node already. `size`: bytes of its parts."""
+    """In place of an exported tensor in a weight stream: it is on nodes already, on that of the rank that owns it at least.
+    `size`: bytes of its parts."""
 
     name: str
+    owner: int
     format: str
     parts: list[str]
     digests: dict[str, str]
@@ -64,9 +72,11 @@ class PublishedTensor:
 
 @dataclass
 class PublishedSet(WeightSet):
-    """A version that lies on every node; `folder` and files are relative to ROOT there."""
+    """A version that lies on nodes; `folder` and files are relative to ROOT there. `owners`: part name -> rank that wrote it."""
 
     drop: Callable[[], None] = field(default=lambda: None)
+    send: Send = field(default=lambda orders: [])
+    owners: dict[str, int] = field(default_factory=dict)
 
     def remove(self) -> None:
         self.drop()
@@ -80,14 +90,16 @@ def collect(version: int, stream: Iterable[PublishedTensor]) -> PublishedSet:
             session = item.session
             files, folder = [Path(file) for file in session.files], Path(session.name)
             made = PublishedSet(
-                version, folder, files, changes=session.changes, problems=list(session.problems), drop=session.drop
-            )
+                version, folder, files, changes=session.changes, problems=list(session.problems), drop=session.drop,
+                send=session.send,
+            )  # fmt: skip
         if item.name in made.parts:
             made.problems.append(f"{item.name}: arrived twice in one session")
             continue
         made.parts[item.name], made.formats[item.name] = item.parts, item.format
         made.digests |= item.digests
         made.location |= {part: Path(file) for part, file in item.location.items()}
+        made.owners |= dict.fromkeys(item.parts, item.owner)
         made.wire_bytes += item.size
     return made
 
@@ -97,7 +109,7 @@ def tensors(found: list[Published], session: Session) -> Iterable[PublishedTenso
     for part in found:
         for name, parts in part.parts.items():
             digests, location = ({p: table[p] for p in parts} for table in (part.digests, part.location))
-            yield PublishedTensor(name, part.formats[name], parts, digests, part.sizes[name], location, session)
+            yield PublishedTensor(name, part.rank, part.formats[name], parts, digests, part.sizes[name], location, session)
 
 
 def merged(found: list[Published]) -> tuple[Changes, list[str]]:

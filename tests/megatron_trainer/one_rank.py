@@ -17,6 +17,8 @@ from runner.data import Batch
 from runner.errors import UserError
 from runner.precision.codec import quantize_dequantize
 from runner.routing.routes import RouteError
+from runner.trainer.megatron.shares import Division
+from runner.trainer.share import steps
 from tests.megatron_trainer.configs import megatron_config
 from tests.megatron_trainer.scenario import batch
 
@@ -38,6 +40,17 @@ def _batch(cfg: Config, seed: int = 0) -> Batch:
     return batch(cfg, seed=seed)
 
 
+def _share(batch: Batch, worker):  # type: ignore[no-untyped-def]
+    """The batch, and how it is divided: this rank computes all of it."""
+    (share,) = Division(worker.cfg).divide([len(sample.tokens) for sample in batch.samples])
+    return batch, share
+
+
+def _update(worker, batch: Batch):  # type: ignore[no-untyped-def]
+    (mine,) = steps(worker.cfg, batch, Division(worker.cfg).divide)
+    return worker.updates(mine)
+
+
 def _assert_quantized(worker) -> None:  # type: ignore[no-untyped-def]
     """Every weight is bf16(master), and qdq of it where the plan says so."""
     worker.quantization.settle()
@@ -57,9 +70,9 @@ def _assert_quantized(worker) -> None:  # type: ignore[no-untyped-def]
 def weights_are_quantized_at_every_moment() -> None:
     worker = _worker()
     _assert_quantized(worker)
-    worker.updates(_batch(worker.cfg))
+    _update(worker, _batch(worker.cfg))
     _assert_quantized(worker)
-    worker.logprobs(_batch(worker.cfg), "master", "own")
+    worker.logprobs(*_share(_batch(worker.cfg), worker), "master", "own")
     _assert_quantized(worker)
     list(worker.export("bf16"))
     _assert_quantized(worker)
@@ -81,14 +94,14 @@ def roles_decide_what_is_quantized() -> None:
     names = {chosen.place.name.split(".", 3)[-1] for chosen in worker.quantization.quantized.values()}
     attention = {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"}
     assert names == attention | {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight"}, names
-    worker.updates(_batch(worker.cfg))
+    _update(worker, _batch(worker.cfg))
     _assert_quantized(worker)
 
 
 def an_optimizer_that_skips_the_copy_leaves_quantized_weights() -> None:
     """A precision-aware optimizer writes the bf16 weights itself, inside its step, and Megatron's copy returns at once."""
     plain = _worker()
-    plain.updates(_batch(plain.cfg))
+    _update(plain, _batch(plain.cfg))
     worker = _worker()
     for optimizer in worker.masters.optimizers:
         optimizer._copy_main_params_to_model_params = lambda: None
@@ -101,7 +114,7 @@ def an_optimizer_that_skips_the_copy_leaves_quantized_weights() -> None:
                     owned.view.copy_(owned.tensors()["param"])
 
         optimizer.optimizer.step = step
-    worker.updates(_batch(worker.cfg))
+    _update(worker, _batch(worker.cfg))
     _assert_quantized(worker)
     for ours, theirs in zip(worker.masters.owned, plain.masters.owned, strict=True):
         assert torch.equal(ours.tensors()["param"], theirs.tensors()["param"])
@@ -132,23 +145,23 @@ def a_weight_is_quantized_once_per_step() -> None:
     qat.quantize_dequantize_ = counted
     try:
         for seed in range(2):
-            worker.updates(_batch(worker.cfg, seed))
+            _update(worker, _batch(worker.cfg, seed))
         worker.quantization.settle()
     finally:
         qat.quantize_dequantize_ = original
-    assert len(worker._micro_batches([(s.tokens, s.prompt_length) for s in _batch(worker.cfg).samples])) > 3
+    assert len(_share(_batch(worker.cfg), worker)[1].micro_batches) > 3
     assert len(calls) == 2 * len(worker.quantization.quantized)
 
 
 def routes_of_a_no_grad_pass_are_forgotten() -> None:
     """RouterReplay queues targets for a backward; a later recomputation must not find an older pass's."""
     worker = _worker(**{"trainer.recompute": "full"})
-    worker.logprobs(_batch(worker.cfg, 1), "quantized", "replayed")
+    worker.logprobs(*_share(_batch(worker.cfg, 1), worker), "quantized", "replayed")
     for _, router in worker.replay.routers:
         replay = router.router_replay
         assert replay.replay_backward_list == [] and replay.target_topk_idx is None and replay.router_replay_action is None
-    after_logprobs = worker.updates(_batch(worker.cfg))
-    fresh = _worker(**{"trainer.recompute": "full"}).updates(_batch(worker.cfg))
+    after_logprobs = _update(worker, _batch(worker.cfg))
+    fresh = _update(_worker(**{"trainer.recompute": "full"}), _batch(worker.cfg))
     assert after_logprobs.metrics == fresh.metrics
 
 
@@ -157,7 +170,7 @@ def recomputation_replays_the_same_routes() -> None:
     norms = []
     for recompute in ("none", "selective", "full"):
         worker = _worker(**{"trainer.recompute": recompute, "trainer.max_tokens_per_gpu": 40})
-        metrics = worker.updates(_batch(worker.cfg)).metrics
+        metrics = _update(worker, _batch(worker.cfg)).metrics
         assert metrics["router_replay/disagreement"] > 0.3
         norms.append(metrics["train/grad_norm"])
     assert norms[0] == norms[1] == norms[2], norms
@@ -168,7 +181,7 @@ def a_router_that_disobeys_is_found() -> None:
     _, router = worker.replay.routers[1]
     router.router_replay.get_replay_topk = lambda scores, topk, *rest: torch.topk(scores, topk)
     try:
-        worker.updates(_batch(worker.cfg))
+        _update(worker, _batch(worker.cfg))
     except RouteError as error:
         assert "differ from the recorded routes" in str(error)
     else:
@@ -178,7 +191,7 @@ def a_router_that_disobeys_is_found() -> None:
 def routes_that_no_recomputation_used_are_found() -> None:
     """The next step's recomputation would take them for its own."""
     worker = _worker(**{"trainer.recompute": "full"})
-    worker.updates(_batch(worker.cfg))
+    _update(worker, _batch(worker.cfg))
     _, router = worker.replay.routers[0]
     assert router.router_replay.replay_backward_list == []
     router.router_replay.replay_backward_list.append(torch.zeros(1, 2, dtype=torch.int64))
@@ -204,12 +217,12 @@ def logits_never_exist_for_more_than_a_chunk() -> None:
     scores.VocabularySoftmax.__call__ = seen  # type: ignore[method-assign]
     try:
         first = _worker(**fp32)
-        whole = first.logprobs(_batch(first.cfg), "quantized", "own")
+        whole = first.logprobs(*_share(_batch(first.cfg), first), "quantized", "own")
         most = max(rows)
         rows.clear()
         worker = _worker(**fp32, **{"trainer.logprob_chunk_tokens": 7})
-        parts = worker.logprobs(_batch(worker.cfg), "quantized", "own")
-        worker.updates(_batch(worker.cfg))
+        parts = worker.logprobs(*_share(_batch(worker.cfg), worker), "quantized", "own")
+        _update(worker, _batch(worker.cfg))
     finally:
         scores.VocabularySoftmax.__call__ = original  # type: ignore[method-assign]
     assert most > 7 and max(rows) <= 7
@@ -221,12 +234,12 @@ def updates_that_are_not_finite_are_skipped_and_named() -> None:
     before = [owned.tensors()["param"].clone() for owned in worker.masters.owned]
     poisoned = _batch(worker.cfg)
     poisoned.advantages[3][:] = float("nan")
-    result = worker.updates(poisoned)
+    result = _update(worker, poisoned)
     assert result.version == 0 and result.metrics["train/nan_steps"] == 1.0
     assert all(torch.equal(a, owned.tensors()["param"]) for a, owned in zip(before, worker.masters.owned, strict=True))
     _assert_quantized(worker)
     try:
-        worker.updates(poisoned)
+        _update(worker, poisoned)
     except UserError as error:
         assert "decoder.layers" in str(error) and "loss" in str(error)
     else:
@@ -236,12 +249,12 @@ def updates_that_are_not_finite_are_skipped_and_named() -> None:
 def reference_logprobs_come_from_full_precision_weights() -> None:
     """After updates the reference is still the first bf16(master), and the policy's own weights are back afterwards."""
     worker = _worker(**{"algorithm.kl_coef": 0.1})
-    first = worker.logprobs(_batch(worker.cfg), "master", "own")
-    worker.updates(_batch(worker.cfg, 1))
-    policy = worker.logprobs(_batch(worker.cfg), "quantized", "own")
-    reference = worker.reference_logprobs(_batch(worker.cfg))
+    first = worker.logprobs(*_share(_batch(worker.cfg), worker), "master", "own")
+    _update(worker, _batch(worker.cfg, 1))
+    policy = worker.logprobs(*_share(_batch(worker.cfg), worker), "quantized", "own")
+    reference = worker.reference_logprobs(*_share(_batch(worker.cfg), worker))
     assert all(torch.equal(reference[index], first[index]) for index in first)
-    again = worker.logprobs(_batch(worker.cfg), "quantized", "own")
+    again = worker.logprobs(*_share(_batch(worker.cfg), worker), "quantized", "own")
     assert all(torch.equal(policy[index], again[index]) for index in policy)
     assert any(not torch.equal(policy[index], first[index]) for index in policy)
     assert all(tensor.device.type == "cpu" for tensor in worker.reference)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +48,10 @@ def exported(trainer: Any, format: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def run(trainer: Any, cfg: Config, steps: int = 2) -> Result:
-    logprobs = torch.cat(trainer.logprobs(batch(cfg)))
-    metrics = [trainer.step(batch(cfg, seed=seed)).metrics for seed in range(steps)]
+def run(trainer: Any, cfg: Config, steps: int = 2, given: Callable[[Batch], Batch] = lambda batch: batch) -> Result:
+    """`given`: what the trainer gets in place of a batch."""
+    logprobs = torch.cat(trainer.logprobs(given(batch(cfg))))
+    metrics = [trainer.step(given(batch(cfg, seed=seed))).metrics for seed in range(steps)]
     return Result(logprobs, metrics, exported(trainer, "bf16"), exported(trainer, "rollout"))
 
 

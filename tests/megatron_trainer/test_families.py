@@ -14,6 +14,8 @@ import torch
 from convert_sources import write_source
 
 from runner.config.schema import Config, ModelConfig, QatPlacement
+from runner.trainer.megatron.shares import Division
+from runner.trainer.share import steps
 from runner.trainer.torch.trainer import TorchTrainer
 from tests import twins
 from tests.megatron_trainer.configs import MODELS, megatron_config
@@ -116,8 +118,10 @@ def compute(folder: Path) -> None:
         if not parallel_state.is_initialized():
             worker.initialize(cfg, 0, f"file://{folder}/rendezvous")
         rank = worker.Worker(cfg)
-        before = rank.logprobs(batch(cfg), "quantized", "replayed")
-        result = rank.updates(batch(cfg))
+        divide, made = Division(cfg).divide, batch(cfg)
+        (share,), (mine,) = divide([len(sample.tokens) for sample in made.samples]), steps(cfg, made, divide)
+        before = rank.logprobs(made, share, "quantized", "replayed")
+        result = rank.updates(mine)
         torch.save((before, {key: result.metrics[key] for key in ("train/loss", "train/grad_norm")}), folder / f"{case}.pt")
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.megatron  # the module imports megatron-core
 def test_every_sample_once_within_the_limit_and_as_many_micro_batches_on_every_rank(
     lengths: list[int], limit: int, ranks: int
 ) -> None:
-    from runner.trainer.megatron.packing import balance
+    from runner.trainer.megatron.shares import balance
 
     shares = balance(lengths, limit, ranks)
     assert len(shares) == ranks and len({len(share) for share in shares}) == 1  # a rank without one would leave a collective
@@ -27,7 +27,7 @@ def test_ranks_get_about_the_same_tokens(seed: int) -> None:
     """Lengths of rollouts, 8 to 128, 32 per rank: the fullest rank has at most a sample more than the emptiest."""
     import random
 
-    from runner.trainer.megatron.packing import balance
+    from runner.trainer.megatron.shares import balance
 
     lengths = random.Random(seed).choices(range(8, 129), k=128)
     loads = [sum(lengths[index] for micro in share for index in micro) for share in balance(lengths, 1024, 4)]

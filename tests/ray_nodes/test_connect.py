@@ -120,7 +120,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.night)])
 def test_nothing_outlives_its_driver(tmp_path: Path, number: signal.Signals) -> None:
     """Neither processes nor folders, in shared memory or elsewhere; another cluster on the machine stays."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

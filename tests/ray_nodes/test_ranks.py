@@ -7,13 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runner.data import Batch
 from runner.errors import Failure, UserError
+from runner.routing.reference import Part, RouteRef, head, joined
 from runner.trainer.megatron import MegatronTrainer
 from runner.trainer.megatron.ranks import RankFailure
 from runner.weights.published import PublishedTensor, collect, read_back, sum_of
@@ -22,6 +25,8 @@ from tests.megatron_trainer.scenario import batch, run
 from tests.ray_nodes.conftest import two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+REPLAYED: dict[str, object] = {"router_replay.rollout": True, "router_replay.trainer": True}
 
 
 def gone(pid: int) -> bool:
@@ -56,16 +61,17 @@ def strike(trainer: MegatronTrainer, harm: Callable[[], None]) -> tuple[RankFail
     return caught.value, time.monotonic() - struck[0]
 
 
-def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
-    """Bit for bit, and what the ranks publish on both nodes is what the local export sends."""
-    local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4"))
+def test_two_nodes_compute_what_one_machine_does(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with routes that ranks fetch from where they lie; and what the ranks publish on both nodes is what the local
+    export sends. A bit that flips on one of them is named."""
+    local = MegatronTrainer(megatron_config("moe", "tp2_sp", format="int4", **REPLAYED))
     expected = run(local, local.cfg)
     local.close()
-    cfg = two_nodes()
+    cfg = two_nodes(**REPLAYED)
     launcher = launched(cfg)
     launcher.publishes = False
     trainer = MegatronTrainer(cfg)
-    found = run(trainer, cfg)
+    found = run(trainer, cfg, given=far)
     assert torch.equal(found.logprobs, expected.logprobs) and found.metrics == expected.metrics
     for ours, theirs in ((found.weights, expected.weights), (found.packed, expected.packed)):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -82,7 +88,23 @@ def test_two_nodes_compute_what_one_machine_does(launched: Any) -> None:
     weights.remove()
     assert all(not (root / file).exists() for root in roots for file in weights.files)
     assert all((root / file).exists() for root in roots for file in again.files)
+    _a_flipped_bit_is_named(trainer, roots[1], monkeypatch)
     trainer.close()
+
+
+def far(batch: Batch) -> Batch:
+    """With routes in the object store, in two parts each, as an engine's answers of two turns leave them."""
+    import ray
+
+    from runner.cluster.ray.clients import Stored
+
+    samples = []
+    for sample in batch.samples:
+        assert isinstance(sample.routes, torch.Tensor)
+        turns = [Stored(ray.put(part.numpy())) for part in (sample.routes[:3], sample.routes[2:])]
+        routes = joined([head(RouteRef((Part(turns[0], 3),)), 2), RouteRef((Part(turns[1], len(sample.routes) - 2),))])
+        samples.append(replace(sample, routes=routes))
+    return replace(batch, samples=samples)
 
 
 def _published(trainer: MegatronTrainer) -> Iterator[PublishedTensor]:
@@ -91,33 +113,29 @@ def _published(trainer: MegatronTrainer) -> Iterator[PublishedTensor]:
         yield item
 
 
-def test_a_flipped_bit_on_a_node_is_named(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the broadcast and the reading back, as bad memory would flip it."""
-    cfg = two_nodes("dp2")
-    launcher = launched(cfg)
-    launcher.publishes = True
-    nodes, trainer = launcher.nodes.all(), MegatronTrainer(cfg)
+def _a_flipped_bit_is_named(trainer: MegatronTrainer, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the node of rank 1, between the broadcast and the reading back, as bad memory would flip it."""
     call = trainer.ranks.call
 
     def flipping(name: str, *args: Any) -> list[Any]:
         found = call(name, *args)
         if name == "publish":
-            path = Path(nodes[1].where["weights"]) / found[0].files[0]
+            path = root / found[0].files[0]
             data = bytearray(path.read_bytes())
             data[-1] ^= 1
             path.write_bytes(data)
-            found[1].sums[0] = sum_of(read_back(Path(nodes[1].where["weights"]) / file for file in found[0].files))
+            found[1].sums[0] = sum_of(read_back(root / file for file in found[0].files))
         return found
 
     monkeypatch.setattr(trainer.ranks, "call", flipping)
-    weights = collect(2, _published(trainer))
+    weights = collect(5, _published(trainer))
     assert "rank 1's node has other bytes of rank 0's weights than it wrote" in weights.problems
     (named,) = [problem for problem in weights.problems if problem.endswith("bytes on the node of rank 1 differ")]
     assert named.partition(":")[0] in weights.digests
-    trainer.close()
 
 
-def test_a_killed_rank_is_named_and_new_ranks_take_its_place(launched: Any, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_new_ranks_take_its_place_and_one_that_stops_is_found(launched: Any, tmp_path: Path) -> None:
+    """The stopped one with the stack of a rank that waits."""
     cfg = two_nodes("dp2")
     launcher = launched(cfg)
     trainer = MegatronTrainer(cfg)
@@ -133,20 +151,12 @@ def test_a_killed_rank_is_named_and_new_ranks_take_its_place(launched: Any, tmp_
     again = MegatronTrainer(cfg)
     again.load(tmp_path / "saved")
     assert again.version == 0 and [node.where["pid"] for node in launcher.nodes.all()] == agents
-    again.close()
-
-
-def test_a_stopped_rank_is_found_with_its_stack(launched: Any) -> None:
-    cfg = two_nodes("dp2")
-    launched(cfg)
-    trainer = MegatronTrainer(cfg)
-    pids = trainer.ranks.pids
-    trainer.ranks.timeout = 8.0
-    error, seconds = strike(trainer, lambda: os.kill(pids[1], signal.SIGSTOP))
+    new, again.ranks.timeout = again.ranks.pids, 8.0
+    error, seconds = strike(again, lambda: os.kill(new[1], signal.SIGSTOP))
     text = str(error)
-    assert "gave no answer to updates within 8 s" in text and "runner/trainer" in text  # the waiting rank's own stack
-    assert seconds < 60 and all_gone(pids)
-    trainer.close()
+    assert "gave no answer to updates within 8 s" in text and "runner/trainer" in text
+    assert seconds < 60 and all_gone(new)
+    again.close()
 
 
 def test_a_lost_node_ends_its_ranks_and_is_replaced(launched: Any, connection: Any) -> None:
@@ -188,9 +198,7 @@ def test_two_runs_want_the_same_nodes(launched: Any) -> None:
 
 def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every agent is asked; a report that differs in several ways gives as many problems, each with the node's name."""
-    from dataclasses import replace
-
-    from runner.cluster.ray.report import problems
+    from runner.cluster.ray.report import problems, warnings
 
     launcher = launched(two_nodes())
     nodes, driver, canary = launcher.reports()
@@ -201,6 +209,9 @@ def test_what_differs_on_a_node_is_said_at_once(launched: Any, monkeypatch: pyte
     )
     found = [str(problem) for problem in problems(launcher.cfg, [nodes[0], broken], driver, canary)]
     assert len(found) == 4 and all("odd (127.0.0.1)" in problem for problem in found)
+    small = replace(nodes[0], store=1 << 20)
+    assert not list(warnings(launcher.cfg, nodes)) and nodes[0].store > 300 << 20
+    assert ["--object-store-memory=" in line for line in warnings(launcher.cfg, [small, nodes[1]])] == [True]
     text = "\n".join(found)
     assert (
         "has 1.0 torch" in text and "other code" in text and "off by -6" in text and "does not see what the driver writes" in text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from runner.cluster.launcher import EngineOrder, EngineProcess, Ranks
 from runner.config.schema import Config
 from runner.errors import UserErrors
-from runner.weights.transports import on_every_node
+from runner.weights.transports import kept_by_ranks, on_every_node
 
 if TYPE_CHECKING:
     from runner.cluster.ray.connect import Connection
@@ -26,7 +26,7 @@ class RayLauncher:
         from runner.cluster.ray.connect import Connection
 
         self.cfg = cfg
-        self.publishes = on_every_node(cfg)
+        self.publishes = on_every_node(cfg) or kept_by_ranks(cfg)
         self._own = connection is None
         self.connection = connection or Connection(cfg)
         try:

@@ -13,18 +13,18 @@ from typing import Any
 import aiohttp
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError
 
 from runner.cluster.ray.agent import die_with_parent
 from runner.config.schema import ModelConfig
 from runner.rollout.sglang.client import Client, EngineFailure, Refused, Reply
 from runner.rollout.sglang.decoding import RouteDecoder
-from runner.routing.reference import RouteRef
+from runner.routing.reference import Part, RouteRef
 from runner.routing.routes import RouteError, check_rows
 
 ROUTES = "routed_experts"  # SGLang's name of them in a reply
 CALLS = 4096  # requests at once
+FETCH_SECONDS = 600.0  # for routes to come from another node
 KINDS: dict[str, type[Exception]] = {"failure": EngineFailure, "refused": Refused, "routes": RouteError}
 
 
@@ -34,8 +34,10 @@ class Stored:
 
     reference: Any
 
-    def fetch(self) -> torch.Tensor:
-        return torch.from_numpy(ray.get(self.reference, timeout=600.0).copy())
+    def array(self) -> np.ndarray:
+        """Memory of this node's store, shared with whoever reads it here."""
+        found: np.ndarray = ray.get(self.reference, timeout=FETCH_SECONDS)
+        return found
 
 
 class EngineClient:
@@ -89,5 +91,5 @@ class RemoteClient(Client):
         if "problem" in reply:
             raise KINDS[reply["kind"]](reply["problem"])
         if "route_rows" in reply["meta_info"]:
-            reply["meta_info"][ROUTES] = RouteRef((Stored(answer[1]),), reply["meta_info"]["route_rows"])
+            reply["meta_info"][ROUTES] = RouteRef((Part(Stored(answer[1]), reply["meta_info"]["route_rows"]),))
         return reply

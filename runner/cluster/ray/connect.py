@@ -20,6 +20,7 @@ from pathlib import Path
 from runner.cluster.ray import environment
 from runner.cluster.ray.environment import KEY, TOKEN_FIX, TOKEN_PROBLEM
 from runner.cluster.ray.here import VARIABLE
+from runner.cluster.ray.store import needed_bytes
 from runner.config.schema import Config
 from runner.errors import Failure, UserError
 
@@ -79,7 +80,15 @@ class Connection:
         self._set = list(shared)
         environment.settle(shared)
         self._holder = subprocess.Popen(
-            [sys.executable, "-m", "runner.cluster.ray.here", str(folder), str(cfg.cluster.nodes), "GPU" if on_gpus else "CPU"],
+            [
+                sys.executable,
+                "-m",
+                "runner.cluster.ray.here",
+                str(folder),
+                str(cfg.cluster.nodes),
+                "GPU" if on_gpus else "CPU",
+                str(needed_bytes(cfg)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""The process that holds Ray nodes of this machine: `python -m runner.cluster.ray.here FOLDER NODES CPU|GPU`.
+"""The process that holds Ray nodes of this machine: `python -m runner.cluster.ray.here FOLDER NODES CPU|GPU STORE_BYTES`.
 
 In a session of its own: a SIGTERM that a scheduler sends to a whole process group must not take the nodes from under a run that
 is saving. Says the cluster's address on stdout; a line on stdin asks for one node more; the end of stdin, which only the run
@@ -24,7 +24,6 @@ from runner.weights.place import PREFIX
 
 VARIABLE = "RAY_TMPDIR"
 NODE_RESOURCE = "runner_node"  # of a node without GPUs: one
-STORE_BYTES = 384 << 20  # of each node of a CPU run
 CORES = 4  # that a node says it has; nothing of ours asks for one
 LEFT = {"/dev/shm": (PREFIX,), tempfile.gettempdir(): (PREFIX, "runner-node-")}
 GRACE_SECONDS = 3.0  # in which Ray's own processes end by themselves
@@ -56,14 +55,15 @@ def end(folder: str) -> None:
             scratch.remove_abandoned(Path(place), prefix)
 
 
-def main(folder: str, nodes: int, on_gpus: bool) -> int:
+def main(folder: str, nodes: int, on_gpus: bool, store_bytes: int) -> int:
+    """`store_bytes`: of each node's object store on a CPU; with GPUs the machine is the run's, and Ray takes its share of it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the run's end is what counts
     from ray.cluster_utils import Cluster
 
     logging.getLogger("ray").setLevel(logging.ERROR)
     cluster: Any = Cluster()
-    devices = {} if on_gpus else {"num_gpus": 0, "object_store_memory": STORE_BYTES}
+    devices = {} if on_gpus else {"num_gpus": 0, "object_store_memory": store_bytes}
 
     def add() -> None:
         cluster.add_node(num_cpus=CORES, resources={NODE_RESOURCE: 1}, include_dashboard=False, **devices)
@@ -82,4 +82,4 @@ def main(folder: str, nodes: int, on_gpus: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "GPU"))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "GPU", int(sys.argv[4])))

@@ -6,8 +6,9 @@ import faulthandler
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,12 +75,13 @@ class RankHost:
 
 
 class RayRanks:
-    """See the protocol `Ranks`. Messages lie once in each node's object store, not once per rank."""
+    """See the protocol `Ranks`. A message lies once in the object store of each node that has ranks which read it."""
 
     def __init__(self, cfg: Config, nodes: Nodes, run_dir: Path | None) -> None:
         self.cfg, self.timeout = cfg, arguments.trainer_config(cfg).rank_timeout_seconds
         self._run_dir = run_dir
         self._hosts: list[Any] = []
+        self._calling = threading.RLock()  # weights may be asked for while a step runs: their time begins when it has ended
         self._nodes: list[Node] = []  # by rank
         self._pids: list[int] = []
         world = arguments.world_size(cfg)
@@ -128,10 +130,18 @@ class RayRanks:
         return self._pids
 
     def call(self, name: str, *args: Any) -> list[Any]:
+        return self.each(name, [args] * len(self._hosts))
+
+    def each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        with self._calling:
+            return self._each(name, arguments)
+
+    def _each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         self._need_open()
-        references: list[Any] = []
-        message = ray.put(np.frombuffer(wire.dumps(args, references, ray.ObjectRef), dtype=np.uint8))
-        return self._gather(name, [host.run.remote(name, message, references) for host in self._hosts])
+        messages = {key: stored(args) for key, args in {id(args): args for args in arguments}.items()}
+        return self._gather(
+            name, [host.run.remote(name, *messages[id(args)]) for host, args in zip(self._hosts, arguments, strict=True)]
+        )
 
     def stream(self, name: str, *args: Any) -> Iterator[Any]:
         self._need_open()
@@ -231,6 +241,12 @@ class RayRanks:
             ray.kill(host)
         if hosts:  # their GPUs and ports are free when this returns
             ray.wait([host.where.remote("") for host in hosts], num_returns=len(hosts), timeout=ANSWER_SECONDS)
+
+
+def stored(message: Any) -> tuple[Any, list[Any]]:
+    """(the object that holds the message, the references in it: their objects stay where they are)."""
+    references: list[Any] = []
+    return ray.put(np.frombuffer(wire.dumps(message, references, ray.ObjectRef), dtype=np.uint8)), references
 
 
 def _packed(message: Any) -> np.ndarray:

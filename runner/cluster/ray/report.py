@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 import runner
+from runner.cluster.ray.store import needed_bytes
 from runner.config.option import chosen
 from runner.config.schema import Config
 from runner.errors import UserError
@@ -43,6 +44,7 @@ class NodeReport:
     open_files: int
     locked_memory: int  # -1: no limit
     clock: float
+    store: int  # of Ray's objects
     missing: list[str] = field(default_factory=list)  # paths of the config that do not exist there
     canary: str = ""
 
@@ -66,6 +68,7 @@ def report(cfg: Config, address: str, canary: Path | None) -> NodeReport:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         clock=time.time(),
+        store=_store(),
         missing=[f"{key}: {path}" for key, path in paths(cfg).items() if not Path(path).expanduser().exists()],
         canary=canary.read_text() if canary is not None and canary.is_file() else "",
     )
@@ -121,7 +124,13 @@ def problems(cfg: Config, nodes: list[NodeReport], driver: NodeReport, canary: s
 def warnings(cfg: Config, nodes: list[NodeReport]) -> Iterator[str]:
     """What may go wrong later."""
     on_gpus = bool(cfg.parallelism.gpus + cfg.parallelism.rollout_gpus)
+    needed = needed_bytes(cfg)
     for node in nodes:
+        if node.store < needed:
+            yield (
+                f"{node.who} has an object store of {node.store / GIB:.1f} GiB, a step's routes may need {needed / GIB:.1f}: "
+                f"Ray writes the rest to disk (ray start --object-store-memory={needed})"
+            )
         if on_gpus and node.open_files < OPEN_FILES:
             yield f"{node.who} allows {node.open_files} open files: ulimit -n {OPEN_FILES}"
         if on_gpus and node.locked_memory != -1:
@@ -144,6 +153,13 @@ def _gpu_problems(cfg: Config, node: NodeReport, first: NodeReport) -> Iterator[
     if kinds[0] != kinds[1]:
         shown = [", ".join(" driver ".join(kind) for kind in sorted(each)) for each in kinds]
         yield UserError(f"{node.who} has {shown[0]}; {first.who} has {shown[1]}", key="cluster", fix="nodes of one kind")
+
+
+def _store() -> int:
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return sum(int(node["Resources"].get("object_store_memory", 0)) for node in ray.nodes() if node["NodeID"] == mine)
 
 
 def _version(name: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -18,9 +18,12 @@ from runner.data import Batch, Sample, WeightStream
 from runner.errors import UserError, UserErrors
 from runner.models.images import Images
 from runner.trainer.megatron import arguments, untrusted
+from runner.trainer.megatron.shares import Division
 from runner.trainer.policy import PolicyTrainer, Rows, Updated
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
+from runner.trainer.share import Share, lessons, steps
 from runner.weights.published import Published, PublishedTensor, Session, merged, tensors
+from runner.weights.transports.ranks import Order
 
 MEGATRON = "0.16.1"  # internals of this version are relied on: optimizer, DDP hooks, router replay
 
@@ -39,6 +42,7 @@ class MegatronTrainer(PolicyTrainer):
         if start := arguments.trainer_config(cfg).initial_checkpoint:
             initial_folder(start)  # before processes are started for nothing
         self._version = 0
+        self._division = Division(cfg)
         self._launcher = launcher_of(cfg)
         self.ranks = self._launcher.ranks(cfg, run_dir)
         if start := arguments.trainer_config(cfg).initial_checkpoint:
@@ -56,22 +60,32 @@ class MegatronTrainer(PolicyTrainer):
     # ---- forward
 
     def _logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> list[torch.Tensor]:
-        return _in_order(self.ranks.call("logprobs", _light(batch), weights, routes), len(batch))
+        return _in_order(self._each("logprobs", self._shared(batch), weights, routes), len(batch))
 
     def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
-        return _in_order(self.ranks.call("reference_logprobs", _light(batch)), len(batch))
+        return _in_order(self._each("reference_logprobs", self._shared(batch)), len(batch))
+
+    def _shared(self, batch: Batch) -> list[tuple[Batch, Share]]:
+        """Of every data-parallel rank."""
+        light = _light(batch)
+        return [(light.select(share.indices), share) for share in self._division.divide([len(s.tokens) for s in light.samples])]
+
+    def _each(self, name: str, shared: Sequence[tuple[Any, ...]], *rest: Any) -> list[Any]:
+        """A call of every rank with what its data-parallel rank gets of `shared`, and `rest`."""
+        return self.ranks.each(name, self._division.by_rank([(*part, *rest) for part in shared]))
 
     # ---- updates
 
     def _updates(self, batch: Batch) -> Updated:
-        return self._merged(self.ranks.call("updates", _light(batch)))
+        return self._merged(self._each("updates", [(part,) for part in steps(self.cfg, _light(batch), self._division.divide)]))
 
     def sft_step(
         self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[Images] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two. No images: rules
         refuse vision models."""
-        return self._merged(self.ranks.call("supervised", samples, lr)).metrics
+        parts = lessons(self.cfg, samples, divide=self._division.divide)
+        return self._merged(self._each("supervised", [(part,) for part in parts], lr)).metrics
 
     def _merged(self, results: list[Updated]) -> Updated:
         self._version = results[0].version
@@ -101,8 +115,14 @@ class MegatronTrainer(PolicyTrainer):
                 problems += [f"{name}: bytes on the node of rank {r} differ" for r, names in enumerate(differ) for name in names]
         files = [file for part in found for file in part.files]
         folders = sorted({str(Path(file).parent) for file in files})
-        session = Session(f"version {self._version}", changes, problems, files, lambda: self._launcher.forget_weights(folders))
+        session = Session(
+            f"version {self._version}", changes, problems, files, lambda: self._launcher.forget_weights(folders), self._send
+        )
         yield from tensors(found, session)
+
+    def _send(self, orders: Mapping[int, Order]) -> list[str]:
+        """Have ranks send what they published; what went wrong, by rank. From any thread: a rank does one thing at a time."""
+        return self.ranks.each("send_published", [(orders.get(rank),) for rank in range(self.cfg.parallelism.ranks)])
 
     def save(self, folder: Path) -> None:
         self.ranks.call("save", folder.resolve())

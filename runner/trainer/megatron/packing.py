@@ -1,11 +1,10 @@
-"""Packed micro-batches: samples laid end to end, without padding between them, balanced by tokens over data-parallel ranks.
+"""Packed micro-batches: samples laid end to end, without padding between them. shares.py says which samples.
 
 Shape legend: T tokens of a micro-batch, T' those of one context-parallel rank, N response tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from runner.trainer.megatron.shares import Geometry
 from runner.trainer.megatron.specs import PackedLayout, local_rows
 from runner.trainer.microbatch import MicroBatch
 
@@ -37,52 +37,6 @@ class Packed:
     local_targets: torch.Tensor
     local_order: torch.Tensor
     sequences: PackedSeqParams
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a length must be a multiple of: samples for context parallelism, the whole for sequence parallelism."""
-
-    tp: int
-    cp: int
-    sequence_parallel: bool
-
-    @property
-    def sample_multiple(self) -> int:
-        return 2 * self.cp if self.cp > 1 else 1
-
-    @property
-    def total_multiple(self) -> int:
-        return math.lcm(self.sample_multiple, self.tp * self.cp if self.sequence_parallel else 1)
-
-    def padded(self, length: int) -> int:
-        return -(-length // self.sample_multiple) * self.sample_multiple
-
-
-def balance(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
-    """[rank][micro-batch] -> sample indices: equally many micro-batches per rank, of similar size and at most `max_tokens`.
-
-    Longest samples first, each into the emptiest micro-batch (LPT). A sample longer than `max_tokens` is alone in one.
-    Some micro-batches are empty when there are fewer samples than ranks.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    each = max(1, math.ceil(sum(lengths) / (ranks * max_tokens)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(ranks * each)]
-        loads = [0] * len(bins)
-        for index in order:
-            target = min(range(len(bins)), key=loads.__getitem__)
-            bins[target].append(index)
-            loads[target] += lengths[index]
-        if all(load <= max_tokens or len(chosen) == 1 for load, chosen in zip(loads, bins, strict=True)):
-            break
-        each += 1
-    heaviest = sorted(range(len(bins)), key=lambda i: -loads[i])
-    result: list[list[list[int]]] = [[] for _ in range(ranks)]
-    for place, index in enumerate(heaviest):
-        turn, position = divmod(place, ranks)
-        result[position if turn % 2 == 0 else ranks - 1 - position].append(bins[index])
-    return result
 
 
 def pack(sequences: Sequence[tuple[torch.Tensor, int]], indices: list[int], geometry: Geometry, device: torch.device) -> Packed:

@@ -35,10 +35,11 @@ def rails(placed: Placement) -> list[list[int]]:
 class Publisher:
     """Of one rank. Building it is collective, and so is `publish`."""
 
-    def __init__(self, placed: Placement, device: torch.device) -> None:
+    def __init__(self, placed: Placement, device: torch.device, *, everywhere: bool) -> None:
+        """`everywhere`: on every node that has ranks; else each part on its owner's node alone."""
         self.root, self.rank, self.device = Path(os.environ[ROOT]), dist.get_rank(), device
         self.mine = {place.rank: place.device for _, place in placed.ranks()}
-        self.rails = [(ranks, dist.new_group(ranks)) for ranks in rails(placed)]
+        self.rails = [(ranks, dist.new_group(ranks)) for ranks in (rails(placed) if everywhere else [])]
         # by process: the sets of ranks that were lost stay for servers that start again before the next sync
         self.writer = WeightWriter(self.root / f"rank_{self.rank:04d}_{os.getpid()}", durable=False)
         self.previous: list[WeightSet] = []

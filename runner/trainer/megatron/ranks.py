@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -80,21 +80,25 @@ class LocalRanks:
 
     def call(self, name: str, *args: Any) -> list[Any]:
         """`worker.name(*args)` on every rank -> their results, by rank. Raises RankFailure, and UserError that a rank raised."""
-        self._send(name, args)
+        return self.each(name, [args] * len(self._connections))
+
+    def each(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See the protocol."""
+        self._send(name, arguments)
         return self._collect(name)
 
     def stream(self, name: str, *args: Any) -> Iterator[Any]:
         """The items of a generator method of all ranks, as they arrive."""
-        self._send(name, args)
+        self._send(name, [args] * len(self._connections))
         yield from self._parts(name)
 
-    def _send(self, name: str, args: tuple[Any, ...]) -> None:
+    def _send(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> None:
         if not self._connections:
             raise RankFailure("the trainer's ranks have been closed")
-        message = wire.dumps((name, args))
-        for rank, connection in enumerate(self._connections):
+        messages = {key: wire.dumps((name, args)) for key, args in {id(args): args for args in arguments}.items()}
+        for rank, (connection, args) in enumerate(zip(self._connections, arguments, strict=True)):
             try:
-                connection.send_bytes(message)
+                connection.send_bytes(messages[id(args)])
             except OSError:
                 self._lost(rank, name)
 

@@ -34,7 +34,6 @@ class Replay:
 
     def __init__(self, model: GPTModel, config: ModelConfig, moe_layers: Sequence[int], *, recomputes: bool) -> None:
         self.config = config
-        self.num_layers = len(moe_layers)
         self.recomputes = recomputes  # whether a backward runs the routers again
         order = {layer: index for index, layer in enumerate(moe_layers)}
         self.routers: list[tuple[int, TopKRouter]] = []
@@ -81,15 +80,13 @@ class Replay:
     def begin(self, samples: Sequence[Sample], packed: Packed, *, counting: bool) -> None:
         """Before the forward of a micro-batch: hand every local router the routes of its own tokens."""
         chosen = [samples[i] for i in packed.micro.indices]
-        total = packed.micro.tokens.shape[1]
-        model = self.config
-        routes, recorded = packed_layout(chosen, packed.starts, total, self.num_layers, model.experts_top_k, model.num_experts)
-        rows = _local_tokens(packed.rows.cpu())
-        device = packed.micro.tokens.device
-        self._recorded = recorded[rows].to(device)
+        model, device = self.config, packed.micro.tokens.device
+        rows, layers = _local_tokens(packed.rows.cpu()), [layer for layer, _ in self.routers]
+        routes, recorded = packed_layout(chosen, packed.starts, rows, layers, model.experts_top_k, model.num_experts)
+        self._recorded = recorded.to(device)
         self._counting = counting
-        for layer, router in self.routers:
-            router.router_replay.set_target_indices(routes[layer, rows].to(device))
+        for (_, router), targets in zip(self.routers, routes, strict=True):
+            router.router_replay.set_target_indices(targets.to(device))
             router.router_replay.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
     def forward_done(self) -> None:

@@ -33,17 +33,21 @@ from runner.trainer import policy_step
 from runner.trainer.megatron import arguments, checkpoint, export, model, mtp, qat, sharded
 from runner.trainer.megatron.fp8 import simulate_fp8
 from runner.trainer.megatron.masters import Masters
-from runner.trainer.megatron.packing import Geometry, Packed, balance, pack
+from runner.trainer.megatron.packing import Packed, pack
 from runner.trainer.megatron.publish import Publisher
 from runner.trainer.megatron.replay import Replay
 from runner.trainer.megatron.scores import response_scores
+from runner.trainer.megatron.shares import Geometry
 from runner.trainer.megatron.sources import open_weights
 from runner.trainer.microbatch import TokenScores
 from runner.trainer.mtp import MtpTraining, Sequences
 from runner.trainer.parking import Parking, tensors_of_optimizer
 from runner.trainer.policy import Loss, PolicyUpdates, Rows, Updated, replays
 from runner.trainer.protocol import Routes, Weights
+from runner.trainer.share import Share, Step
 from runner.weights.published import Published
+from runner.weights.transports import kept_by_ranks
+from runner.weights.transports.ranks import Order, send_parts
 
 
 class Worker(PolicyUpdates):
@@ -74,8 +78,7 @@ class Worker(PolicyUpdates):
         self.quantization.resync()
         self._freeze_reference()
         self.parking = Parking(self.device, self._kept, self._dropped)
-        par = cfg.parallelism
-        self.geometry = Geometry(par.tp, par.cp, par.sequence_parallel)
+        self.geometry = Geometry.of(cfg)
         self.publisher: Publisher | None = None
 
     # ---- set-up
@@ -107,39 +110,33 @@ class Worker(PolicyUpdates):
 
     # ---- forward
 
-    def logprobs(self, batch: Batch, weights: Weights, routes: Routes) -> Rows:
-        """Logprobs [R] of this data-parallel rank's samples on reporters, {} on others. Collective."""
+    def logprobs(self, batch: Batch, share: Share, weights: Weights, routes: Routes) -> Rows:
+        """Logprobs [R] of this data-parallel rank's samples, which `batch` holds, on reporters, {} on others. Collective."""
         replayed = batch.samples if routes == "replayed" else None
         self.quantization.settle()
         with self.quantization.unquantized() if weights == "master" else nullcontext():
-            return self._score(batch, replayed)
+            return self._score(batch, share, replayed)
 
     @torch.no_grad()
-    def _score(self, batch: Batch, replayed: Sequence[Sample] | None) -> Rows:
+    def _score(self, batch: Batch, share: Share, replayed: Sequence[Sample] | None) -> Rows:
         sequences = [(sample.tokens, sample.prompt_length) for sample in batch.samples]
         found: Rows = {}
 
         def collect(packed: Packed, scores: TokenScores) -> None:
             for index, row in zip(packed.micro.indices, scores.logprobs.split(packed.micro.lengths), strict=True):
-                found[index] = row.cpu()
+                found[share.indices[index]] = row.cpu()
 
         try:
-            self._run(sequences, replayed, batch.temperature, collect=collect)
+            self._run(sequences, share, replayed, batch.temperature, collect=collect)
         finally:
             if self.replay is not None:
                 self.replay.clear()  # the targets of a no-grad pass would be a later recomputation's routes
         return found if self.reporter else {}
 
-    def _micro_batches(self, sequences: Sequences) -> list[Packed]:
-        lengths = [self.geometry.padded(len(tokens)) for tokens, _ in sequences]
-        limit = self.config.max_tokens_per_gpu * self.cfg.parallelism.cp
-        shares = balance(lengths, limit, parallel_state.get_data_parallel_world_size())
-        mine = shares[parallel_state.get_data_parallel_rank()]
-        return [pack(sequences, indices, self.geometry, self.device) for indices in mine]
-
     def _run(
         self,
         sequences: Sequences,
+        share: Share,
         samples: Sequence[Sample] | None,
         temperature: float,
         *,
@@ -150,7 +147,8 @@ class Worker(PolicyUpdates):
 
         `loss` makes it a training pass; otherwise `collect(packed, scores)` sees the scores of each micro-batch.
         """
-        micros = self._micro_batches(sequences)
+        assert share.micro_batches is not None
+        micros = [pack(sequences, places, self.geometry, self.device) for places in share.micro_batches]
         training = loss is not None
         replay = None if samples is None else self.replay
 
@@ -208,13 +206,14 @@ class Worker(PolicyUpdates):
 
     # ---- updates
 
-    def updates(self, batch: Batch) -> Updated:
-        done = super().updates(batch)
+    def updates(self, steps: Sequence[Step]) -> Updated:
+        done = super().updates(steps)
         return done if self.reporter else replace(done, old_logprobs={})
 
     def _train(
         self,
         sequences: Sequences,
+        share: Share,
         loss: Loss,
         *,
         images: Sequence[Images],
@@ -222,7 +221,7 @@ class Worker(PolicyUpdates):
         replayed: Sequence[Sample] | None = None,
     ) -> None:
         """`images` are all None: rules refuse vision models."""
-        self._run(sequences, replayed, temperature, loss=loss)
+        self._run(sequences, share, replayed, temperature, loss=loss)
         if replayed is not None and self.replay is not None:
             self.replay.end_of_step()
 
@@ -291,11 +290,11 @@ class Worker(PolicyUpdates):
     def _swappable(self) -> Iterator[model.Place]:
         return (place for place in self.places if place.parameter)
 
-    def reference_logprobs(self, batch: Batch) -> Rows:
+    def reference_logprobs(self, batch: Batch, share: Share) -> Rows:
         """Logprobs under the reference, whose routers choose by themselves. Collective."""
         assert self.reference is not None
         with self._reference_weights():
-            return self._score(batch, replayed=None)
+            return self._score(batch, share, replayed=None)
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -337,10 +336,17 @@ class Worker(PolicyUpdates):
             yield from export.local_weights(self.cfg, self.places, self.passengers, format)
 
     def publish(self) -> Published:
-        """Write the export in rollout format on every node, this rank's part by this rank. Collective."""
+        """Write the export in rollout format, this rank's part by this rank: on every node, or on its own where ranks send it.
+        Collective."""
         if self.publisher is None:
-            self.publisher = Publisher(placement(self.cfg), self.device)
+            self.publisher = Publisher(placement(self.cfg), self.device, everywhere=not kept_by_ranks(self.cfg))
         return self.publisher.publish(self.export("rollout"))
+
+    def send_published(self, order: Order | None) -> str:
+        """Send engines what the order names of this rank's published parts; "" or what went wrong. Ranks without an order do not
+        wait for the others."""
+        assert self.publisher is not None
+        return "" if order is None else send_parts(order, self.publisher.root, self.device)
 
     def compare_published(self, owner: int, digests: dict[str, str], files: list[str]) -> list[str]:
         """Parts of a rank's whose copy on this node differs."""

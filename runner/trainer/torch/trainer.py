@@ -36,6 +36,7 @@ from runner.trainer.parking import Parking
 from runner.trainer.policy import Loss, PolicyTrainer, PolicyUpdates, Updated, replays
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
+from runner.trainer.share import Share, lessons, steps
 from runner.trainer.torch import checkpoint
 from runner.trainer.torch.fp8 import install_fp8_matmuls
 from runner.trainer.torch.option import TorchTrainerConfig
@@ -221,17 +222,20 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
     # ---- updates
 
     def _updates(self, batch: Batch) -> Updated:
-        return self.updates(batch)
+        (mine,) = steps(self.cfg, batch)
+        return self.updates(mine)
 
     def sft_step(
         self, samples: list[tuple[torch.Tensor, int]], lr: float, images: list[Images] | None = None
     ) -> dict[str, float]:
         """See the protocol. Uses the same masters and moments as RL: call `reset_optimizer` between the two."""
-        return self.supervised(samples, lr, images).metrics
+        (mine,) = lessons(self.cfg, samples, images)
+        return self.supervised(mine, lr).metrics
 
     def _train(
         self,
         sequences: Sequences,
+        share: Share,
         loss: Loss,
         *,
         images: Sequence[Images],

@@ -21,4 +21,10 @@ def on_every_node(cfg: Config) -> bool:
     return chosen is not None and chosen.on_every_node
 
 
-__all__ = ["TRANSPORTS", "Driver", "Rank", "Site", "Transport", "on_every_node", "register"]
+def kept_by_ranks(cfg: Config) -> bool:
+    """Whether, under cluster=ray, the trainer's ranks keep the rollout's weights on their own nodes, and send them."""
+    chosen = TRANSPORTS.get(getattr(cfg.rollout, "weight_transport", ""))
+    return chosen is not None and chosen.kept_by_ranks
+
+
+__all__ = ["TRANSPORTS", "Driver", "Rank", "Site", "Transport", "kept_by_ranks", "on_every_node", "register"]

@@ -76,6 +76,7 @@ class Transport:
     """One way, as the config names it. Has no state."""
 
     name: str
+    kept_by_ranks = False  # under cluster=ray the trainer's ranks write it, each on its own node, and send it themselves
     on_every_node = False  # under cluster=ray the trainer's ranks write it on every node, and engines read what theirs has
 
     def traffic(self, stream: int, engines: int, ranks: int) -> tuple[int, str]:

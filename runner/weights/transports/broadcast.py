@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.errors import UserError
 from runner.weights.buckets import Piece, describe, pack, unpack
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from runner.config.schema import Config
     from runner.weights.weight_set import WeightSet
 
+T = TypeVar("T")
 TIMEOUT_SECONDS = 120.0  # for engines to come to the meeting, and for each bucket
 BUCKET_BYTES = 1 << 30
 _for_the_draft: list[tuple[str, torch.Tensor]] = []  # what only the target can receive, until the draft takes it
@@ -48,31 +49,46 @@ class Distributed(Transport):
         return stream * ranks, f"broadcast: every one of {ranks} engine GPUs receives every tensor"
 
     def problems(self, cfg: Config) -> Iterator[UserError]:
-        if cfg.parallelism.colocate and cfg.parallelism.rollout_gpus:
-            yield UserError(
-                "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
-                key=KEY,
-                fix=f"{KEY}=tensor, or parallelism.colocate=false",
-            )
+        yield from apart(cfg)
 
     def driver(self, site: Site) -> BroadcastDriver:
         return BroadcastDriver(site)
 
     def receive(self, offer: Offer, rank: Rank, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
-        if rank.is_draft:
-            while _for_the_draft:
-                item = _for_the_draft.pop(0)
-                if wanted(item[0]):
-                    yield item
-            return
-        _for_the_draft.clear()
-        group = join(Meeting(**offer["meeting"]), offer["rank"] + rank.rank, rank.host)
-        for bucket in offer["buckets"]:
-            for item in receive(group, [Piece(**piece) for piece in bucket], rank.device):
-                if wanted(item[0]):
-                    yield item
-                else:
-                    _for_the_draft.append(item)
+        def arriving() -> Iterator[tuple[str, torch.Tensor]]:
+            group = join(Meeting(**offer["meeting"]), offer["rank"] + rank.rank, rank.host)
+            for bucket in offer["buckets"]:
+                yield from receive(group, [Piece(**piece) for piece in bucket], rank.device)
+
+        yield from for_target_and_draft(arriving, rank, wanted)
+
+
+def apart(cfg: Config) -> Iterator[UserError]:
+    """What NCCL refuses."""
+    if cfg.parallelism.colocate and cfg.parallelism.rollout_gpus:
+        yield UserError(
+            "NCCL cannot broadcast between two processes on one GPU, and trainer and engines share theirs",
+            key=KEY,
+            fix=f"{KEY}=tensor, or parallelism.colocate=false",
+        )
+
+
+def for_target_and_draft(
+    arriving: Callable[[], Iterator[tuple[str, torch.Tensor]]], rank: Rank, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is wanted of what arrives, which it does once: the target keeps for the draft what it does not want itself."""
+    if rank.is_draft:
+        while _for_the_draft:
+            item = _for_the_draft.pop(0)
+            if wanted(item[0]):
+                yield item
+        return
+    _for_the_draft.clear()
+    for item in arriving():
+        if wanted(item[0]):
+            yield item
+        else:
+            _for_the_draft.append(item)
 
 
 class BroadcastDriver(WritesSets):
@@ -106,41 +122,18 @@ class Sender:
         self, backend: str, host: str, size: int, weights: WeightSet, names: list[str], bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         """`host`: this machine's address that the meeting listens on, from now on. OSError where it cannot."""
-        from runner.weights.weight_set import read_parts
-
         self._listener = socket.create_server((host, 0), backlog=max(128, size))
         port = self._listener.getsockname()[1]
         self.meeting = Meeting(host, port, size, backend, TIMEOUT_SECONDS)
-        self._weights = weights
-        self._buckets: list[list[str]] = []
-        self._pieces: list[list[Piece]] = []
-        size_now = 0
-        for name, tensor in read_parts(weights, names):
-            (piece,) = describe([(name, tensor)])
-            if not self._buckets or size_now >= bucket_bytes:
-                self._buckets.append([])
-                self._pieces.append([])
-                size_now = 0
-            self._buckets[-1].append(name)
-            self._pieces[-1].append(piece)
-            size_now += piece.bytes()
+        self._weights, self._buckets = weights, divided(weights, names, bucket_bytes)
 
     def described(self) -> list[list[dict[str, Any]]]:
         """What the receivers must know, as JSON."""
-        return [[vars(piece) for piece in bucket] for bucket in self._pieces]
+        return [[vars(piece) for piece in bucket] for bucket in self._buckets]
 
     def start(self) -> Future[str]:
-        """`run` in a thread of its own; a daemon: a meeting that nobody comes to must not hold up the end of the program."""
-        sending: Future[str] = Future()
-
-        def run() -> None:
-            try:
-                sending.set_result(self.run())
-            except BaseException as error:
-                sending.set_exception(error)
-
-        threading.Thread(target=run, name="weight-sender", daemon=True).start()
-        return sending
+        """`run` in a thread of its own."""
+        return in_daemon("weight-sender", self.run)
 
     def run(self) -> str:
         """Blocks until everything is sent; "" or what went wrong (an engine that did not come, or died on the way)."""
@@ -151,11 +144,41 @@ class Sender:
         device = torch.device("cuda" if self.meeting.backend == "nccl" else "cpu")
         try:
             group = join(self.meeting, 0, self.meeting.host, self._listener)
-            for names in self._buckets:
-                send(group, [tensor for _, tensor in read_parts(self._weights, names)], device)
+            for bucket in self._buckets:
+                send(group, [tensor for _, tensor in read_parts(self._weights, [piece.name for piece in bucket])], device)
         except (RuntimeError, OSError) as error:  # torch.distributed's errors
             return f"broadcast: {(str(error).splitlines() or [type(error).__name__])[0]}"
         return ""
+
+
+def divided(weights: WeightSet, names: list[str], bucket_bytes: int) -> list[list[Piece]]:
+    """The named parts of a set in buckets, each ended by the part that fills it."""
+    from runner.weights.weight_set import read_parts
+
+    buckets: list[list[Piece]] = []
+    size = 0
+    for name, tensor in read_parts(weights, names):
+        (piece,) = describe([(name, tensor)])
+        if not buckets or size >= bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(piece)
+        size += piece.bytes()
+    return buckets
+
+
+def in_daemon(name: str, work: Callable[[], T]) -> Future[T]:
+    """The result of a thread that is a daemon: a meeting that nobody comes to must not hold up the end of the program."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return result
 
 
 @dataclass(frozen=True)
@@ -178,21 +201,35 @@ def join(meeting: Meeting, rank: int, host: str, listener: socket.socket | None 
     `host` is the caller's own address, which gloo listens on for the other ranks. (NCCL asks NCCL_SOCKET_IFNAME.) `listener`:
     rank 0's, at the meeting's address; its store takes it over.
     """
-    import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
+    if rank == 0 and listener is None:
+        listener = socket.create_server((meeting.host, meeting.port), backlog=max(128, meeting.size))
+    return group_over(PrefixStore("runner-weights", store_of(meeting, listener)), meeting, rank, host)
+
+
+def group_over(store: Any, meeting: Meeting, rank: int, host: str | None) -> Any:
+    """The process group of those who meet in this store. `host`: see `join`; None: gloo takes the interface that the environment
+    names."""
+    import torch.distributed as dist
+
     timeout = timedelta(seconds=meeting.timeout_seconds)
-    store = open_store(meeting.host, meeting.port, meeting.size, rank == 0, timeout, listener)
-    prefixed = PrefixStore("runner-weights", store)
     if meeting.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(prefixed, rank, meeting.size, options)
+        return dist.ProcessGroupNCCL(store, rank, meeting.size, options)
     group: Any = dist.ProcessGroupGloo
     chosen = group._Options()
     chosen._timeout = timeout
-    chosen._devices = [group.create_device(hostname=host)]
-    return group(prefixed, rank, meeting.size, chosen)
+    at = {"interface": os.environ["GLOO_SOCKET_IFNAME"]} if host is None else {"hostname": host}
+    chosen._devices = [group.create_device(**at)]
+    return group(store, rank, meeting.size, chosen)
+
+
+def store_of(meeting: Meeting, listener: socket.socket | None = None) -> Any:
+    """The store where it meets. With `listener`, which it takes over, its server."""
+    timeout = timedelta(seconds=meeting.timeout_seconds)
+    return open_store(meeting.host, meeting.port, meeting.size, listener is not None, timeout, listener)
 
 
 def open_store(
