@@ -103,7 +103,7 @@ def int4_matmul(cfg: Config) -> Iterator[UserError]:
 
 def size_on_gpus(cfg: Config) -> Iterator[UserError]:
     """A GPU waits for this engine's Python: it decodes no faster than transformers' generate there (docs/gpus.md)."""
-    if _asks_for_gpu(cfg):
+    if _asks_for_gpu(cfg) and not any(one_device(cfg)):  # whose advice is the same
         yield from _too_large(cfg)
 
 
