@@ -29,9 +29,7 @@ def test_the_tests_below_pass_in_the_interpreter() -> None:
     [((5, 0, 70, 64), 256, 128), ((0, 0, 1), 128, 384), ((129,), 128, 128), ((0, 64, 0, 0, 3), 384, 256)],
     ids=str,
 )
-def test_kernel_of_experts_gives_the_product_of_the_dequantized_operands(
-    sizes: tuple[int, ...], inputs: int, outputs: int
-) -> None:
+def test_kernel_of_experts_gives_the_product_of_the_operands(sizes: tuple[int, ...], inputs: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(inputs)
     x = torch.randn(sum(sizes), inputs, generator=generator) * torch.logspace(-3, 3, sum(sizes))[:, None]
     weights = (torch.randn(len(sizes), outputs, inputs, generator=generator) * torch.logspace(-1, 1, inputs)).bfloat16()

@@ -1,8 +1,8 @@
 """FP8 matmuls on a GPU that has them: torch's blockwise `scaled_mm`, and the layouts that it wants its scales in; experts in a
 kernel of our own, because torch's grouped `scaled_mm` has no such scales.
 
-Shape legend: M rows (tokens), K the contracted dimension, N outputs, E experts. cuBLASLt 12.9 offers 1 x 128 by 128 x 128 scaling on
-Hopper (compute capability 9.x) alone; torch 2.13 refuses it elsewhere, and so does `missing` here, with the reason.
+Shape legend: M rows (tokens), K the contracted dimension, N outputs, E experts. cuBLASLt 12.9 offers 1 x 128 by 128 x 128 scaling
+on Hopper (compute capability 9.x) alone; torch 2.13 refuses it elsewhere, and so does `missing` here, with the reason.
 
     operand        values               scales [logical]       what scaled_mm wants
     activations    e4m3 [M, K]          [M, K / 128]           the same shape with strides (1, M), M a multiple of 4

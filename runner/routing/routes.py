@@ -35,7 +35,7 @@ def compact(routes: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def rows_per_expert(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Expert of each row, int64 [S] -> rows of each expert, int64 [E]. torch.bincount would wait for a GPU to ask for the largest."""
+    """Expert of each row, int64 [S] -> rows of each expert, int64 [E]. torch.bincount asks a GPU for the largest, and waits."""
     return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
 
 

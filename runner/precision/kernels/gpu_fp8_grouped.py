@@ -3,9 +3,9 @@
 torch's grouped `scaled_mm` (2.13, 2.14) has scales by row, MXFP8 and NVFP4, not these. How many rows an expert has stays on the
 device: there are as many programs as there could be tiles, and each finds its own from the experts' ends, so nobody waits.
 
-On Hopper one `dot` is one group of 128 on the tensor cores, whose own sum of e4m3 products is short of fp32; the groups are added up
-in fp32 registers, as DeepSeek-V3 does. Not run on a GPU yet: the interpreter computes it (TRITON_INTERPRET=1), and its machine code
-for Hopper is looked at.
+On Hopper one `dot` is one group of 128 on the tensor cores, whose own sum of e4m3 products is short of fp32; the groups are added
+up in fp32 registers, as DeepSeek-V3 does. Not run on a GPU yet: the interpreter computes it (TRITON_INTERPRET=1), and its machine
+code for Hopper is looked at.
 
 Shape legend: M rows in expert order, E experts, N outputs, K inputs; N and K are multiples of 128.
 """

@@ -77,7 +77,7 @@ class ScaledMatmul(torch.autograd.Function):
 
 
 class GroupedScaledMatmul(torch.autograd.Function):
-    """`ScaledMatmul` of experts: x [M, K] in expert order, `ends` int32 [E], weights [E, N, K]. Nobody waits for a count of rows."""
+    """`ScaledMatmul` of experts: x [M, K] in expert order, `ends` int32 [E], weights [E, N, K]. Nobody waits for a count."""
 
     @staticmethod
     def forward(
