@@ -3,7 +3,8 @@
 Triton kernels against the reference bit for bit and against copy bandwidth, the in-process engine's kernels by one-hot inputs,
 FP8 matmuls against their reference, a trainer's steps, its sleep and waking, and real SGLang servers in INT4, FP8 and bf16 with a
 live update, a flipped bit and their sleep. SGLang's kernels are judged by logprobs under two sets of weights and by the residency
-check, not by one-hot inputs: a server has no door for those. The report is a JSON file and a text file of the same findings.
+check, not by one-hot inputs: a server has no door for those. The report is a JSON file and a text file of the same findings;
+docs/gpus.md shows those that lie in benchmarks/results/gpu/.
 
 The parts take a device, so that tests run them on a CPU; only `check_gpu` insists on a GPU. Not run on a GPU yet.
 """
@@ -40,6 +41,7 @@ from runner.precision import fp8, fp8_matmul, int4, kernels
 from runner.precision.codec import decode, encode, quantize_dequantize_
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
+from runner.tracking.folder import git_state
 
 # A mixture of experts whose matrices SGLang's Marlin kernels take, small enough to load in a second
 MODEL = [
@@ -114,6 +116,7 @@ def card(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "packages": {name: version_of(name) for name in names},
+        "code": git_state(Path(__file__).parents[2]),
         "as_locked": version_of("torch") == locked(LOCK_GPU).get("torch"),
     }
 

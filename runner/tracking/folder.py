@@ -64,7 +64,7 @@ def write_resolved(run_dir: Path, cfg: Config) -> None:
 # ---- environment.json
 
 
-def _git_state(folder: Path) -> dict[str, Any] | None:
+def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit and whether tracked files differ from it; None outside a repository or without git."""
 
     def git(*arguments: str) -> str:
@@ -117,7 +117,7 @@ def environment(cfg: Config) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _gpus(),
         "packages": versions,
-        "git": _git_state(Path(__file__).parent),
+        "git": git_state(Path(__file__).parent),
     }
 
 
