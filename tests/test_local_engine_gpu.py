@@ -1,6 +1,6 @@
-"""The in-process engine and a GPU, as far as a machine without one can tell: what it refuses there, and where it waits.
+"""The in-process engine and a GPU, as far as a machine without one can tell: what it refuses there, and what it reads back.
 
-A tensor on torch's meta device has no values, so whatever asks for one on the host raises: a step that ends waits nowhere.
+A tensor on torch's meta device has no values, so whatever asks for one on the host raises: a step that ends has asked for none.
 """
 
 from __future__ import annotations
