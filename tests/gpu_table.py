@@ -1,6 +1,6 @@
 """The tables of docs/gpus.md: `python -m tests.gpu_table` writes them from the reports that `doctor gpu` left.
 
-    cp outputs/doctor-gpu-*.json benchmarks/results/gpu/
+cp outputs/doctor-gpu-*.json benchmarks/results/gpu/
 """
 
 from __future__ import annotations
