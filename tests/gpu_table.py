@@ -1,7 +1,5 @@
-"""The tables of docs/gpus.md: `python -m tests.gpu_table` writes them from the reports that `doctor gpu` left.
-
-cp outputs/doctor-gpu-*.json benchmarks/results/gpu/
-"""
+"""The tables of docs/gpus.md: `python -m tests.gpu_table` writes them from the reports of `doctor gpu` that lie in
+benchmarks/results/gpu/."""
 
 from __future__ import annotations
 
