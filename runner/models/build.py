@@ -62,6 +62,7 @@ def build_model(
     """
     family, device = family_of(model), torch.device(device)
     auto_class, kernels = _choices(model, family, attention, experts)
+    built: Any
     if model.hf_checkpoint is not None:
         built = _from_checkpoint(model, family, auto_class, dtype, kernels)
     elif device.type == "cpu":
@@ -99,12 +100,11 @@ def _choices(model: ModelConfig, family: Family, attention: str, experts: str) -
     return AutoModelForImageTextToText if model.vision else AutoModelForCausalLM, kernels
 
 
-def _unwritten(
-    auto_class: Any, config: Any, dtype: torch.dtype, device: torch.device, kernels: dict[str, str]
-) -> PreTrainedModel:
+# A PreTrainedModel is Any where it moves: transformers wraps `to` in a way that type checkers take for another function.
+def _unwritten(auto_class: Any, config: Any, dtype: torch.dtype, device: torch.device, kernels: dict[str, str]) -> Any:
     """The modules: parameters of unwritten memory on the device, and buffers as they are computed on the CPU."""
     with no_init_weights():
-        built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+        built = auto_class.from_config(config, dtype=dtype, **kernels)
     built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would be memory of its own
     if device.type != "cpu":
         built._apply(lambda tensor: _memory(tensor, device) if isinstance(tensor, torch.nn.Parameter) else tensor.to(device))
@@ -115,7 +115,7 @@ def _memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     return torch.empty_like(like, device=device)
 
 
-def _drawn(built: PreTrainedModel, seed: int, device: torch.device) -> PreTrainedModel:
+def _drawn(built: Any, seed: int, device: torch.device) -> Any:
     """A random start in the place of unwritten parameters, by the device's own generator."""
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad():
         torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def _weight_by_weight(
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
     try:
-        built = _unwritten(auto_class, config, dtype, torch.device("cpu"), kernels)
+        built: PreTrainedModel = _unwritten(auto_class, config, dtype, torch.device("cpu"), kernels)
     except LOADING_ERRORS as error:
         reason = f"transformers builds no model from config.json of '{model.hf_checkpoint}': {first_line(error)}"
         raise UserError(reason, key=KEY, fix="the config.json that belongs to the weights") from error
