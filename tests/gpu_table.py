@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.doctor.findings import Status
+from runner.findings import Status
 
 ROOT = Path(__file__).parents[1]
 PAGE, REPORTS = ROOT / "docs" / "gpus.md", ROOT / "benchmarks" / "results" / "gpu"

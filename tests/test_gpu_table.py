@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from runner.doctor import gpu
-from runner.doctor.findings import Finding, Status
+from runner.findings import Finding, Status
 from tests import gpu_table as page
 
 
