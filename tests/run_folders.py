@@ -1,11 +1,14 @@
-"""Folders of runs, with checkpoints that hold a byte."""
+"""Folders of runs, with checkpoints that hold a byte; and where the time of a run's steps went."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from runner.config import schema
 from runner.run import checkpoint, folder
+from runner.tracking.base import STEP_PARTS
 from tests.configs import composed
 
 
@@ -25,3 +28,11 @@ def made(outputs: Path, *steps: int) -> Path:
     with folder.open_folder(config(outputs, "run"), ["seed=1"]) as opened:
         saved(opened.path, *steps)
         return opened.path
+
+
+def unclocked(rows: Sequence[dict[str, float]]) -> float:
+    """The share of a step's time that no part of it accounts for: the median of the steps, because whoever shares the cores may
+    take a turn between two clocks. No second is counted twice in any."""
+    rest = [1 - sum(row.get(part, 0.0) for part in STEP_PARTS) / row["perf/step_time"] for row in rows]
+    assert min(rest) > -1e-6
+    return statistics.median(rest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from rich.console import Console
 from runner.doctor import gpu
 from runner.errors import UserError
 from runner.findings import Finding, Status
-from runner.precision import fp8, kernels
+from runner.precision import fp8, fp8_matmul, kernels
 from tests.configs import composed
 
 CPU = torch.device("cpu")
@@ -78,6 +78,33 @@ def test_the_engines_kernels_and_the_trainer() -> None:
     assert found == {"trainer step": Status.ok, "trainer sleep and wake": Status.ok}
     (finding,) = gpu.fp8_matmuls(CPU)
     assert "not asked" in finding.found
+
+
+def test_fp8_matmuls_that_differ_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for a GPU's, the second of which takes another expert's weights."""
+
+    def product(q: torch.Tensor, scale: torch.Tensor, weight_q: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+        left = fp8.dequantize_activations(q, scale, dtype=torch.float32)
+        return (left @ fp8.dequantize(weight_q, weight_scale, dtype=torch.float32).T).bfloat16()
+
+    def experts(last: int) -> Callable[..., torch.Tensor]:
+        def grouped(
+            q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, ends: torch.Tensor
+        ) -> torch.Tensor:
+            assert ends.tolist() == [70, 70, 100]
+            parts = product(q[:70], scale[:70], w[0], w_scale[0]), product(q[70:], scale[70:], w[last], w_scale[last])
+            return torch.cat(parts)
+
+        return grouped
+
+    monkeypatch.setattr(fp8_matmul, "missing", lambda device: None)
+    monkeypatch.setattr(fp8_matmul, "matmul", product)
+    for last, grade in ((2, Status.ok), (1, Status.fail)):
+        monkeypatch.setattr(fp8_matmul, "grouped", experts(last))
+        assert [(finding.name, finding.status) for finding in gpu.fp8_matmuls(CPU)] == [
+            ("FP8 matmul", Status.ok),
+            ("FP8 matmul of experts", grade),
+        ]
 
 
 def test_the_server_configs_pass_the_rules() -> None:

@@ -147,9 +147,21 @@ def test_layouts_and_padding_give_the_product_of_the_dequantized_operands(
     assert torch.equal(fp8.dequantize(back_q, back_scale, dtype=torch.float32), right.t())
 
 
+def one_by_one(
+    q: torch.Tensor, scale: torch.Tensor, weight_q: torch.Tensor, weight_scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """What the kernel for experts computes (tests/test_fp8_grouped.py)."""
+    left = fp8.dequantize_activations(q, scale, dtype=torch.float32)
+    right = fp8.dequantize(weight_q, weight_scale, dtype=torch.float32)
+    stops = ends.tolist()
+    products = [left[start:stop] @ right[e].t() for e, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))]
+    return torch.cat(products).to(torch.bfloat16)
+
+
 def scaled_trainer(monkeypatch: pytest.MonkeyPatch, *, backward: bool) -> TorchTrainer:
     monkeypatch.setattr(fp8_matmul, "missing", lambda device: None)
     monkeypatch.setattr(fp8_matmul, "_scaled_mm", contract)
+    monkeypatch.setattr(fp8_matmul, "_grouped", one_by_one)
     return trainer(backward=backward, **{"precision.fp8_matmul": "scaled_mm"})
 
 
@@ -157,19 +169,18 @@ def scaled_trainer(monkeypatch: pytest.MonkeyPatch, *, backward: bool) -> TorchT
 def test_scaled_training_is_simulated_training_up_to_rounding(monkeypatch: pytest.MonkeyPatch, backward: bool) -> None:
     """The simulation rounds weights q * scale to bf16 (2^-9) before it multiplies; nothing else differs. So logprobs agree
     to bf16 noise and gradients to a percent."""
-    calls = []
-    monkeypatch.setattr(fp8_matmul, "missing", lambda device: None)
-    results = []
+    calls, results = [], []
     for kind in ("simulated", "scaled_mm"):
         built = scaled_trainer(monkeypatch, backward=backward) if kind == "scaled_mm" else trainer(backward=backward)
         if kind == "scaled_mm":
-            monkeypatch.setattr(fp8_matmul, "_scaled_mm", lambda *arguments: calls.append(1) or contract(*arguments))
+            monkeypatch.setattr(fp8_matmul, "_scaled_mm", lambda *arguments: calls.append("linear") or contract(*arguments))
+            monkeypatch.setattr(fp8_matmul, "_grouped", lambda *arguments: calls.append("experts") or one_by_one(*arguments))
         built.optimizer.step = lambda lr, norm: None  # type: ignore[method-assign]  # keep the gradients to look at
         data = batch(built.cfg)
         logprobs = torch.cat(built.logprobs(data))
         built.step(data)
         results.append((logprobs, built.optimizer._flat_grad.clone()))
-    assert calls
+    assert set(calls) == {"linear", "experts"}
     assert not torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0.05)
     difference = (results[0][1] - results[1][1]).norm() / results[0][1].norm()

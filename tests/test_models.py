@@ -18,7 +18,16 @@ from runner.config.schema import Convention, ModelConfig, Role
 from runner.convert.engine import convert
 from runner.errors import UserError
 from runner.models import FAMILIES, family_of, num_parameters
-from runner.models.build import build_model, disk_tensors, memory_tensors, memory_view, named_weights, save_config
+from runner.models import build as build_module
+from runner.models.build import (
+    build_model,
+    build_structure,
+    disk_tensors,
+    memory_tensors,
+    memory_view,
+    named_weights,
+    save_config,
+)
 from runner.models.tokenizer import byte_tokenizer, load_tokenizer
 from runner.models.vocabulary import EOS_ID, FIRST_BYTE_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE
 from runner.precision import codec
@@ -269,6 +278,47 @@ def test_random_start_depends_on_the_seed_alone() -> None:
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(first[name], again[name]) and torch.equal(first[name].bfloat16(), half[name])
     assert not torch.equal(first[name], other[name])
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_device_of_its_own_draws_every_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on a CPU: all memory that the draw does not reach is NaN."""
+    model, cpu = TINY[name], torch.device("cpu")
+    auto_class, kernels = build_module._choices(model, family_of(model), "sdpa", "grouped_mm")
+    drawn = []
+    for seed in (3, 3, 4):
+        built = build_module._unwritten(auto_class, build_module.checkpoint_config(model), torch.float32, cpu, kernels)
+        with torch.no_grad():
+            for parameter in built.parameters():
+                parameter.fill_(float("nan"))
+        torch.manual_seed(5)
+        before = torch.random.get_rng_state()
+        drawn.append(dict(build_module._drawn(built, seed, cpu).state_dict()))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    usual = dict(build(model, seed=3).state_dict())
+    assert usual.keys() == drawn[0].keys()
+    for weight, expected in usual.items():
+        assert bool(drawn[0][weight].isfinite().all()), weight
+        assert torch.equal(drawn[0][weight], drawn[1][weight])
+        spread, other = drawn[0][weight].std(), drawn[2][weight]
+        if weight.endswith("weight") and expected.dim() > 1:
+            assert float(spread) == pytest.approx(float(expected.std()), rel=0.2) and not torch.equal(drawn[0][weight], other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_structure_is_the_model_without_its_weights(name: str, dtype: torch.dtype) -> None:
+    model = TINY[name]
+    whole = build(model, dtype=dtype)
+    bare = build_structure(model, dtype=dtype, device=torch.device("cpu"), attention="sdpa", experts="grouped_mm")
+    assert [(n, t.shape, t.dtype) for n, t in bare.state_dict().items()] == [
+        (n, t.shape, t.dtype) for n, t in whole.state_dict().items()
+    ]
+    assert not bare.training
+    if model.tied_embeddings:
+        assert bare.get_output_embeddings().weight is bare.get_input_embeddings().weight
+    kept = dict(bare.named_buffers())
+    assert all(torch.equal(kept[n], buffer) for n, buffer in whole.named_buffers() if n not in bare.state_dict())
 
 
 @pytest.mark.parametrize("name", ["moe", "kimi_like", "mimo", "dense", "vision"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runner.config import packages, preflight
-from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool
+from runner.config.packages import LOCK_CPU, LOCK_GPU, failures, from_lock, locked, tool, version_of
 from runner.doctor import machine
 from runner.errors import UserErrors
 from runner.findings import Status
@@ -88,7 +88,8 @@ def test_the_doctor_says_which_kernels_do_not_load(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_doctor_names_packages_of_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "locked", lambda file: {"torch": "2.13.0", "rich": "0.0.1", "not-here": "1.0"})
+    torch = version_of("torch")  # of whichever lock this environment has
+    monkeypatch.setattr(machine, "locked", lambda file: {"torch": torch, "rich": "0.0.1", "not-here": "1.0"})
     (finding,) = machine.locked_versions(composed())
     assert (
         finding.status is Status.warn

@@ -15,7 +15,9 @@ import pytest
 from runner.__main__ import main
 from runner.errors import Failure
 from runner.run import checkpoint
+from runner.tracking.base import STEP_PARTS
 from runner.trainer.torch.trainer import TorchTrainer
+from tests.run_folders import unclocked
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +93,19 @@ def test_refused_resumes_leave_the_run_and_accepted_ones_become_part_of_it(
     assert without_times(run) == whole and state(run)["step"] == 3
     told = [row["message"] for row in rows(run, "events.jsonl") if row["kind"] == "warning"]
     assert any("manifest.json is damaged" in text for text in told) and any("status.json" in text for text in told)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "one_step_off"])
+def test_the_parts_of_a_step_are_the_step(tmp_path: Path, schedule: str) -> None:
+    """With everything that a step may do; one step off, a rollout is generated beside the part before it and counts where it is
+    waited for."""
+    often = ["evaluation.interval_steps=1", "mismatch.decompose_interval_steps=1", "mismatch.probe_sequences=2"]
+    assert start(tmp_path, "steps=4", *often, f"algorithm.schedule={schedule}") == 0
+    steps = rows(tmp_path / "run")
+    assert len(steps) == 4 and set(STEP_PARTS) <= set(steps[0])
+    assert unclocked(steps) < 0.02
+    for step in steps:
+        assert 0 < step["perf/update_weights_export_time"] < step["perf/update_weights_time"]
 
 
 def test_a_mistake_found_after_the_start_is_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

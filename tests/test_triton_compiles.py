@@ -20,8 +20,10 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [needs_triton, pytest.mark.skipif(INTERPRETED, reason="nothing is compiled in an interpreting process")]
 
 GPU, FP8, SCORES = "runner.precision.kernels.gpu", "runner.precision.kernels.gpu_fp8", "runner.trainer.fused_scores"
+GROUPED = "runner.precision.kernels.gpu_fp8_grouped"
 TILE = {"GROUPS": 32, "GROUP": 128}
 ROWS = {"ROWS": 32, "GROUP": 128}
+EXPERTS = "*u8 *fp32 *u8 *fp32 *i32 *i16 i32 i32 i32"
 # module, kernel, types of its arguments in order, its constants, numbers per program, instructions per number at most. The
 # INT4 kernels had 44 to 48 when they were timed; what a number of instructions means for the time is in kernels/gpu.py.
 KERNELS: list[tuple[str, str, str, dict[str, Any], int, float]] = [
@@ -34,6 +36,7 @@ KERNELS: list[tuple[str, str, str, dict[str, Any], int, float]] = [
         for convention, keep in ((0, False), (2, False), (1, True))
     ),
     (GPU, "_unpack_kernel", "*i32 *i8 i32", {"BLOCK": 512}, 4096, 8),
+    (GROUPED, "_grouped_kernel", EXPERTS, {"EXPERTS": 64, "ROWS": 64, "GROUP": 128}, 64 * 128, 24),
     (FP8, "_activations_kernel", "*i16 *u8 *fp32 i32 i32 i32", {"BF16": True, "DEQUANTIZE": False, **ROWS}, 4096, 36),
     (FP8, "_activations_kernel", "*fp32 *u8 *fp32 i32 i32 i32", {"BF16": False, "DEQUANTIZE": False, **ROWS}, 4096, 36),
     (FP8, "_activations_kernel", "*i16 *i16 *i16 i32 i32 i32", {"BF16": True, "DEQUANTIZE": True, **ROWS}, 4096, 46),
@@ -70,13 +73,16 @@ def compiled(module: str, kernel: str, types: str, constants: dict[str, Any], ca
     return code
 
 
-def instructions(code: bytes, folder: Path) -> int:
+def listing(code: bytes, folder: Path) -> str:
     import triton
 
     (folder / "kernel.cubin").write_bytes(code)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    listing = subprocess.run([tool, "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+[A-Z@]", listing, re.M))
+    return subprocess.run([tool, "-c", folder / "kernel.cubin"], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(code: bytes, folder: Path) -> int:
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+[A-Z@]", listing(code, folder), re.M))
 
 
 @pytest.mark.parametrize(("module", "kernel", "types", "constants", "numbers", "most"), KERNELS, ids=lambda v: str(v)[:40])
@@ -86,6 +92,14 @@ def test_kernel_for_hopper(
     constants = constants | ({"HARDWARE": True} if module == FP8 else {})
     per_number = instructions(compiled(module, kernel, types, constants, 90), tmp_path) * 4 * 32 / numbers
     assert 0 < per_number <= most
+
+
+def test_experts_multiply_in_fp8_on_the_tensor_cores_and_keep_to_their_registers(tmp_path: Path) -> None:
+    """A dot of 128 numbers is four of Hopper's instructions over 32; memory of a thread's own would be registers that ran out."""
+    module, kernel, types, constants, *_ = next(case for case in KERNELS if case[0] == GROUPED)
+    text = listing(compiled(module, kernel, types, constants, 90), tmp_path)
+    assert len(re.findall(r"\bQGMMA\.64x128x32\.F32\.E4M3\.E4M3\b", text)) >= 4
+    assert not re.findall(r"\b(?:STL|LDL)\b", text)
 
 
 def test_kernels_for_ampere_too() -> None:

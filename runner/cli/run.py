@@ -36,7 +36,7 @@ Exit code 0: completed; 1: failed, or stopped by a watch rule; 2: a mistake to m
     examples=(
         ("", "the default run on this machine's CPU, a few minutes"),
         ("precision=int4_qat model=qwen3_30b", "a complete 8 x H200 run"),
-        ("model=qwen3_4b trainer=torch rollout=local", "one GPU, neither Megatron nor SGLang needed"),
+        ("model=qwen3_4b trainer=torch rollout=sglang", "one GPU, which trainer and engine take turns on; no Megatron"),
         ("recipe=qwen3_235b_int4 scale=laptop", "a recipe at toy size, on a CPU"),
         ("steps=5 --cfg job", "the composed config, nothing is run"),
         ("-m precision.group_size=32,64,128", "a sweep, one fresh process per job, with a summary table"),

@@ -3,7 +3,8 @@
 Triton kernels against the reference bit for bit and against copy bandwidth, the in-process engine's kernels by one-hot inputs,
 FP8 matmuls against their reference, a trainer's steps, its sleep and waking, and real SGLang servers in INT4, FP8 and bf16 with a
 live update, a flipped bit and their sleep. SGLang's kernels are judged by logprobs under two sets of weights and by the residency
-check, not by one-hot inputs: a server has no door for those. The report is a JSON file and a text file of the same findings.
+check, not by one-hot inputs: a server has no door for those. The report is a JSON file and a text file of the same findings;
+docs/gpus.md shows those that lie in benchmarks/results/gpu/.
 
 The parts take a device, so that tests run them on a CPU; only `check_gpu` insists on a GPU. Not run on a GPU yet.
 """
@@ -24,7 +25,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 
-from runner import storage
+from runner import provenance, storage
 from runner.config import compose
 from runner.config.packages import LOCK_GPU, locked, version_of
 from runner.config.schema import Config, Convention
@@ -114,6 +115,7 @@ def card(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "packages": {name: version_of(name) for name in names},
+        "code": provenance.commit(),
         "as_locked": version_of("torch") == locked(LOCK_GPU).get("torch"),
     }
 
@@ -218,21 +220,28 @@ def engine_kernels(device: torch.device, precision: str = "int4_qat") -> Iterato
 
 
 def fp8_matmuls(device: torch.device) -> Iterator[Finding]:
-    """Blockwise scaled_mm against the product of the dequantized operands in fp32."""
+    """Blockwise scaled_mm, and the kernel for experts, against the product of the dequantized operands in fp32."""
     reason = fp8_matmul.missing(device)
     if reason:
         yield Finding("FP8 matmul", Grade.ok, f"not asked: {reason}")
         return
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(100, 512, generator=generator).bfloat16().to(device)
-    weight = (torch.randn(256, 512, generator=generator) * 0.02).bfloat16().to(device)
-    (q, scale), (weight_q, weight_scale) = fp8.quantize_activations(x), fp8.quantize(weight)
-    wanted = (
-        fp8.dequantize_activations(q, scale, dtype=torch.float32) @ fp8.dequantize(weight_q, weight_scale, dtype=torch.float32).T
+    weights = (torch.randn(3, 256, 512, generator=generator) * 0.02).bfloat16().to(device)
+    (q, scale), (weight_q, weight_scale) = fp8.quantize_activations(x), fp8.quantize(weights)
+    left, right = (
+        fp8.dequantize_activations(q, scale, dtype=torch.float32),
+        fp8.dequantize(weight_q, weight_scale, dtype=torch.float32),
     )
-    got = fp8_matmul.matmul(q, scale, weight_q, weight_scale).float()
-    error = float((got - wanted).abs().max() / wanted.abs().max())
-    yield Finding("FP8 matmul", Grade.ok if error < 2**-7 else Grade.fail, f"largest error {error:.1e} of the largest output")
+    yield _close("FP8 matmul", fp8_matmul.matmul(q, scale, weight_q[0], weight_scale[0]), left @ right[0].T)
+    ends = torch.tensor([70, 70, 100], dtype=torch.int32, device=device)  # of three experts' rows; the second has none
+    wanted = torch.cat([left[:70] @ right[0].T, left[70:] @ right[2].T])
+    yield _close("FP8 matmul of experts", fp8_matmul.grouped(q, scale, weight_q, weight_scale, ends), wanted)
+
+
+def _close(name: str, got: torch.Tensor, wanted: torch.Tensor) -> Finding:
+    error = float((got.float() - wanted).abs().max() / wanted.abs().max())
+    return Finding(name, Grade.ok if error < 2**-7 else Grade.fail, f"largest error {error:.1e} of the largest output")
 
 
 def trainer_config(device: str) -> Config:

@@ -33,6 +33,7 @@ from runner.precision.quantization_config import QUANTIZATION_KEYS, nested_quant
 
 __all__ = [
     "build_model",
+    "build_structure",
     "byte_tokenizer",
     "disk_tensors",
     "load_tokenizer",
@@ -54,18 +55,18 @@ def build_model(
 ) -> PreTrainedModel:
     """The transformers model in `dtype` on `device`, in eval mode (no dropout anywhere).
 
-    Without a checkpoint the weights are a random start from `seed`, drawn in fp32 on the CPU and then rounded, so
-    that every dtype and device starts from the same numbers. `attention` and `experts` name implementations that
-    are registered with transformers (attention None: the one that it chooses itself, SDPA where the model has it). The global
-    random state is left as it was.
+    Without a checkpoint the weights are a random start from `seed`, drawn in fp32 and then rounded, so that every dtype starts
+    from the same numbers; a GPU draws its own, which are not a CPU's. `attention` and `experts` name implementations that are
+    registered with transformers (attention None: the one that it chooses itself, SDPA where the model has it). The global random
+    state is left as it was.
     UserError when the checkpoint cannot be read, or its architecture or tensors are not those of the family's table.
     """
-    family = family_of(model)
-    auto_class = AutoModelForImageTextToText if model.vision else AutoModelForCausalLM
-    kernels = {} if attention is None else {"attn_implementation": attention}
-    if family.moe_layers(model):
-        kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
-    if model.hf_checkpoint is None:
+    family, device = family_of(model), torch.device(device)
+    auto_class, kernels = _choices(model, family, attention, experts)
+    built: Any
+    if model.hf_checkpoint is not None:
+        built = _from_checkpoint(model, family, auto_class, dtype, kernels)
+    elif device.type == "cpu":
         config = checkpoint_config(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -73,9 +74,58 @@ def build_model(
         family.adapt(built)
         built = built.to(dtype)
     else:
-        built = _from_checkpoint(model, family, auto_class, dtype, kernels)
+        built = _drawn(_unwritten(auto_class, checkpoint_config(model), torch.float32, device, kernels), seed, device)
+        family.adapt(built)
+        built = built.to(dtype)
     _check_table(model, family, built)
     return built.to(device).eval()
+
+
+def build_structure(
+    model: ModelConfig, *, dtype: torch.dtype, device: torch.device, attention: str | None, experts: str
+) -> PreTrainedModel:
+    """`build_model` with parameters of unwritten memory, for who loads every weight: nothing is drawn, and no checkpoint read."""
+    family = family_of(model)
+    auto_class, kernels = _choices(model, family, attention, experts)
+    config = checkpoint_config(model)
+    if model.hf_checkpoint is None:  # a random start's buffers are rounded with its weights
+        built = _unwritten(auto_class, config, torch.float32, device, kernels).to(dtype)
+    else:
+        built = _unwritten(auto_class, config, dtype, device, kernels)
+    family.adapt(built)
+    _check_table(model, family, built)
+    return built.eval()
+
+
+def _choices(model: ModelConfig, family: Family, attention: str | None, experts: str) -> tuple[Any, dict[str, str]]:
+    """The class that builds the model, and what it is told to compute with."""
+    kernels = {} if attention is None else {"attn_implementation": attention}
+    if family.moe_layers(model):
+        kernels["experts_implementation"] = experts  # transformers refuses the argument for dense models
+    return AutoModelForImageTextToText if model.vision else AutoModelForCausalLM, kernels
+
+
+# A PreTrainedModel is Any where it moves: transformers wraps `to` in a way that type checkers take for another function.
+def _unwritten(auto_class: Any, config: Any, dtype: torch.dtype, device: torch.device, kernels: dict[str, str]) -> Any:
+    """The modules: parameters of unwritten memory on the device, and buffers as they are computed on the CPU."""
+    with no_init_weights():
+        built = auto_class.from_config(config, dtype=dtype, **kernels)
+    built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would be memory of its own
+    if device.type != "cpu":
+        built._apply(lambda tensor: _memory(tensor, device) if isinstance(tensor, torch.nn.Parameter) else tensor.to(device))
+    return built
+
+
+def _memory(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(like, device=device)
+
+
+def _drawn(built: Any, seed: int, device: torch.device) -> Any:
+    """A random start in the place of unwritten parameters, by the device's own generator."""
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad():
+        torch.manual_seed(seed)
+        built.init_weights()
+    return built
 
 
 def _from_checkpoint(
@@ -127,13 +177,11 @@ def _weight_by_weight(
     transformers 5.19 leaves out a scale of NVFP4 experts, and keeps weights of dense models packed.
     """
     try:
-        with no_init_weights():
-            built: PreTrainedModel = auto_class.from_config(config, dtype=dtype, **kernels)
+        built: PreTrainedModel = _unwritten(auto_class, config, dtype, torch.device("cpu"), kernels)
     except LOADING_ERRORS as error:
         reason = f"transformers builds no model from config.json of '{model.hf_checkpoint}': {first_line(error)}"
         raise UserError(reason, key=KEY, fix="the config.json that belongs to the weights") from error
     family.adapt(built)
-    built.tie_weights()  # which goes with the initialization that is left out: a tied lm_head would stay unwritten memory
     _check_table(model, family, built)
     with torch.no_grad():
         for name, view in disk_tensors(family, model, named_weights(model, built)):

@@ -1,7 +1,8 @@
-"""FP8 matmuls on a GPU that has them: torch's blockwise `scaled_mm`, and the layouts that it wants its scales in.
+"""FP8 matmuls on a GPU that has them: torch's blockwise `scaled_mm`, and the layouts that it wants its scales in; experts in a
+kernel of our own, because torch's grouped `scaled_mm` has no such scales.
 
-Shape legend: M rows (tokens), K the contracted dimension, N outputs. cuBLASLt 12.9 offers 1 x 128 by 128 x 128 scaling on
-Hopper (compute capability 9.x) alone; torch 2.13 refuses it elsewhere, and so does `missing` here, with the reason.
+Shape legend: M rows (tokens), K the contracted dimension, N outputs, E experts. cuBLASLt 12.9 offers 1 x 128 by 128 x 128 scaling
+on Hopper (compute capability 9.x) alone; torch 2.13 refuses it elsewhere, and so does `missing` here, with the reason.
 
     operand        values               scales [logical]       what scaled_mm wants
     activations    e4m3 [M, K]          [M, K / 128]           the same shape with strides (1, M), M a multiple of 4
@@ -64,9 +65,27 @@ def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b:
     return F.scaled_mm(a, b, scale_a, kinds.BlockWise1x128, scale_b, kinds.BlockWise128x128, output_dtype=torch.bfloat16)
 
 
+def grouped(
+    q: torch.Tensor, scale: torch.Tensor, weight_q: torch.Tensor, weight_scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """The same for rows in expert order, `ends` int32 [E], and weights e4m3 [E, N, K] with their block scales -> bf16 [M, N]."""
+    if not q.shape[0]:
+        return torch.empty(0, weight_q.shape[1], dtype=torch.bfloat16, device=q.device)
+    return _grouped(q, scale, weight_q, weight_scale, ends)
+
+
+def _grouped(
+    q: torch.Tensor, scale: torch.Tensor, weight_q: torch.Tensor, weight_scale: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    from runner.precision.kernels import gpu_fp8_grouped
+
+    return gpu_fp8_grouped.matmul(q, scale, weight_q, weight_scale, ends)
+
+
 def transposed(weight_q: torch.Tensor, weight_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, K] as [K, N], for the gradient of the input: square blocks only trade places."""
-    return weight_q.t().contiguous(), weight_scale.t().contiguous()
+    """Weights [..., N, K] as [..., K, N], for the gradient of the input: square blocks only trade places."""
+    values = weight_q.view(torch.uint8).transpose(-2, -1).contiguous().view(weight_q.dtype)
+    return values, weight_scale.transpose(-2, -1).contiguous()
 
 
 def fits(shape: tuple[int, ...]) -> bool:

@@ -34,6 +34,11 @@ def compact(routes: torch.Tensor, num_experts: int) -> torch.Tensor:
     return routes.to(storage_dtype(num_experts))
 
 
+def rows_per_expert(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Expert of each row, int64 [S] -> rows of each expert, int64 [E]. torch.bincount asks a GPU for the largest, and waits."""
+    return experts.new_zeros(num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+
+
 def select_layers(routes: torch.Tensor, moe_layers: Sequence[int], num_layers: int) -> torch.Tensor:
     """`[T - 1, num_layers, K]` rows of an engine that covers every layer, dense ones too -> `[T - 1, L, K]` by global layer id.
 

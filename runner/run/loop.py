@@ -92,6 +92,7 @@ def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -
 
 
 def _step(c: Components, step: int) -> dict[str, float]:
+    """The step's metrics. Whatever takes time stands under a clock of runner.tracking.base.STEP_PARTS."""
     metrics: dict[str, float] = {}
     with _clock(metrics, "perf/rollout_time"):
         generated = c.rollouts.take(step)
@@ -120,10 +121,11 @@ def _step(c: Components, step: int) -> dict[str, float]:
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
         with _clock(metrics, "perf/eval_time"):
             metrics |= evaluate(c.cfg, c.collector, step)
-    if decision := c.decisions.at_end_of(step, c.pool):
-        message = f"after step {step + 1}: {decision['summary']}"
-        c.tracker.event(POOL_DECISION, message, {"step": step, "decision": decision})
-    tell_notices(c.pool, c.tracker, step)
+    with _clock(metrics, "perf/other_time"):
+        if decision := c.decisions.at_end_of(step, c.pool):
+            message = f"after step {step + 1}: {decision['summary']}"
+            c.tracker.event(POOL_DECISION, message, {"step": step, "decision": decision})
+        tell_notices(c.pool, c.tracker, step)
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
 

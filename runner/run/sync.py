@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 
-from runner.data import Batch, Sample, Status
+from runner.data import Batch, ExportedTensor, Sample, Status, WeightStream
 from runner.errors import Failure
 from runner.models.images import Images
 from runner.rollout.protocol import RolloutPool, SyncReport
@@ -37,15 +38,22 @@ class WeightSync:
         self._batch = _probe_batch(probe, self.images) if probe else None
 
     def __call__(self) -> dict[str, float]:
-        """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises Failure naming the tensors."""
-        began = time.perf_counter()
+        """Sync to `trainer.version`; returns `perf/*`, `sync/*` and `probe/*` metrics. Raises Failure naming the tensors.
+
+        perf/update_weights_export_time is the part of perf/update_weights_time in which the trainer gathered and packed; the rest
+        is hashing, carrying, loading, checking, and where both share GPUs, handing them over.
+        """
+        began, exporting = time.perf_counter(), 0.0
         ours = None if self._batch is None else torch.cat(self.trainer.logprobs(self._batch, routes="own"))
         asked = time.perf_counter()
         for attempt in range(ATTEMPTS):
-            report = self.pool.update_weights(self.trainer.version, self.trainer.export("rollout"))
+            stream = _Timed(self.trainer.export("rollout"))
+            report = self.pool.update_weights(self.trainer.version, stream)
+            exporting += stream.seconds
             if not report.problems:
                 loaded = time.perf_counter()
-                metrics = {**_metrics(report), "perf/update_weights_time": loaded - asked, **self._probe_metrics(ours)}
+                metrics = _metrics(report) | self._probe_metrics(ours)
+                metrics |= {"perf/update_weights_time": loaded - asked, "perf/update_weights_export_time": exporting}
                 return metrics | {"perf/probe_time": asked - began + time.perf_counter() - loaded}
             self.tracker.event(
                 "sync_failed",
@@ -65,6 +73,20 @@ class WeightSync:
         theirs = torch.cat([row.to(ours.device) for row in self.pool.score(self.probe, self.images)])
         difference = (ours - theirs).abs()
         return {"probe/logprob_abs_diff": float(difference.mean()), "probe/logprob_abs_diff_max": float(difference.max())}
+
+
+class _Timed(Iterator[ExportedTensor]):
+    """A stream, and the `seconds` in which its tensors were waited for."""
+
+    def __init__(self, stream: WeightStream) -> None:
+        self._stream, self.seconds = iter(stream), 0.0
+
+    def __next__(self) -> ExportedTensor:
+        began = time.perf_counter()
+        try:
+            return next(self._stream)
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _probe_batch(probe: list[torch.Tensor], images: list[Images]) -> Batch:

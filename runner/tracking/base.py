@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 POOL_DECISION = "pool_decision"  # the kind of the event that a pool decided something by its own clock
+# What a step's seconds go to. The loop's thread does one after the other, whatever runs beside it: their sum is perf/step_time.
+STEP_PARTS = (
+    "perf/rollout_time",  # generating and grading; where rollouts run beside updates, waiting for them
+    "perf/train_time",
+    "perf/update_weights_time",
+    "perf/probe_time",
+    "perf/decompose_time",
+    "perf/eval_time",
+    "perf/other_time",
+)
 State = Literal["running", "completed", "failed", "interrupted", "stopped"]  # of a run
 NONE: Mapping[str, np.ndarray] = MappingProxyType({})  # no pictures
 

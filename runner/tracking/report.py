@@ -16,6 +16,7 @@ import yaml
 from runner.errors import UserError
 from runner.storage import atomic_write
 from runner.tracking import page, pictures
+from runner.tracking.base import STEP_PARTS
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
 from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
@@ -77,15 +78,7 @@ CHARTS = (
     Chart("Truncated and zero-variance", ("rollout/truncated_ratio", "rollout/zero_std"), "share"),
     Chart(
         "Time per step",
-        (
-            "perf/rollout_time",
-            "perf/train_time",
-            "perf/update_weights_time",
-            "perf/probe_time",
-            "perf/decompose_time",
-            "perf/eval_time",
-            "perf/other_time",
-        ),
+        STEP_PARTS,
         "seconds",
         stacked=True,
     ),

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from runner.routing.routes import rows_per_expert
+
 NAME = "runner_sorted"
 # oneDNN compiles a bf16 matmul for every new number of rows (milliseconds each), and routing gives new numbers in every
 # step: rounded up, they repeat.
@@ -92,7 +94,7 @@ def _slots(pairs: torch.Tensor, num_experts: int, multiple: int) -> tuple[torch.
     Rows lie in expert order, each expert's padded to a `multiple`; 1 pads nothing and needs no synchronization.
     """
     order = torch.argsort(pairs, stable=True)
-    counts = torch.bincount(pairs, minlength=num_experts)
+    counts = rows_per_expert(pairs, num_experts)
     padded = (counts + multiple - 1) // multiple * multiple
     ends = padded.cumsum(0)
     shift = (ends - padded) - (counts.cumsum(0) - counts)  # what padding of earlier experts adds to a sorted position

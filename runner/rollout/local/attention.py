@@ -31,15 +31,18 @@ class KVCache:
         self.layers: dict[tuple[int, str], torch.Tensor] = {}
         self._arrays: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def write(self, layer: int, kind: str, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """values [N, n, 1, d] of the tokens at (slot, position) = index [2, N]; returns the layer's tensor."""
+    def places(self, index: torch.Tensor, heads: int) -> torch.Tensor:
+        """Rows [N n] of a layer's tensor, seen as [slots n length, d], of the tokens at (slot, position) = index [2, N]."""
+        place = (index[0] * heads).unsqueeze(-1) + torch.arange(heads, device=self.device)
+        return (place * self.length + index[1].unsqueeze(-1)).view(-1)
+
+    def write(self, layer: int, kind: str, places: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """values [N, n, 1, d] of the tokens at these `places`; returns the layer's tensor."""
         key = (layer, kind)
         rows, heads, _, size = values.shape
         if key not in self.layers:
             self.layers[key] = torch.zeros(self.slots, heads, self.length, size, dtype=self.dtype, device=self.device)
         cache = self.layers[key]
-        place = (index[0] * heads).unsqueeze(-1) + torch.arange(heads, device=self.device)
-        places = (place * self.length + index[1].unsqueeze(-1)).view(-1)
         fresh = values.reshape(rows * heads, size)
         if self.dtype == torch.float8_e4m3fn:
             fresh = fresh.clamp(-448, 448).to(self.dtype).view(torch.uint8)
@@ -123,6 +126,13 @@ class Step:
     limit: torch.Tensor
     reads: int
     _masks: dict[tuple[int, torch.dtype, int], torch.Tensor] = field(default_factory=dict)
+    _places: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def places(self, heads: int) -> torch.Tensor:
+        """Where the new tokens lie in the cache, the same for all layers of as many heads."""
+        if heads not in self._places:
+            self._places[heads] = self.cache.places(self.write_index, heads)
+        return self._places[heads]
 
     def read(self, cache: torch.Tensor) -> torch.Tensor:
         """[B, n, C, d] of these rows: a view for neighbours, a copy otherwise."""
@@ -160,8 +170,9 @@ def slot_attention(
 
     `s_aux` [h]: logits of attention sinks."""
     step, layer = engine_step, int(module.layer_idx)  # type: ignore[arg-type]
-    keys = step.cache.write(layer, "key", step.write_index, key)
-    values = step.cache.write(layer, "value", step.write_index, value)
+    places = step.places(key.shape[1])
+    keys = step.cache.write(layer, "key", places, key)
+    values = step.cache.write(layer, "value", places, value)
     tokens, heads, _, size = query.shape
     groups = heads // key.shape[1]
     keys_BnCd = step.read(keys)

@@ -12,7 +12,7 @@ from torch import nn
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
 from runner.models import family_of
-from runner.models.build import build_model, disk_tensors, named_weights
+from runner.models.build import build_structure, disk_tensors, named_weights
 from runner.models.images import Images, rotary_positions
 from runner.models.visual import ImageFeatures, Placed
 from runner.precision.plan import PrecisionPlan
@@ -261,10 +261,8 @@ def rows_and_columns(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _structure(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The modules with dummy weights: the first weight sync brings the real ones."""
-    from dataclasses import replace
-
-    built = build_model(replace(model), dtype=dtype, seed=0, device=device, attention=ATTENTION, experts="eager")
+    """The modules without weights: the first weight sync brings them."""
+    built = build_structure(model, dtype=dtype, device=device, attention=ATTENTION, experts="eager")
     if model.vision:  # a visual tower attends within an image, without a cache
         built.set_attn_implementation({"vision_config": "sdpa"})
     return built

@@ -16,6 +16,7 @@ from runner.config.rules.parallelism import positive
 from runner.config.rules.precision import bad_roles, known_model, sharded_weights
 from runner.config.schema import Config, Role, RolloutConfig
 from runner.errors import UserError
+from runner.models import num_parameters
 from runner.models.family import Parameter
 from runner.rollout.local.machine import packed_matmul
 
@@ -27,6 +28,7 @@ INT4_ROWS = 16
 @dataclass
 class LocalRolloutConfig(RolloutConfig):
     device: DeviceKind = MISSING
+    max_parameters_on_gpu: int = number(ge=0, le=10**13)  # 0: any size
     kv_cache_tokens: int = number(ge=0, le=2**31)  # slots over all running sequences; 0: from max_concurrency
     prefill_chunk_tokens: int = number(ge=1, le=2**24)
 
@@ -99,8 +101,39 @@ def int4_matmul(cfg: Config) -> Iterator[UserError]:
         )
 
 
+def size_on_gpus(cfg: Config) -> Iterator[UserError]:
+    """A GPU waits for this engine's Python: it decodes no faster than transformers' generate there (docs/gpus.md)."""
+    if _asks_for_gpu(cfg) and not any(one_device(cfg)):  # whose advice is the same
+        yield from _too_large(cfg)
+
+
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("rollout.device", settings(cfg).device)
+
+
+def size_on_this_gpu(cfg: Config) -> Iterator[UserError]:
+    """The same where nothing but this machine says that it will be a GPU."""
+    if settings(cfg).device == DeviceKind.auto and not _asks_for_gpu(cfg) and preflight.visible_gpus():
+        yield from _too_large(cfg)
+
+
+def _asks_for_gpu(cfg: Config) -> bool:
+    chosen = settings(cfg).device
+    return chosen == DeviceKind.cuda or (chosen == DeviceKind.auto and cfg.parallelism.rollout_gpus > 0)
+
+
+def _too_large(cfg: Config) -> Iterator[UserError]:
+    limit = settings(cfg).max_parameters_on_gpu
+    if not limit or not known_model(cfg) or cfg.model.vision:  # no other engine sees images
+        return
+    size = num_parameters(cfg.model)
+    if size > limit:
+        yield UserError(
+            f"the in-process engine decodes no faster than generate on a GPU; {cfg.model.name} has {size / 1e9:,.1f} billion "
+            f"parameters, more than {limit / 1e9:g} billion",
+            key="rollout",
+            fix="rollout=sglang, or rollout.max_parameters_on_gpu=0 (any size, slowly)",
+        )
 
 
 def memory(cfg: Config) -> Iterator[UserError]:
@@ -129,8 +162,8 @@ def memory(cfg: Config) -> Iterator[UserError]:
 
 OPTION = Option(
     LocalRolloutConfig,
-    rules=(one_device, speculation, cache, int4_matmul),
-    machine=(device, memory),
+    rules=(one_device, speculation, cache, int4_matmul, size_on_gpus),
+    machine=(device, memory, size_on_this_gpu),
     checks=(packed_matmul,),
     engines=layout,
     probe="runner.rollout.local.probe.LocalProbe",

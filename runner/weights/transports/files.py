@@ -48,7 +48,7 @@ class Files(Transport):
 
 
 class Tensor(Files):
-    """No CUDA IPC: the copy in host memory also serves engines that start again."""
+    """No CUDA IPC (docs/gpus.md says why): the copy in host memory also serves retries, checks and engines that start again."""
 
     name, where = "tensor", " into the host's shared memory"
     on_every_node = True
