@@ -2,16 +2,16 @@
 
     python -m benchmarks.schedules [--steps 14] [--seed 1] [--minutes 12] [--output FILE] [key=value ...]
 
-The same run under `sync`, `one_step_off` and `async`, one after the other, without a warm start: a random model says as much as it
-may, so all schedules generate equally much. Means over the steps after the second, in seconds:
+The same run under `sync`, `one_step_off` and `async`, one after the other, without a warm start: a random model says as much as
+it may, so all schedules generate equally much. Means over the steps after the second, in seconds:
 
 generate      from a rollout's first request to its last answer; rollouts of async overlap, so it has none of its own
 train, sync   the trainer's update, and sending the new weights
 trainer waits without a rollout to train on
 engine waits  without a request: a step less generating, where rollouts do not overlap
 
-`lag`: updates between the weights that a sample came from and those it trains. --output also writes the table, with the machine and
-the command, to a file (benchmarks/results/schedules.md). A run that takes longer than its share of --minutes is an error.
+`lag`: updates between the weights that a sample came from and those it trains. --output also writes the table, with the machine
+and the command, to a file (benchmarks/results/schedules.md). A run that takes longer than its share of --minutes is an error.
 """
 
 from __future__ import annotations
