@@ -78,8 +78,10 @@ async def _later() -> Any:
 ANSWERS: dict[str, Callable[[], Any]] = {
     "fine": lambda: ("", True, {"reward": 1.0}),
     "numpy": lambda: ("", np.bool_(True), {"reward": np.float32(1.0), "tool_calls": 10**400, "self": 1}),
+    "half a character": lambda: ("\ud800", True, {"reward": 1.0, "said": ["\udfff"]}),
     "coroutine": _later,
     "exits": _exit,
+    "says half a character": lambda: float("\ud800"),
     "out of turns": lambda: next(iter([])),
     "cancels": _cancel,
     "five": lambda: ("", 1.0, True, False, {}),
@@ -90,6 +92,7 @@ ANSWERS: dict[str, Callable[[], Any]] = {
 REASONS = {
     "exits": ("environment", "SystemExit: 3 (tests/test_turns_odd.py:"),
     "out of turns": ("environment", "StopIteration"),
+    "says half a character": ("environment", "could not convert string to float: '"),
     "cancels": ("", ""),
     "five": ("rubbish", "returned 5 values, not (observation, done, info)"),
     "rewards": ("rubbish", "info['rewards'] of the environment is a ndarray"),
@@ -109,6 +112,7 @@ def test_odd_environments(kind: str) -> None:
             failed, reason = REASONS[text]
             assert sample.status is Status.failed and reason in sample.finish_reason and sample.finish_reason != "not done"
             assert not failed or sample.info["failed"] == failed or kind == "OddAsync", sample.finish_reason
+        "\n".join([sample.finish_reason, str(sample.info)]).encode()
     assert "rollout/tool_calls" not in conversations.metrics(samples)
 
 

@@ -201,8 +201,9 @@ class Transcript:
 
 
 def plain(notes: dict[str, Any]) -> dict[str, Any]:
-    """The notes as JSON holds them. Failed for what is endless, or whose text cannot be had."""
+    """The notes as JSON and a terminal hold them. Failed for what is endless, or whose text cannot be had."""
     try:
-        return dict(json.loads(json.dumps(notes, default=str)))
+        text = json.dumps(notes, default=str, ensure_ascii=False)
+        return dict(json.loads(text.encode(errors="replace")))  # half a character, which no file takes, becomes a question mark
     except Exception as error:  # a __str__ of the user's may raise anything
         raise Failed("rubbish", f"the notes of a turn cannot be written down: {told(error)}") from None
