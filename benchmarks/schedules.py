@@ -1,6 +1,6 @@
 """Seconds per step of the schedules, and where each side waits: a trainer and one SGLang server, a thread each.
 
-    python -m benchmarks.schedules [--steps 14] [--seed 1] [--minutes 12] [--output FILE] [key=value ...]
+    python -m benchmarks.schedules [--steps 14] [--seed 1] [--minutes 12] [--output FILE] [--only NAME ..] [key=value ...]
 
 The same run under `sync`, `one_step_off` and `async`, one after the other, without a warm start: a random model says as much as
 it may, so all schedules generate equally much. Means over the steps after the second, in seconds:
@@ -54,11 +54,12 @@ def run(name: str, options: argparse.Namespace, root: Path) -> list[dict[str, fl
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
-            code = process.wait(timeout=60 * options.minutes / len(SCHEDULES))
+            code = process.wait(timeout=60 * options.minutes / len(options.only))
         except subprocess.TimeoutExpired:
             process.terminate()  # the program ends its server
             process.wait()
-            sys.exit(f"{name} took longer than a quarter of {options.minutes:g} minutes: fewer --steps, or more --minutes")
+            print(log.read_text()[-1000:], file=sys.stderr)
+            sys.exit(f"{name} took longer than its share of {options.minutes:g} minutes: fewer --steps, or more --minutes")
     if code:
         sys.exit(log.read_text()[-3000:])
     return [json.loads(line) for line in (root / folder / "metrics.jsonl").read_text().splitlines()]
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=12, help="that all runs together may take")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--only", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
     if options.steps <= WARM:
@@ -93,7 +95,7 @@ def main() -> None:
     print("\n".join(table), flush=True)
     base = 0.0
     with tempfile.TemporaryDirectory(prefix="runner-schedules-") as folder:
-        for name in SCHEDULES:
+        for name in options.only:
             rows = run(name, options, Path(folder))[WARM:]
             table.append(row(name, rows, base))
             base = base or mean(row["perf/step_time"] for row in rows)
