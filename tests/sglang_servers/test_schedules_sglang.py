@@ -56,7 +56,7 @@ def test_a_killed_and_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, 
     finished([*start, "run_name=whole"])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed_and_resumed([*start, "run_name=killed"], killed, 3)  # step 3 is lost, and made again
-    waits = [(killed / "checkpoints" / f"step_{step}" / "rollout").is_dir() for step in (2, 4)]
+    waits = [(killed / "checkpoints" / f"step_{step:06d}" / "rollout").is_dir() for step in (2, 4)]
     assert waits == [schedule == "one_step_off"] * 2
     assert samples_of(killed) == samples_of(whole) and len(samples_of(whole)) >= 5
     assert len(rows_of(killed)) == len(rows_of(whole)) == 5
