@@ -3,7 +3,7 @@
     python -m benchmarks.schedules [--steps 14] [--seed 1] [--minutes 12] [--output FILE] [--only NAME ..] [key=value ...]
 
 The same run under `sync`, `one_step_off` and `async`, one after the other, without a warm start: a random model says as much as
-it may, so all schedules generate equally much. Means over the steps after the second, in seconds:
+it may, so all schedules generate equally much. Means in seconds, without the first two and last two steps:
 
 generate      from a rollout's first request to its last answer; rollouts of async overlap, so it has none of its own
 train, sync   the trainer's update, and sending the new weights
@@ -41,7 +41,7 @@ SIZES = [
     "algorithm.samples_per_prompt=8", "rollout.sampling.max_response_tokens=24",
 ]  # fmt: skip
 COLUMNS = ("schedule", "step", "over sync", "generate", "train", "sync", "trainer waits", "engine waits", "lag")
-WARM = 2  # steps that are left out
+WARM, LAST = 2, 2  # steps that are left out: at the end nothing is generated beside the trainer any more
 
 
 def run(name: str, options: argparse.Namespace, root: Path) -> list[dict[str, float]]:
@@ -89,14 +89,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_args()
-    if options.steps <= WARM:
-        parser.error(f"--steps={options.steps}: the first {WARM} are left out")
+    if options.steps <= WARM + LAST:
+        parser.error(f"--steps={options.steps}: the first {WARM} and the last {LAST} are left out")
     table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     print("\n".join(table), flush=True)
     base = 0.0
     with tempfile.TemporaryDirectory(prefix="runner-schedules-") as folder:
         for name in options.only:
-            rows = run(name, options, Path(folder))[WARM:]
+            rows = run(name, options, Path(folder))[WARM:-LAST]
             table.append(row(name, rows, base))
             base = base or mean(row["perf/step_time"] for row in rows)
             print(table[-1], flush=True)
