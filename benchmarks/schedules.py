@@ -102,7 +102,9 @@ def main() -> None:
             print(table[-1], flush=True)
     if options.output:
         machine = f"{available_cores()} cores of {cpu_name()}, load {os.getloadavg()[2]:.1f} over the last quarter of an hour"
-        said = " ".join(["python -m benchmarks.schedules", f"--steps {options.steps} --seed {options.seed}", *options.overrides])
+        only = [] if options.only == list(SCHEDULES) else ["--only", *map(repr, options.only)]
+        sizes = f"--steps {options.steps} --seed {options.seed}"
+        said = " ".join(["python -m benchmarks.schedules", sizes, *options.overrides, *only])
         text = f"# Schedules: seconds per step, and who waits\n\n{time.strftime('%Y-%m-%d')}, {machine}. `{said}`:\n\n"
         options.output.write_text(text + "\n".join(table) + "\n\nWhat the columns mean stands in benchmarks/schedules.py.\n")
 
