@@ -36,7 +36,7 @@ $(STAMP_CPU): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "runner needs Python 3.11 to 3.13; set PYTHON=python3.12, say")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH) uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron,tensorboard,mlflow]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev,megatron,tensorboard,mlflow,mcp]'
 	@touch $(STAMP_CPU)
 
 # Transformer Engine's torch part is compiled against the torch that is there, after everything else, with the toolkit's nvcc and the

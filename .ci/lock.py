@@ -42,7 +42,7 @@ LOCKS = (
         "constraints.txt",
         "# CPUs: made by `make lock`; `make setup` and `make setup-sglang` install these versions.",
         ("pyproject.toml", "runner/rollout/sglang/requirements.txt"),
-        ("dev", "megatron", "tensorboard", "mlflow", "docs"),
+        ("dev", "megatron", "tensorboard", "mlflow", "docs", "mcp"),
         "3.11",
         "x86_64-manylinux_2_34",
         fixed=("torch==2.13.0",),
@@ -52,7 +52,7 @@ LOCKS = (
         "constraints-gpu.txt",
         "# GPUs (CUDA 13, x86-64 Linux, Python 3.12): made by `make lock`; `make setup-gpu` and the Dockerfile install this.",
         ("pyproject.toml",),
-        ("dev", "megatron", "tensorboard", "mlflow", "gpu"),
+        ("dev", "megatron", "tensorboard", "mlflow", "mcp", "gpu"),
         "3.12",
         "x86_64-manylinux_2_34",
         # transformer-engine-torch asks for the CUDA 12 core, whose files would overwrite those of the CUDA 13 core

@@ -15,39 +15,55 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended well.
+
+    rows      metrics.jsonl
+    seconds   of the whole process; the run's own where it was there already
+    peak_gib  of the process, resident; 0 where it was there already
+    """
+
+    rows: list[dict[str, float]]
+    seconds: float
+    peak_gib: float
+
+
+def finished(name: str, overrides: list[str], root: Path) -> Finished:
+    """The run of this name under `root`: read where it is complete, else made in a fresh process. A failure ends the program."""
+    file, peak = root / name / "status.json", 0.0
+    status = json.loads(file.read_text()) if file.is_file() else {}
+    seconds = status.get("active_seconds", 0.0)
+    if status.get("state") != "completed":
+        root.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "runner", *overrides, f"outputs_dir={root}", f"run_name={name}"]
+        started = time.perf_counter()
+        with (root / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            _, code, usage = os.wait4(process.pid, 0)
+        seconds, peak = time.perf_counter() - started, usage.ru_maxrss / 2**20
+        if os.waitstatus_to_exitcode(code) != 0:
+            sys.exit((root / f"{name}.log").read_text()[-3000:])
+    return Finished([json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()], seconds, peak)
+
+
 def run(precision: str, seed: int, overrides: list[str], root: Path) -> dict[str, float | str]:
-    name = f"{precision}_{seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "runner",
-        f"precision={precision}",
-        f"seed={seed}",
-        f"outputs_dir={root}",
-        f"run_name={name}",
-    ]
-    started = time.perf_counter()
-    with (root / f"{name}.log").open("w") as log:
-        process = subprocess.Popen([*command, *overrides], stdout=log, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if os.waitstatus_to_exitcode(status) != 0:
-        sys.exit((root / f"{name}.log").read_text()[-3000:])
-    rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
-    evals = [row["eval/arithmetic"] for row in rows if "eval/arithmetic" in row]
+    done = finished(f"{precision}_{seed}", [f"precision={precision}", f"seed={seed}", *overrides], root)
+    evals = [row["eval/arithmetic"] for row in done.rows if "eval/arithmetic" in row]
     return {
         "precision": precision,
         "seed": str(seed),
-        "first": mean(row["rollout/raw_reward"] for row in rows[:5]),
-        "last": mean(row["rollout/raw_reward"] for row in rows[-5:]),
+        "first": mean(row["rollout/raw_reward"] for row in done.rows[:5]),
+        "last": mean(row["rollout/raw_reward"] for row in done.rows[-5:]),
         "eval": evals[-1] if evals else float("nan"),
-        "mismatch": mean(row["train/train_rollout_logprob_abs_diff"] for row in rows[-5:]),
-        "seconds": seconds,
-        "peak_gib": usage.ru_maxrss / 2**20,
+        "mismatch": mean(row["train/train_rollout_logprob_abs_diff"] for row in done.rows[-5:]),
+        "seconds": done.seconds,
+        "peak_gib": done.peak_gib,
     }
 
 

@@ -57,7 +57,7 @@ def told(error: BaseException, *, where: bool = False) -> str:
     that is neither this package's nor an installed one's. Nothing follows where there is none.
     """
     try:
-        text = " ".join(str(error).split())[:MOST_CHARACTERS]
+        text = " ".join(str(error).split())[:MOST_CHARACTERS].encode(errors="replace").decode()  # half a character prints nowhere
     except Exception:  # its __str__ raises
         text = ""
     line = f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # modules of runner/ itself
-GROUND = ("errors", "storage", "lock", "scratch", "redaction", "cores", "findings", "data", "provenance")
+GROUND = ("errors", "foreign", "storage", "lock", "scratch", "redaction", "cores", "findings", "data", "provenance")
 FLOORS = (
     "config", "models", "models.families", "precision.kernels", "precision.formats", "precision", "routing",
     "algorithms.estimators", "algorithms", "tasks", "tools", "weights", "weights.transports", "config.rules", "convert",

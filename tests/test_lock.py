@@ -15,8 +15,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 LOCKS = {
-    "constraints.txt": {"dev", "megatron", "docs", "tensorboard", "mlflow"},
-    "constraints-gpu.txt": {"dev", "megatron", "gpu", "tensorboard", "mlflow"},
+    "constraints.txt": {"dev", "megatron", "docs", "tensorboard", "mlflow", "mcp"},
+    "constraints-gpu.txt": {"dev", "megatron", "gpu", "tensorboard", "mlflow", "mcp"},
 }
 
 

@@ -77,7 +77,7 @@ def test_whatever_a_reward_raises_the_samples_after_it_are_scored_and_it_is_told
 def test_a_scoring_thread_that_dies_is_told_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(worker: rewards._Worker, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
         if text == "die":
-            raise rewards._Interrupted
+            raise rewards.Interrupted
         return 1.0, None
 
     monkeypatch.setattr(rewards._Worker, "_call", call)

@@ -15,6 +15,7 @@ import torch
 from reference import reference_routes
 from test_local_engine import FP32, config, make_pool
 
+from runner import foreign
 from runner.config import compose
 from runner.config.choices import ObservationRole
 from runner.config.schema import Config
@@ -31,9 +32,9 @@ from runner.turns.codec import THOUGHT, Codec
 from runner.turns.context import Context, Engine
 from runner.turns.conversations import Asked, Conversations
 from runner.turns.failure import Failed
-from runner.turns.transcript import checked
+from runner.turns.returned import checked
 
-END = 1
+END, VOCABULARY = 1, 272
 HERE = __name__
 
 
@@ -255,7 +256,7 @@ def test_routes_of_all_turns_stay_where_they_were_decoded(stop: tuple[str, ...])
 def test_checked_refuses_what_cannot_be_trained_on() -> None:
     (sample,) = run(conversation(environment=f"{HERE}.Talker"), ["hello"])
     prompt = Prompt("p0", "hello", tuple(sample.tokens[: sample.prompt_length].tolist()), "a")
-    assert checked(sample, prompt, 0, True) == [sample]
+    assert checked(sample, prompt, 0, True, VOCABULARY) == [sample]
     assert sample.routes is not None
     for change, message in (
         ({"loss_mask": sample.loss_mask[:-1]}, "mask entries"),
@@ -266,7 +267,7 @@ def test_checked_refuses_what_cannot_be_trained_on() -> None:
         ({"tokens": sample.tokens + 1}, "does not begin with its prompt"),
     ):
         with pytest.raises(Failed, match=message):
-            checked(dataclasses.replace(sample, **change), prompt, 0, True)
+            checked(dataclasses.replace(sample, **change), prompt, 0, True, VOCABULARY)
 
 
 # ---- what fails
@@ -319,7 +320,7 @@ def test_a_constructor_that_raises_and_a_function_that_returns_nothing() -> None
 
 
 def test_a_function_that_never_gives_the_loop_back_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversations, "BLOCKED_SECONDS", 0.5)
+    monkeypatch.setattr(foreign, "BLOCKED_SECONDS", 0.5)
     found = run(conversation(f"{HERE}.blocks"), ["fine", "blocks", "fine", "fine", "fine", "fine"])
     assert [sample.info.get("failed") for sample in found] == [None, "timeout", None, None, None, None]
 

@@ -34,9 +34,10 @@ from runner.turns.context import Context, Engine
 from runner.turns.conversations import Asked, Conversations, metrics
 from runner.turns.failure import Failed
 from runner.turns.pictures import Pictures
-from runner.turns.transcript import Transcript, checked
+from runner.turns.returned import checked
+from runner.turns.transcript import Transcript
 
-HERE, END = __name__, 1
+HERE, END, VOCABULARY = __name__, 1, 272
 SIDES = [(16, 24), (8, 8), (24, 16)]  # of the images that are shown, in tokens of 8 pixels
 SMALL = ["model=tiny_vlm", "model.num_layers=2", "trainer.threads=1", "warm_start.enabled=false"]
 
@@ -160,7 +161,7 @@ def test_observations_show_images_and_everything_stays_aligned(pair: tuple[Confi
             if image.start >= sample.prompt_length:  # between the marks of vision, and not the model's
                 assert not own[where].any()
                 assert sample.tokens[image.start - 1] == 2 and sample.tokens[image.start + image.tokens] == 3
-        assert checked(sample, prompt, sample.sample_index, False) == [sample]
+        assert checked(sample, prompt, sample.sample_index, False, VOCABULARY) == [sample]
     batch = Batch(samples, [torch.ones(sample.response_length) for sample in samples], temperature=1.0)
     scored = pool.score([sample.tokens for sample in samples], [sample.images for sample in samples])
     for ours, theirs, sample in zip(trainer.logprobs(batch), scored, samples, strict=True):
@@ -272,7 +273,7 @@ async def one_token_turns(engine: Engine, prompt: Prompt, context: Context) -> S
 def test_a_model_without_eyes_is_shown_nothing() -> None:
     blind = Codec(load_tokenizer(config().model), lambda ids: "", (END,), ObservationRole.none)
     with pytest.raises(Failed, match="no visual tower"):
-        blind.observation([noise_image(8, 8)], 10, True, False)
+        blind.observation([noise_image(8, 8)], 10, True, False, VOCABULARY)
 
 
 def test_samples_of_a_rollout_function_are_checked() -> None:
@@ -283,7 +284,7 @@ def test_samples_of_a_rollout_function_are_checked() -> None:
     transcript.mask, transcript.logprobs, transcript.raw = [True, True], [-1.0, -1.0], None
     transcript.turns = [{"by": "model", "text": "x", "start": 0, "stop": 2, "finish": "stop"}]
     sample = transcript.sample()
-    assert checked(sample, prompt, 0, False) == [sample]
+    assert checked(sample, prompt, 0, False, VOCABULARY) == [sample]
     one, two = sample.images
     for images, message in (
         ((one,), "prompt's images"),
@@ -292,7 +293,7 @@ def test_samples_of_a_rollout_function_are_checked() -> None:
         ((one, two, dataclasses.replace(two, start=len(sample.tokens) - 2)), "placeholders of its own"),
     ):
         with pytest.raises(Failed, match=message):
-            checked(dataclasses.replace(sample, images=images), prompt, 0, False)
+            checked(dataclasses.replace(sample, images=images), prompt, 0, False, VOCABULARY)
 
 
 # ---- task=geo3k_zoom

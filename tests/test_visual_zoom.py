@@ -164,27 +164,38 @@ def test_a_taught_model_zooms_and_its_conversations_are_aligned(
 def test_the_answer_is_read_from_the_crop_and_a_few_steps_overfit_it(
     taught: tuple[Config, TorchTrainer, LocalPool, VisualZoomTask],
 ) -> None:
-    """Supervised on 8 problems whose answers are fixed by their crops, the loss goes to nothing; with the crops of other problems
-    it does not stay there: the answers come from the images."""
-    cfg, _, _, made = taught
+    """Supervised on both turns of 8 problems, the loss goes to nothing, and the conversations about them, with the fields
+    that the model asks for, are rewarded; with the crops of other problems the answers are others: they come from the images."""
+    cfg, _, pool, made = taught
     trainer = TorchTrainer(cfg)
-    pairs = made.worked_solutions(32, seed=5)[1::2]
+    pairs = made.worked_solutions(16, seed=5)
+    prompts = [prompt for prompt, _ in pairs[::2]]
     picks = [(torch.tensor([*p.tokens, *made._ids(text), 1]), len(p.tokens)) for p, text in pairs]  # type: ignore[union-attr]
     images = [p.images for p, _ in pairs]  # type: ignore[union-attr]
     for _ in range(150):
         loss = trainer.sft_step(picks, 3e-3, images)["sft/loss"]
     assert loss < 0.05
+    for master in trainer.optimizer.masters.values():
+        master.copy_(master.to(torch.bfloat16))  # what is exported
+    trainer._write_weights()
+    assert pool.update_weights(trainer.version + 1, trainer.export()).problems == []
+    section = conversing(cfg, environment="runner.tasks.visual_zoom.Zoom", arguments={"zoom_reward": 0.0, "format_penalty": 0.1})
+    samples = talk(conversing(section, max_turns=4, max_turn_tokens=16), pool, prompts, samples=4, budget=64)  # type: ignore[arg-type]
+    assert sum(sum(sample.rewards.values()) for sample in samples) / len(samples) > 0.9
+    assert all(len(sample.images) >= 2 for sample in samples)
+
+    answers, shown = picks[1::2], images[1::2]
     swapped = [
         (overview, dataclasses.replace(crop, pixels=other.pixels))
-        for (overview, crop), (_, other) in zip(images, images[1:] + images[:1], strict=True)
+        for (overview, crop), (_, other) in zip(shown, shown[1:] + shown[:1], strict=True)
     ]
 
     def negative_logprob(shown: list[Images]) -> float:
-        batch = _probe_batch([tokens for tokens, _ in picks], shown)
+        batch = _probe_batch([tokens for tokens, _ in answers], shown)
         rows = trainer.logprobs(batch, routes="own")
-        return float(-torch.cat([row[prompt - 1 :] for row, (_, prompt) in zip(rows, picks, strict=True)]).mean())
+        return float(-torch.cat([row[prompt - 1 :] for row, (_, prompt) in zip(rows, answers, strict=True)]).mean())
 
-    assert negative_logprob(images) < 0.1 and negative_logprob(swapped) > 5 * negative_logprob(images)
+    assert negative_logprob(shown) < 0.1 and negative_logprob(swapped) > 5 * negative_logprob(shown)
 
 
 # ---- rules

@@ -90,6 +90,10 @@ class Collector:
             self.conversations = Conversations(cfg, task, codec, room, lockstep=engines.in_process)
         self.cfg, self.task, self.pool = cfg, task, pool
         self.decode, self.stop_token_ids, self.should_stop, self.warn = decode, stop_token_ids, should_stop, warn
+        # parts of the reward that have a weight alone: somebody gives them, or their name is misspelt
+        self._only_weighed = {
+            name for name, p in cfg.task.rewards.items() if p._target_ is None and p.url is None and name != "task"
+        }
 
     def collect(self, step: int) -> Rollout:
         """One step's groups. With dynamic sampling (DAPO, arXiv 2503.14476) flat groups are replaced by other prompts,
@@ -137,6 +141,10 @@ class Collector:
                 fix="the messages above say why: the engine failed, or the task's reward function did",
             )
         metrics = _metrics(generated, rounds_used=number + 1)
+        if unseen := sorted(self._only_weighed - {name for sample in everything for name in sample.rewards}):
+            there = ", ".join(sorted({name for sample in everything for name in sample.rewards})) or "none"
+            self.warn(f"task.rewards weighs {', '.join(unseen)}, which no sample of step {step} has; its parts: {there}")
+        self._only_weighed = set()
         if self.cfg.algorithm.schedule == Schedule["async"] and self.cfg.algorithm.oversample_prompts:
             metrics["rollout/aborted"] = float(aborted)
         if self.conversations is not None:

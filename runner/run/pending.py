@@ -93,7 +93,7 @@ class _Writer:
 
     def _array(self, value: torch.Tensor | np.ndarray) -> dict[str, Any]:
         name = str(len(self.arrays))
-        tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
+        tensor = torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value.detach().cpu()
         self.arrays[name] = tensor.clone(memory_format=torch.contiguous_format)  # safetensors refuses views of one storage
         return {"kind": "array" if isinstance(value, np.ndarray) else "tensor", "name": name}
 

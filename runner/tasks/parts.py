@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
-import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 from runner.config.schema import RewardConfig
 from runner.data import Sample
 from runner.errors import UserError, told
+from runner.foreign import UserLoop
 from runner.tasks import rewards as calls
 from runner.tasks import service
 from runner.tasks.protocol import Prompt
@@ -63,7 +64,7 @@ def _values(name: str, part: RewardConfig, items: Sequence[Item]) -> tuple[list[
         return [value for values, _ in answers for value in values], [reason for _, reason in answers if reason]
     function = function_of(name, part)
     if inspect.iscoroutinefunction(function):
-        return asyncio.run(_together(function, items, part.timeout_seconds))
+        return _together(function, items, part.timeout_seconds)
     report = calls.score(_Called(function), list(items), part.timeout_seconds)  # type: ignore[arg-type]
     return report.rewards, [reason for _, reason in report.failures]
 
@@ -99,24 +100,41 @@ def check(configured: dict[str, RewardConfig]) -> Iterator[UserError]:
             yield from service.check(key, part)
 
 
-async def _together(function: Callable[..., Any], items: Sequence[Item], seconds: float) -> tuple[list[float | None], list[str]]:
-    async def called(item: Item) -> Any:
-        try:
-            return await function(*item)
-        except SystemExit as error:  # out of a task it would end the event loop, and every other sample's reward with it
-            raise RuntimeError(told(error)).with_traceback(error.__traceback__) from None
+def _together(function: Callable[..., Any], items: Sequence[Item], seconds: float) -> tuple[list[float | None], list[str]]:
+    """All calls at one time. One that holds their event loop costs those that have no answer by then, and not the run."""
+    late = f"no answer within {seconds:g} s"
+    answers: list[float | str] = [late] * len(items)
+    left = threading.Semaphore(0)
+    loop = UserLoop("rewards")
 
-    async def one(item: Item) -> float | str:
+    async def one(index: int) -> None:
+        task = asyncio.ensure_future(function(*items[index]))
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            task.cancel()
+            return
         try:
-            value = float(await asyncio.wait_for(called(item), seconds))
-        except TimeoutError:
-            return f"no answer within {seconds:g} s"
-        except Exception as error:
-            return told(error, where=True)
-        return value if math.isfinite(value) else f"it returned {value}"
+            value = task.result()
+        except BaseException as error:
+            answers[index] = told(error, where=True)
+            return
+        problem = calls.no_reward(value)
+        answers[index] = f"what it returned {problem}" if problem else float(value)
 
-    answers = await asyncio.gather(*(one(item) for item in items))
-    return [a if isinstance(a, float) else None for a in answers], [a for a in answers if isinstance(a, str)]
+    def begin(index: int) -> None:
+        loop.spawn(one(index), index).add_done_callback(lambda _: left.release())
+
+    for index in range(len(items)):
+        loop.call(begin, index)
+    for _ in items:
+        lost = False
+        while not lost and not left.acquire(timeout=0.5):
+            lost = loop.look() == "lost"
+        if lost:
+            break
+    found = list(answers)  # what a lost loop says later is not heard
+    loop.close()
+    return [a if isinstance(a, float) else None for a in found], [a for a in found if isinstance(a, str)]
 
 
 @dataclass
@@ -126,4 +144,4 @@ class _Called:
     function: Callable[..., Any]
 
     def reward(self, prompt: Prompt, text: str, sample: Sample | None) -> float:
-        return float(self.function(prompt, text, sample))
+        return self.function(prompt, text, sample)

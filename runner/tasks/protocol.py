@@ -32,6 +32,11 @@ class Prompt:
     images: Images = ()
     originals: tuple[np.ndarray, ...] = ()
 
+    def __post_init__(self) -> None:
+        """All samples of a prompt share its pixels: an environment that draws into them gets an error."""
+        for pixels in (*self.originals, *(image.pixels for image in self.images)):
+            pixels.flags.writeable = False
+
 
 class Task(Protocol):
     name: str

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from runner.data import Sample
 from runner.errors import told
+from runner.foreign import Interrupted, interrupt
 from runner.tasks.protocol import Prompt, Task
 
+MOST_REWARD = 1e9  # in size: the squares that advantages are divided by stay finite in fp32
 MAX_TIMEOUTS = 4  # hanging calls of one batch after which the rest of it counts as failed without being called
 
 Item = tuple[Prompt, str, Sample | None]
 
 
-class _Interrupted(BaseException):
-    """Raised inside a reward function past its deadline; not an Exception, so that `except Exception` lets it through."""
+def no_reward(value: Any) -> str:
+    """Why a value is no reward, as what follows its name; "" for a finite number."""
+    try:
+        number = float(value) if not isinstance(value, str) else None
+    except Exception:  # __float__ of anything
+        number = None
+    if number is None:
+        return f"is a {type(value).__name__}, no number"
+    if not math.isfinite(number):
+        return f"is {number}"
+    return f"is {number:g}, beyond {MOST_REWARD:g}" if abs(number) > MOST_REWARD else ""
 
 
 @dataclass
@@ -61,19 +72,20 @@ class _Worker:
                     if reason is not None:
                         self.report.failures.append((self.items[self.index][0].prompt_id, reason))
                     self.index += 1
-        except _Interrupted:
+        except Interrupted:
             pass  # the caller has already counted this sample as failed and gone on
         finally:
             self.done.set()
 
     def _call(self, prompt: Prompt, text: str, sample: Sample | None) -> tuple[float | None, str | None]:
         try:
-            reward = float(self.task.reward(prompt, text, sample))
-        except _Interrupted:
+            reward = self.task.reward(prompt, text, sample)
+        except Interrupted:
             raise
         except BaseException as error:  # SystemExit of a library's exit() ends this sample only, not the thread and the rest
             return None, told(error, where=True)
-        return (reward, None) if math.isfinite(reward) else (None, f"it returned {reward}")
+        problem = no_reward(reward)
+        return (None, f"what it returned {problem}") if problem else (float(reward), None)
 
     def abandon_if_late(self, timeout_seconds: float) -> bool:
         """Interrupt the current call if it is past its deadline. Only Python code can be interrupted: a call that blocks
@@ -82,8 +94,7 @@ class _Worker:
             if self.done.is_set() or time.monotonic() - self.started < timeout_seconds:
                 return False
             self.abandoned = True
-        if self.thread.ident is not None:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(_Interrupted))
+        interrupt(self.thread)
         return True
 
 

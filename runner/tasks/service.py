@@ -6,19 +6,21 @@ one for each item in their order.
 
 from __future__ import annotations
 
+import http.client
 import json
-import math
 import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 from runner.config.schema import RewardConfig
 from runner.data import Sample
-from runner.errors import UserError
+from runner.errors import UserError, told
 from runner.tasks.protocol import Prompt
+from runner.tasks.rewards import no_reward
 
 BACKOFF_SECONDS = 0.5
 MAX_ANSWER_BYTES = 16 << 20
@@ -38,24 +40,46 @@ def ask(part: RewardConfig, items: Sequence[tuple[Prompt, str, Sample]]) -> tupl
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
         try:
             request = urllib.request.Request(part.url, body, headers, method="POST")
-            with urllib.request.urlopen(request, timeout=part.timeout_seconds) as reply:
-                return _read(reply.read(MAX_ANSWER_BYTES), len(items)), None
+            with _OPENER.open(request, timeout=part.timeout_seconds) as reply:
+                return _read(_body(reply, part.timeout_seconds), len(items)), None
         except urllib.error.HTTPError as error:
             reason = f"the service answered {error.code}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except (OSError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:  # the last: an answer that is no HTTP
+            reason = told(error)
     return [None] * len(items), reason
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirected POST would go on without its body, and take the key to another host."""
+
+    def redirect_request(self, *arguments: Any, **named: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _body(reply: Any, seconds: float) -> bytes:
+    """The answer's body. TimeoutError for one that comes in drops: the socket's timeout counts each of them anew."""
+    deadline, found = time.monotonic() + seconds, b""
+    while part := reply.read1(1 << 16):
+        found += part
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no whole answer within {seconds:g} s")
+        if len(found) > MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    return found
 
 
 def _read(text: bytes, count: int) -> list[float | None]:
     """ValueError for anything but `count` finite numbers."""
     answer = json.loads(text)
     values = answer.get("rewards") if isinstance(answer, dict) else None
-    if isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+    if isinstance(values, list) and len(values) == count and not any(map(no_reward, values)):
         return [float(value) for value in values]
-    raise ValueError(f'the service\'s answer is not {{"rewards": [..]}} with {count} finite numbers')
+    raise ValueError(f'the service\'s answer is not {{"rewards": [..]}} with {count} finite numbers: {bytes(text[:60])!r}')
 
 
 def check(key: str, part: RewardConfig) -> Iterator[UserError]:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
 import inspect
-import threading
-from collections.abc import Awaitable, Callable
+import operator
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.data import Request, Sample, SamplingParams, Status
 from runner.errors import told
+from runner.foreign import in_thread
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
 from runner.turns.failure import Failed
 from runner.turns.transcript import Transcript, Turn
-
-
-class Interrupted(BaseException):
-    """Raised inside user code past its deadline; not an Exception, so that `except Exception` lets it through."""
 
 
 @dataclass
@@ -33,16 +28,20 @@ class Engine:
     max_turn_tokens: int | None
     stop: tuple[str, ...]
 
-    async def generate(self, talk: Transcript, *, max_tokens: int | None = None, stop: tuple[str, ...] | None = None) -> Turn:
+    async def generate(self, talk: Transcript, *, max_tokens: int | None = None, stop: Sequence[str] | None = None) -> Turn:
         """The model's next turn, which is then part of the transcript.
 
         It ends at an end token, at one of the `stop` texts (task.rollout.stop), or at `max_tokens` (task.rollout.max_turn_tokens)
-        or what room is left. Without room it is empty. Failed where the engine failed.
+        or what room is left. Without room it is empty. Failed where the engine failed, and where another turn of this transcript
+        is under way; different transcripts may be asked for at one time.
         """
+        texts = self.stop if stop is None else _texts(stop)
+        limits = [self.max_turn_tokens or self.context_tokens, self.context_tokens if max_tokens is None else _whole(max_tokens)]
+        talk.check_idle()
         if len(talk.tokens) >= self.context_tokens:
             raise Failed("context", f"{len(talk.tokens)} tokens, the model's context is {self.context_tokens}")
         room = min(talk.room, self.context_tokens - len(talk.tokens))
-        most = min([room, *(limit for limit in (max_tokens, self.max_turn_tokens) if limit is not None)])
+        most = min(room, *limits)
         if most < 1:
             talk.full = True
             return Turn("", [], "length")
@@ -57,16 +56,35 @@ class Engine:
             conversation=talk.key,
             known_routes=talk.rows,
         )
-        piece = await self.ask(request)
+        talk.asking = True
+        try:
+            piece = await self.ask(request)
+        finally:
+            talk.asking = False
         if piece.status is Status.failed:
             raise Failed("engine", piece.finish_reason)
-        return talk.add(piece, self.stop if stop is None else stop)
+        return talk.add(piece, texts)
+
+
+def _whole(max_tokens: object) -> int:
+    count = operator.index(max_tokens)  # type: ignore[arg-type]
+    if count < 1:
+        raise ValueError(f"max_tokens={count}: a turn has at least one token")
+    return count
+
+
+def _texts(stop: object) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else tuple(stop)  # type: ignore[arg-type]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop={stop!r}: texts, none of them empty")
+    return texts
 
 
 @dataclass
 class Context:
     """One conversation's surroundings.
 
+    name           of the conversation, to the engine
     sample_index   which sample of its prompt it is
     seed           for the user's own random numbers: the same for the same step, prompt and sample
     evaluating     whether nothing is trained on it
@@ -74,6 +92,7 @@ class Context:
     tokenizer, task  of the run; `codec` encodes and decodes as conversations do
     """
 
+    name: str
     sample_index: int
     seed: int
     max_turns: int
@@ -93,7 +112,7 @@ class Context:
     def start(self, prompt: Prompt) -> Transcript:
         """A new transcript. A conversation may have several: each is a sample where the function returns a list."""
         number = len(self.started)
-        key = f"{prompt.prompt_id}/{self.sample_index}.{number}"
+        key = f"{self.name}.{number}"
         seed = (self.seed + 0x9E3779B97F4A7C15 * number) % 2**63
         talk = Transcript(prompt, self.sample_index, key, seed, self.codec, self.max_tokens, self.max_observation_tokens)
         self.started.append(talk)
@@ -105,60 +124,16 @@ class Context:
             raise Failed("environment", "task.rollout.environment names no class")
         try:
             return self.environment_class(**self.arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise Failed("environment", f"its constructor raised {told(error, where=True)}") from error
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a method of an environment, async or not. Failed with what it raised."""
         try:
-            if inspect.iscoroutinefunction(function):
-                return await function(*arguments)
-            return await in_thread(function, *arguments)
+            own = inspect.iscoroutinefunction(function)
+            result = await (function(*arguments) if own else in_thread(function, *arguments))
+            return await result if inspect.isawaitable(result) else result
         except Failed:
             raise
         except Exception as error:
             raise Failed("environment", f"{getattr(function, '__name__', 'it')} raised {told(error, where=True)}") from error
-
-
-async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function that runs in a daemon thread of its own. Cancelling interrupts its Python code; what blocks
-    inside C code keeps its thread until it returns, and its result is dropped."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if answer.done():
-            return
-        if error is None:
-            answer.set_result(result)
-        else:
-            answer.set_exception(error)
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function(*arguments)
-        except Interrupted:
-            return
-        except Exception as raised:
-            error = raised
-        except BaseException as raised:  # SystemExit of a library's exit() ends this call only
-            error = RuntimeError(told(raised)).with_traceback(raised.__traceback__)
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
-
-    thread = threading.Thread(target=work, name="environment", daemon=True)
-    thread.start()
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        interrupt(thread)
-        raise
-
-
-def interrupt(thread: threading.Thread) -> None:
-    """Raise Interrupted in the Python code of a thread."""
-    if thread.ident is not None and thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Interrupted))

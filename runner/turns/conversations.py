@@ -7,10 +7,10 @@ goes into the feed, what an engine answers comes back to the function that waits
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
 import inspect
 import threading
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,18 +19,22 @@ from typing import Any
 
 import torch
 
+from runner import foreign
 from runner.config.schema import Config
 from runner.data import Request, Sample, SamplingParams, Status, request_seed
 from runner.errors import UserError, UserErrors, told
+from runner.foreign import Interrupted, UserLoop
 from runner.rollout.feed import Feed
 from runner.rollout.protocol import RolloutPool
 from runner.tasks.protocol import Prompt
 from runner.turns.codec import Codec
-from runner.turns.context import Context, Engine, Interrupted, interrupt
+from runner.turns.context import Context, Engine
+from runner.turns.environment import drive
 from runner.turns.failure import Failed
-from runner.turns.transcript import checked
+from runner.turns.returned import checked
 
-BLOCKED_SECONDS = 30.0  # a function that holds the event loop for so long is interrupted; all others wait meanwhile
+MAX_HELD = 4  # times that conversations of a rollout may hold their event loop; then what is not over counts as failed
+MAX_NOTED = 10**6  # tool calls of a turn, as an environment notes them; more is rubbish
 
 
 Enough = Callable[[str, int, list[Sample]], bool]
@@ -90,28 +94,27 @@ class _Rollout:
         self.over: SimpleQueue[int] = SimpleQueue()  # places whose results nobody has looked at
         self.stopped = False
         self.feed = Feed(owner.wait_seconds)
-        self.waiting: dict[int, tuple[int, Request, asyncio.Future[Sample]]] = {}  # ticket -> (place, request, who waits)
+        self.waiting: dict[int, tuple[int, Request, asyncio.Future[Sample]]] = {}  # ticket -> (feed's place, request, who waits)
         self.results: dict[int, list[Sample]] = {}
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.open: dict[int, Context] = {}  # conversations under way, by place
         self.tickets = 0
         self.next_job = 0
         self.mistake: BaseException | None = None
-        self.beat = time.monotonic()
-        self.blocked_since: float | None = None
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="conversations", daemon=True)
+        self.loop = UserLoop("conversations")
+        self.loops = 0  # that were lost before this one
+        self.held = 0  # times that a conversation held the loop
+        self.lock = threading.RLock()  # of a conversation's end against the loss of its loop
 
     def run(self, pool: RolloutPool, watch: Callable[[], None]) -> list[Sample]:
         def look() -> None:
             watch()
-            self._interrupt_a_blocked_loop()
+            self._look_at_the_loop()
             self._count()
 
         self.feed.watch = look
-        self.thread.start()
         samples = pool.generate(self.feed)
         try:
-            self.loop.call_soon_threadsafe(self._start)
+            self.loop.call(self._start)
             for sample in samples:
                 look()
                 self._deliver(sample)
@@ -121,7 +124,7 @@ class _Rollout:
         finally:
             if close := getattr(samples, "close", None):
                 close()
-            self._close()
+            self.loop.close()
         if self.mistake is not None:
             raise self.mistake
         return [sample for place in range(len(self.jobs)) for sample in self.results.get(place, ())]
@@ -143,131 +146,173 @@ class _Rollout:
             if not future.done():
                 future.set_result(answer)
 
-        self.loop.call_soon_threadsafe(settle)
+        future.get_loop().call_soon_threadsafe(settle)
 
-    def _close(self) -> None:
-        async def cancel() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=1.0) if tasks else None
+    def _look_at_the_loop(self) -> None:
+        """A conversation that holds the loop for good costs itself: those beside it begin anew in another loop. Raises _Stop when
+        that happened too often; what is not over by then has failed."""
+        found = self.loop.look()
+        if found is None:
+            return
+        self.held += found == "interrupted"
+        given_up = self.held >= MAX_HELD if found == "lost" else self.held > MAX_HELD
+        if (found == "interrupted" and not given_up) or not self.lock.acquire(timeout=1.0):  # it has just come back
+            return
+        try:
+            self._leave_the_loop(given_up)
+        finally:
+            self.lock.release()
 
-        if self.tasks or self.mistake is not None:
-            asyncio.run_coroutine_threadsafe(cancel(), self.loop)
-            time.sleep(0)
-        self.loop.call_soon_threadsafe(self._stop_when_done)
-        self.thread.join(timeout=5.0)  # a function that neither ends nor can be interrupted keeps its daemon thread
-        if not self.thread.is_alive():
-            self.loop.close()
+    def _leave_the_loop(self, given_up: bool) -> None:
+        holder, line = self.loop.holder()
+        reason = f"{_held()}, at {line}"
+        begun = sorted(self.open)
+        lost = [place for place in begun if holder in (place, None)]
+        if given_up:
+            reason = f"not done when {self.held} conversations had held the event loop without an await, the last at {line}"
+            lost = [place for place in range(len(self.jobs)) if place not in self.results]
+        for place in begun:
+            self._end(place)
+        for place in lost:
+            prompt, index = self.jobs[place]
+            self.results[place] = [_failed(prompt, index, Failed("timeout", reason), None)]
+            self.over.put(place)
+        self.loop.abandon()
+        if given_up:
+            raise _Stop
+        self.loop, self.loops = UserLoop("conversations"), self.loops + 1
+        for place in begun:
+            if place not in lost:
+                self._begin(place)
+        for _ in lost:
+            self.loop.call(self._begin_next)
 
-    def _interrupt_a_blocked_loop(self) -> None:
-        """Found twice, a second apart: after the whole process stood still, the loop gets time to beat."""
-        now = time.monotonic()
-        if now - self.beat < BLOCKED_SECONDS:
-            self.blocked_since = None
-        elif self.blocked_since is None:
-            self.blocked_since = now
-        elif now - self.blocked_since > 1.0:
-            self.blocked_since = None
-            self.beat = now
-            interrupt(self.thread)
+    def _end(self, place: int) -> None:
+        """Nothing more comes of a conversation that was under way."""
+        for talk in self.open.pop(place).started:
+            self.feed.forget(talk.key)
+        self.feed.end(self._in_feed(place))
+
+    def _in_feed(self, place: int) -> int:
+        """A conversation that begins anew is another one to the feed: answers to its first life may still come."""
+        return place + self.loops * len(self.jobs)
 
     # -- loop: ---------------------------------------------------------------------------------------------------------
 
-    def _stop_when_done(self) -> None:
-        if not asyncio.all_tasks(self.loop):
-            self.loop.stop()
-        else:
-            self.loop.call_later(0.01, self._stop_when_done)
-
     def _start(self) -> None:
-        self._heart()
         for _ in range(min(self.owner.concurrency, len(self.jobs))):
-            self._begin()
+            self._begin_next()
         if not self.jobs:
             self.feed.close()
 
-    def _heart(self) -> None:
-        self.beat = time.monotonic()
-        self.loop.call_later(0.2, self._heart)
+    def _begin_next(self) -> None:
+        with self.lock:
+            if self.next_job < len(self.jobs) and self.mistake is None and not self.stopped:
+                self._begin(self.next_job)
+                self.next_job += 1
+            if self.next_job == len(self.jobs) or self.mistake is not None or self.stopped:
+                self.feed.close()
 
-    def _begin(self) -> None:
-        place = self.next_job
-        self.next_job += 1
-        self.feed.begin(place)
-        if self.next_job == len(self.jobs):
-            self.feed.close()
-        task = self.loop.create_task(self._converse(place))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+    def _begin(self, place: int) -> None:
+        """From any thread, under the lock."""
+        context = self.open[place] = self._context(place)
+        self.feed.begin(self._in_feed(place))
+        self.loop.call(self._spawn, place, context, self._in_feed(place))
 
-    async def _converse(self, place: int) -> None:
-        """One conversation from its beginning to its result."""
+    def _spawn(self, place: int, context: Context, in_feed: int) -> None:
+        self.loop.spawn(self._converse(place, context, in_feed), place)
+
+    def _context(self, place: int) -> Context:
         prompt, index = self.jobs[place]
         owner = self.owner
-        context = Context(
+        return Context(
+            name=f"{prompt.prompt_id}/{index}" + (f"~{self.loops}" if self.loops else ""),
             sample_index=index,
             seed=request_seed(owner.cfg.seed, self.asked.step, prompt.prompt_id, index),
             max_turns=owner.section.max_turns,
             max_tokens=self.asked.sampling.max_response_tokens,
             max_observation_tokens=owner.section.max_observation_tokens,
-            arguments=dict(owner.section.arguments),
+            arguments=copy.deepcopy(dict(owner.section.arguments)),
             environment_class=owner.environment,
             task=owner.task,
             codec=owner.codec,
             evaluating=self.asked.evaluating,
         )
+
+    async def _converse(self, place: int, context: Context, in_feed: int) -> None:
+        """One conversation from its beginning to its result."""
+        prompt, index = self.jobs[place]
         engine = Engine(
-            ask=lambda request: self._ask(place, request),
+            ask=lambda request: self._ask(in_feed, request),
             sampling=self.asked.sampling,
             capture_routes=self.asked.capture_routes,
-            context_tokens=owner.cfg.model.max_context_tokens,
-            max_turn_tokens=owner.section.max_turn_tokens,
-            stop=tuple(owner.section.stop),
+            context_tokens=self.owner.cfg.model.max_context_tokens,
+            max_turn_tokens=self.owner.section.max_turn_tokens,
+            stop=tuple(self.owner.section.stop),
         )
+        found: list[Sample] = []
+        mistake: BaseException | None = None
         try:
-            self.results[place] = await self._result(engine, prompt, context)
+            found = await self._result(engine, prompt, context)
         except Failed as failure:
-            self.results[place] = [_failed(prompt, index, failure, context)]
-        except (UserError, asyncio.CancelledError) as error:
+            found = [_failed(prompt, index, failure, context)]
+        except BaseException as error:  # of the user's config, or this program's: nobody else would hear of it
+            mistake = error
+        with self.lock:
+            if self.open.get(place) is not context:
+                return  # its loop was given up meanwhile
             if not self.stopped:
-                self.mistake = self.mistake or error
-            self.results[place] = []
-        if self.next_job < len(self.jobs) and self.mistake is None and not self.stopped:
-            self._begin()
-        elif self.mistake is not None or self.stopped:
-            self.feed.close()
-        for talk in context.started:
-            self.feed.forget(talk.key)
-        self.over.put(place)
-        self.feed.end(place)
+                self.mistake = self.mistake or mistake
+            self.results[place] = found
+            self.over.put(place)
+            self._begin_next()
+            self._end(place)
 
     async def _result(self, engine: Engine, prompt: Prompt, context: Context) -> list[Sample]:
         seconds = self.owner.section.timeout_seconds
-        task = self.loop.create_task(_called(self.owner.function, engine, prompt, context))
+        own = replace(prompt, info=copy.deepcopy(prompt.info)) if prompt.info else prompt  # what it changes is seen by no other
+        task = asyncio.create_task(_called(self.owner.function, engine, own, context))
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if not done:
             task.cancel()
             raise Failed("timeout", f"not done within {seconds:g} s")
         try:
             result = task.result()
-        except (Failed, UserError):
-            raise
-        except Interrupted:
-            raise Failed("timeout", f"the function held the event loop for {BLOCKED_SECONDS:g} s without an await") from None
-        except asyncio.CancelledError:
-            raise Failed("rollout", "the function cancelled itself") from None
         except BaseException as error:
-            raise Failed("rollout", f"the function raised {told(error, where=True)}") from error
-        return checked(result, prompt, context.sample_index, self.asked.capture_routes)
+            cause = _cause(error)
+            if isinstance(cause, Failed | UserError):
+                raise cause from None
+            if isinstance(cause, Interrupted):
+                raise Failed("timeout", _held()) from None
+            if isinstance(cause, asyncio.CancelledError):
+                raise Failed("rollout", "the function cancelled itself") from None
+            raise Failed("rollout", f"the function raised {told(cause, where=True)}") from error
+        vocabulary = self.owner.cfg.model.vocab_size
+        return checked(result, prompt, context.sample_index, self.asked.capture_routes, vocabulary)
 
-    def _ask(self, place: int, request: Request) -> Awaitable[Sample]:
+    def _ask(self, in_feed: int, request: Request) -> Awaitable[Sample]:
         """The engine's answer; requests are told apart by a number of their own, because a conversation may have several."""
-        future: asyncio.Future[Sample] = self.loop.create_future()
-        ticket, self.tickets = self.tickets, self.tickets + 1
-        self.waiting[ticket] = (place, request, future)
-        self.feed.put(replace(request, sample_index=ticket), place)
+        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        with self.lock:
+            ticket, self.tickets = self.tickets, self.tickets + 1
+        self.waiting[ticket] = (in_feed, request, future)
+        try:
+            self.feed.put(replace(request, sample_index=ticket), in_feed)
+        except KeyError:
+            del self.waiting[ticket]
+            raise Failed("rollout", "the engine was asked for more when the conversation was over") from None
         return future
+
+
+def _held() -> str:
+    return f"the function held the event loop for {foreign.BLOCKED_SECONDS:g} s without an await"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first of a group's errors, which a TaskGroup makes of those of its tasks."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _called(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -275,9 +320,9 @@ async def _called(function: Callable[..., Any], *arguments: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-def _failed(prompt: Prompt, index: int, failure: Failed, context: Context) -> Sample:
+def _failed(prompt: Prompt, index: int, failure: Failed, context: Context | None) -> Sample:
     """What is left of a conversation that failed: a reason, and its turns for a reader. Nothing to train on."""
-    turns = [turn for talk in context.started for turn in talk.turns]
+    turns = [turn for talk in (context.started if context else ()) for turn in talk.turns]
     return Sample(
         prompt_id=prompt.prompt_id,
         sample_index=index,
@@ -307,7 +352,18 @@ def user_code(cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any] | Non
             key="task.rollout._target_",
             fix="async def rollout(engine, prompt, context)",
         )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(
+            f"{section._target_} yields; a rollout function returns its samples", key="task.rollout._target_", fix="return [..]"
+        )
     environment = named(section.environment, "task.rollout.environment") if section.environment else None
+    missing = [name for name in ("reset", "step") if not callable(getattr(environment, name, None))]
+    if function is drive and inspect.isclass(environment) and missing:
+        raise UserError(
+            f"{section.environment} has no {' and no '.join(missing)}",
+            key="task.rollout.environment",
+            fix="a class with reset and step: docs/turns.md",
+        )
     if environment is not None and not callable(environment):
         raise UserError(f"{section.environment} is no class", key="task.rollout.environment", fix="a class with reset and step")
     if environment is not None and (problem := _unfit(environment, (), dict(section.arguments))):
@@ -357,7 +413,7 @@ def metrics(samples: Sequence[Sample]) -> dict[str, float]:
         found["rollout/turns/max"] = float(max(turns))
         notes = [[turn.get("notes", {}) for turn in _turns(sample)] for sample in whole]
         for name in ("tool_calls", "tool_errors"):
-            counts = [[note[name] for note in rows if isinstance(note.get(name), int)] for rows in notes]
+            counts = [[n for note in rows if isinstance(n := note.get(name), int) and 0 <= n <= MAX_NOTED] for rows in notes]
             if any(counts):
                 found[f"rollout/{name}"] = sum(map(sum, counts)) / len(whole)
         found["rollout/observation_tokens"] = sum(int((~sample.loss_mask).sum()) for sample in whole) / len(whole)

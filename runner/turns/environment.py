@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
+import numpy as np
+
 from runner.data import Sample, Status
+from runner.foreign import in_thread
 from runner.tasks.protocol import Prompt
 from runner.turns.context import Context, Engine
 from runner.turns.failure import Failed
@@ -19,7 +21,8 @@ class Environment(Protocol):
     """What `task.rollout.environment` names: made anew for every sample as `Environment(**task.rollout.arguments)`. A static
     method `check_arguments` with the same arguments, where there is one, yields UserErrors before a run begins.
 
-    Methods may be async; others run in a thread of their own, so that one which hangs costs its sample and no other.
+    Methods may be async; others, and the constructor, run in a thread of their own, so that one which hangs costs its sample and
+    no other.
     """
 
     def reset(self, prompt: Prompt) -> Any:
@@ -40,11 +43,12 @@ class Environment(Protocol):
 
 async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
     """One sample: turns until the environment says that it is done, `max_turns` are over, or there is no more room."""
-    environment = context.environment()
+    environment = await in_thread(context.environment)
     talk = context.start(prompt)
     try:
         before = await context.call(environment.reset, prompt)
-        if before is not None and before != "" and not talk.observe(before):
+        empty = before is None or (isinstance(before, str) and not before)
+        if not empty and not talk.observe(before):
             raise Failed("context", "what the environment says first leaves the model no room")
         for _ in range(context.max_turns):
             turn = await engine.generate(talk)
@@ -60,36 +64,36 @@ async def drive(engine: Engine, prompt: Prompt, context: Context) -> Sample:
                 return talk.sample()
         return talk.sample(Status.truncated, "max_turns")
     finally:
-        if close := getattr(environment, "close", None):
+        if callable(close := getattr(environment, "close", None)):
             await context.call(close)
 
 
 def _answer(answer: object) -> tuple[Any, bool, dict[str, Any]]:
     if not isinstance(answer, tuple) or len(answer) != 3:
-        raise Failed("rubbish", f"the environment's step returned {type(answer).__name__}, not (observation, done, info)")
+        kind = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+        raise Failed("rubbish", f"the environment's step returned {kind}, not (observation, done, info)")
     observation, done, info = answer
-    if not isinstance(done, bool) or not isinstance(info, dict):
+    if not isinstance(done, bool | np.bool_) or not isinstance(info, dict):
         kinds = f"done is a {type(done).__name__}, info a {type(info).__name__}"
         raise Failed("rubbish", f"the environment's step returned something else than (observation, done, info): {kinds}")
-    return observation, done, info
+    return observation, bool(done), info
 
 
 def _reward(talk: Transcript, info: dict[str, Any]) -> None:
     """Rewards of a turn into the transcript, the rest into its notes."""
-    parts = dict(info.get("rewards") or {})
+    rewards, penalties = _named(info, "rewards"), _named(info, "penalties")
     if "reward" in info:
-        parts["environment"] = info["reward"]
-    penalties = dict(info.get("penalties") or {})
-    for name, value in [*parts.items(), *penalties.items()]:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise Failed("rubbish", f"the environment's reward {name} is a {type(value).__name__}") from None
-        if not math.isfinite(number):
-            raise Failed("rubbish", f"the environment's reward {name} is {number}")
-        if name in parts:
-            talk.reward(number, str(name))
-        else:
-            talk.penalty(number, str(name))
+        rewards["environment"] = info["reward"]
+    for name, value in rewards.items():
+        talk.reward(value, name)
+    for name, value in penalties.items():
+        talk.penalty(value, name)
     shown = {str(key): value for key, value in info.items() if key not in ("reward", "rewards", "penalties")}
-    talk.note(**shown, **({"rewards": parts | penalties} if parts or penalties else {}))
+    talk.note(**shown, **({"rewards": rewards | penalties} if rewards or penalties else {}))
+
+
+def _named(info: dict[str, Any], key: str) -> dict[str, Any]:
+    found = info.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise Failed("rubbish", f"info[{key!r}] of the environment is a {type(found).__name__}, not numbers by name")
+    return {str(name): value for name, value in (found or {}).items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from runner.errors import UserError, told
+from runner.foreign import in_thread
 from runner.tasks.protocol import Prompt
 from runner.tools import mcp as mcp_servers
 from runner.tools.calculator import Calculator
@@ -14,7 +16,6 @@ from runner.tools.calls import CLOSE, FORMATS, OPEN, calls
 from runner.tools.protocol import Call, Tool, ToolError, ToolLost, required
 from runner.tools.sandbox import PythonSandbox
 from runner.tools.zoom import Zoom
-from runner.turns.context import in_thread
 from runner.turns.failure import Failed
 from runner.turns.pictures import is_image, parts_of
 
@@ -141,10 +142,29 @@ def _built(names: list[str], settings: dict[str, dict[str, Any]]) -> list[Tool]:
             raise
         except Exception as error:  # a class of the user's may raise anything
             raise UserError(f"tool {name} cannot be made: {told(error)}", key=f"{KEY}.settings.{name}", fix="mend it") from None
-        if missing := [part for part in ("name", "parameters", "call") if not hasattr(tool, part)]:
-            raise UserError(f"tool {name} has no {', '.join(missing)}", key=f"{KEY}.tools", fix="runner/tools/protocol.py")
+        if problem := _unfit(tool):
+            raise UserError(f"tool {name} {problem}", key=f"{KEY}.tools", fix="runner/tools/protocol.py says what a tool is")
         built.append(tool)
     return built
+
+
+def _unfit(tool: Any) -> str:
+    """What a tool lacks; "" for one that can be told of and called."""
+    if missing := [part for part in ("name", "description", "parameters", "call") if not hasattr(tool, part)]:
+        return f"has no {', '.join(missing)}"
+    if not isinstance(tool.name, str) or not tool.name or not isinstance(tool.description, str):
+        return f"has the name {tool.name!r} and the description {tool.description!r}; both are texts"
+    if not callable(tool.call):
+        return "has a call that is no function"
+    parameters = tool.parameters
+    if not isinstance(parameters, dict) or not all(isinstance(k, str) and isinstance(v, dict) for k, v in parameters.items()):
+        return f"has parameters that are no JSON schema properties by name: {str(parameters)[:200]}"
+    try:
+        json.dumps(parameters)
+        unknown = sorted(set(getattr(tool, "required", ())) - set(parameters))
+    except (TypeError, ValueError) as error:
+        return f"has a schema that is no JSON: {told(error)}"
+    return f"requires {', '.join(map(str, unknown))}, which its parameters do not name" if unknown else ""
 
 
 def _close(tool: Tool) -> None:

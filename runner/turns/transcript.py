@@ -17,6 +17,7 @@ from runner.errors import told
 from runner.models.images import PlacedImage
 from runner.routing.reference import RouteRef, head, joined
 from runner.tasks.protocol import Prompt
+from runner.tasks.rewards import no_reward
 from runner.turns.codec import Codec
 from runner.turns.failure import Failed
 from runner.turns.pictures import text_of
@@ -70,6 +71,7 @@ class Transcript:
     penalties: dict[str, float] = field(default_factory=dict)  # beside the task's own reward
     turn_rewards: list[tuple[int, str, float]] = field(default_factory=list)
     full: bool = False  # something did not fit any more
+    asking: bool = False  # a turn of the model is under way
 
     def __post_init__(self) -> None:
         self.tokens, self.images = list(self.prompt.tokens), list(self.prompt.images)
@@ -114,6 +116,7 @@ class Transcript:
 
         Failed for anything else, for more than task.rollout.max_observation_tokens, and for images that cannot be shown.
         """
+        self.check_idle()
         closed = self.tokens[-1] in self.codec.ends
         tokens, images = self.codec.observation(
             seen, self.max_observation_tokens, not self.turns, closed, len(self.tokens), len(self.images)
@@ -133,20 +136,36 @@ class Transcript:
         self.turns.append(note | {"start": start, "stop": start + len(tokens)})
         return True
 
-    def note(self, **notes: Any) -> None:
+    def check_idle(self) -> None:
+        """Failed while the model's next turn is under way: what else were added meanwhile, it would not have seen."""
+        if self.asking:
+            raise Failed(
+                "rubbish", "a transcript got something new while its next turn was generated; context.start makes another"
+            )
+
+    def note(self, /, **notes: Any) -> None:
         """What a reader of the sample should see beside the last turn; anything that is no JSON as its text."""
         if self.turns and notes:
-            self.turns[-1].setdefault("notes", {}).update(_plain(notes))
+            length = len(json.dumps(written := plain(notes)))
+            short = written if length <= MAX_NOTE_CHARACTERS else {"notes": f"{length} characters, left out"}
+            self.turns[-1].setdefault("notes", {}).update(short)
 
     def reward(self, value: float, name: str = "environment") -> None:
-        """Add to a part of the reward, as given for the turn before. A conversation without any is rewarded by its task."""
-        self.rewards[name] = self.rewards.get(name, 0.0) + float(value)
-        self.turn_rewards.append((len(self.mask), name, float(value)))
+        """Add to a part of the reward, as given for the turn before. A conversation without any is rewarded by its task.
+
+        Failed for what is no number, not finite, or so large that advantages would not be.
+        """
+        self._give(self.rewards, value, name)
 
     def penalty(self, value: float, name: str) -> None:
-        """Add to a part that stands beside the task's own reward."""
-        self.penalties[name] = self.penalties.get(name, 0.0) + float(value)
-        self.turn_rewards.append((len(self.mask), name, float(value)))
+        """Add to a part that stands beside the task's own reward. Failed as with `reward`."""
+        self._give(self.penalties, value, name)
+
+    def _give(self, parts: dict[str, float], value: float, name: str) -> None:
+        if problem := no_reward(value):
+            raise Failed("rubbish", f"the reward {name} {problem}")
+        parts[str(name)] = parts.get(str(name), 0.0) + float(value)
+        self.turn_rewards.append((len(self.mask), str(name), float(value)))
 
     def sample(self, status: Status | None = None, reason: str | None = None) -> Sample:
         """The conversation as a Sample. It ends with the model's last turn: nobody was asked about an observation after it.
@@ -181,49 +200,10 @@ class Transcript:
         )
 
 
-def _plain(notes: dict[str, Any]) -> dict[str, Any]:
-    """The notes as JSON holds them. Failed for what is endless, or whose text cannot be had."""
+def plain(notes: dict[str, Any]) -> dict[str, Any]:
+    """The notes as JSON and a terminal hold them. Failed for what is endless, or whose text cannot be had."""
     try:
-        text = json.dumps(notes, default=str)
-        if len(text) > MAX_NOTE_CHARACTERS:
-            return {"notes": f"{len(text)} characters, left out"}
-        return dict(json.loads(text))
+        text = json.dumps(notes, default=str, ensure_ascii=False)
+        return dict(json.loads(text.encode(errors="replace")))  # half a character, which no file takes, becomes a question mark
     except Exception as error:  # a __str__ of the user's may raise anything
         raise Failed("rubbish", f"the notes of a turn cannot be written down: {told(error)}") from None
-
-
-def checked(result: object, prompt: Prompt, sample_index: int, wants_routes: bool) -> list[Sample]:
-    """The samples that a rollout function returned. Failed for anything that could not be trained on."""
-    found = result if isinstance(result, list) else [result]
-    samples = [sample for sample in found if isinstance(sample, Sample)]
-    if not samples or len(samples) < len(found):
-        raise Failed("rubbish", f"the rollout function returned {type(result).__name__}, not a Sample or a list of them")
-    for sample in samples:
-        total, response = len(sample.tokens), sample.response_length
-        rows = total - 1 if sample.routes is None else len(sample.routes)
-        lengths = {len(sample.loss_mask), len(sample.rollout_logprobs), response}
-        if tuple(sample.tokens[: total - response].tolist()) != tuple(prompt.tokens):
-            raise Failed("rubbish", "the sample does not begin with its prompt's tokens")
-        _check_images(sample, prompt)
-        if not response or not bool(sample.loss_mask.any()):
-            raise Failed("rubbish", "the sample has no token of the model")
-        if len(lengths) > 1 or rows != total - 1:
-            problem = f"{len(sample.loss_mask)} mask entries, {len(sample.rollout_logprobs)} logprobs and {rows} rows of routes"
-            raise Failed("rubbish", f"the sample has {problem} for {response} response tokens of {total}")
-        if wants_routes and sample.routes is None:
-            raise Failed("rubbish", "the sample has no routes, although router replay is on")
-        if sample.prompt_id != prompt.prompt_id or sample.sample_index != sample_index:
-            raise Failed("rubbish", "the sample names another prompt or another number than its own")
-    return samples
-
-
-def _check_images(sample: Sample, prompt: Prompt) -> None:
-    """Failed unless the prompt's images come first, and all lie one after the other inside the sample."""
-    if sample.images[: len(prompt.images)] != prompt.images:
-        raise Failed("rubbish", "the sample does not begin with its prompt's images")
-    after = 0
-    for image in sample.images:
-        there = set(sample.tokens[image.start : image.start + image.tokens].tolist())
-        if image.start < after or image.start + image.tokens > len(sample.tokens) or len(there) != 1:
-            raise Failed("rubbish", f"an image at token {image.start} of the sample does not stand on placeholders of its own")
-        after = image.start + image.tokens

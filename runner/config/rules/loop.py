@@ -297,6 +297,12 @@ def conversations(cfg: Config) -> Iterator[UserError]:
             key=f"{key}.min_image_pixels",
             fix=f"{key}.min_image_pixels={section.max_image_pixels}",
         )
+    for name, part in cfg.task.rewards.items():
+        if section._target_ is None and name != "task" and part._target_ is None and part.url is None:
+            problem = f"nothing gives a part {name!r} of the reward: here is its weight alone, and the task's own part is `task`"
+            yield UserError(
+                problem, key=f"task.rewards.{name}", fix=f"+task.rewards.{name}._target_=package.module.name, or url=.."
+            )
     if "" in section.stop:
         yield UserError("an empty text would end every turn", key=f"{key}.stop", fix=f"{key}.stop=[]")
 
