@@ -198,6 +198,10 @@ def test_what_a_resume_changes_is_part_of_the_run(tmp_path: Path) -> None:
         opened.keep_overrides(["seed=1", "steps=12", f"resume={run}"])
     assert recorded.read_overrides(run) == ["seed=1", "steps=12"]
     assert compose.with_resumed([f"resume={run}", "seed=2"])[:2] == ["steps=12", "seed=2"]
+    for name in (run.name, f"{run.parent.name}/{run.name}"):
+        assert f"run_name={name}" in compose.with_resumed([f"resume={run}", f"run_name={name}"])
+    with pytest.raises(UserError, match="goes on in its own folder"):
+        compose.with_resumed([f"resume={run}", "run_name=another"])
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,32 @@ def test_scales_that_give_no_number(source: Path, dense: ModelConfig, tmp_path: 
     for opened in (lambda: run(tmp_path / "q", tmp_path / "back", BF16), lambda: start(tmp_path / "q", dense)):
         with pytest.raises(UserError, match="down_proj.*(not finite|NaN|infinite)"):
             opened()
+
+
+@pytest.mark.parametrize("tensor_format", [TensorFormat.fp8(), INT4, TensorFormat.nvfp4()])
+@pytest.mark.parametrize("kind", ["negative", "zero"])
+def test_scales_that_no_quantizer_writes(
+    source: Path, dense: ModelConfig, tmp_path: Path, tensor_format: TensorFormat, kind: str
+) -> None:
+    """Every number is finite, so nothing but the scales themselves shows it."""
+    run(source, tmp_path / "q", tensor_format)
+
+    def damage(tensors: Tensors) -> None:
+        for name, part in tensors.items():
+            if name.startswith(f"{DOWN}.") and "scale" in name:
+                tensors[name] = torch.zeros_like(part) if kind == "zero" else (-part.float()).to(part.dtype)
+
+    edit_tensors(tmp_path / "q", damage)
+    for opened in (lambda: run(tmp_path / "q", tmp_path / "back", BF16), lambda: start(tmp_path / "q", dense)):
+        with pytest.raises(UserError, match="down_proj.*(negative scales|no scale but 0)"):
+            opened()
+
+
+def test_a_group_of_zeros_may_have_a_scale_of_zero(source: Path, dense: ModelConfig, tmp_path: Path) -> None:
+    run(source, tmp_path / "q")
+
+    def zero(tensors: Tensors) -> None:
+        tensors[f"{DOWN}.weight_scale"][0, 0] = 0
+
+    edit_tensors(tmp_path / "q", zero)
+    both_ways_equal(tmp_path / "q", dense, tmp_path, expected_back(tmp_path / "q", tmp_path))

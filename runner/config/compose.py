@@ -30,6 +30,7 @@ from runner.config.overrides import (
     override,
     override_key,
     readable,
+    typed,
     with_newlines,
 )
 from runner.config.recorded import find_run, read_overrides
@@ -233,6 +234,12 @@ def with_resumed(overrides: list[str]) -> list[str]:
         return overrides
     outputs_dir = given(overrides, "outputs_dir") or default_outputs_dir()
     run = find_run(expand_home(target), expand_home(outputs_dir))
+    if (name := given(overrides, "run_name")) and run.absolute().parts[-name.count("/") - 1 :] != tuple(name.split("/")):
+        raise UserError(
+            f"a resumed run goes on in its own folder, {run}, which has another name than {name!r}",
+            key="run_name",
+            fix=f"leave run_name away; without {typed('resume', target)} a new run begins",
+        )
     replaced = {override_key(item) for item in overrides}
     kept = restored([joined_surrogates(item) for item in read_overrides(run) if override_key(item) not in replaced])
     return [*kept, *(item for item in overrides if override_key(item) != "resume"), override("resume", str(run))]

@@ -26,6 +26,7 @@ from runner.convert.jobs import Action, Job, Jobs, dequantizing_jobs, quantizing
 from runner.convert.journal import Partial, check_space
 from runner.convert.shard import ShardWriter
 from runner.convert.source import INDEX, Source, model_of, of_model, open_shard, open_source, read
+from runner.convert.stored import check_scales
 from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models.config_file import CONFIG
@@ -265,6 +266,7 @@ def _rows_of(num_bytes: int, row_bytes: int, unit: int = 1) -> int:
 
 def _decode(job: Job, parts: dict[str, torch.Tensor], writer: ShardWriter) -> None:
     """Row block by row block, except where zero points are packed along the rows."""
+    check_scales(job.name, parts, "convert.source")
     rows, columns = job.outputs[0].shape
     unit = job.tensor_format.rows_per_scale
     step = _rows_of(BLOCK_BYTES, columns * 2, unit) if job.tensor_format.symmetric else rows

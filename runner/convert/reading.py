@@ -8,7 +8,7 @@ import torch
 
 from runner.config.schema import ModelConfig
 from runner.convert.source import Source, of_model, open_shard, open_source, read
-from runner.convert.stored import check, inputs_of, is_plain
+from runner.convert.stored import check, check_scales, inputs_of, is_plain
 from runner.data import ExportedTensor
 from runner.errors import UserError
 from runner.models.config_file import check_model
@@ -46,6 +46,7 @@ def read_weight(source: Source, plan: PrecisionPlan, name: str) -> torch.Tensor:
             parts[tensor.name] = read(handle, tensor)
     if is_plain(stored, name):
         return parts[name]
+    check_scales(name, parts, KEY)
     decoded = codec.decode(ExportedTensor(name, tensor_format.format, parts), tensor_format)
     if tuple(decoded.shape) != plan.parameters[name].shape or not torch.isfinite(decoded).all():
         found = f"holds {tuple(decoded.shape)} weights" if decoded.isfinite().all() else "holds values that are not finite"

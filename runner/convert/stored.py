@@ -8,7 +8,7 @@ models all read folders through `check`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -119,6 +119,20 @@ def _part_problems(
                 yield f"has {part} of shape {stored.shape}; {tensor_format} of a weight {shape} has {known}"
     if parts:
         yield f"has {', '.join(sorted(parts))} beside it, which {tensor_format} does not have"
+
+
+def check_scales(name: str, parts: Mapping[str, torch.Tensor], key: str) -> None:
+    """UserError where scales of a quantized weight, which headers do not show, are negative or all zero.
+
+    No quantizer writes the former, and the latter are a file that nobody finished; a group of zeros may have a scale of zero.
+    """
+    for part, scale in parts.items():
+        if "scale" not in part.rpartition(".")[2] or not scale.is_floating_point() or not scale.numel():
+            continue
+        values = scale.float()
+        problem = "negative scales" if (values < 0).any() else "no scale but 0" if not values.any() else None
+        if problem:
+            raise UserError(f"{name} has {problem} in {part}", key=key, fix="the checkpoint is damaged; download it again")
 
 
 def _missing(source: Source, plan: PrecisionPlan, missing: list[str], key: str) -> list[UserError]:
