@@ -30,6 +30,7 @@ WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_4b": USED,
     "mistral": EVERY_LAYER,
     "mixtral": EVERY_LAYER,
+    "gemma3": ({"sliding_window": 8}, {"sliding_window": 256}),
     "gpt_oss": ({"sliding_window": 8}, {"layer_types": ["full_attention"] * 2}),
 }
 
@@ -72,7 +73,7 @@ def test_trainer_and_engine_compute_transformers_logits(name: str, folders: dict
     assert (routes is None) == (not model.num_experts)
     if routes is None:
         return
-    replay = RouterReplay(trainer, family.routers(model), model.router_score)
+    replay = RouterReplay(trainer, family.routers(model), model.router_score, normalizes=family.normalizes_top_k)
     recorded = torch.ones(len(tokens), dtype=torch.bool)
     with torch.no_grad(), replay.replaying(routes.transpose(0, 1).contiguous(), recorded):
         again = trainer(tokens[None]).logits[0]
