@@ -24,7 +24,7 @@ class Integer(FormatSpec):
     """What int4 and int8 share."""
 
     scale_dtype = "bfloat16"
-    part_names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     integer = True
     group_sizes = (-1, 16, 32, 64, 128, 256)
     container = "pack-quantized"
@@ -176,7 +176,7 @@ class Int4(Integer):
         """Of `quant_method: awq` and `gptq`: linear modules but those with an entry of `modules_to_not_convert` in their name. A
         weight that such a program left alone lies there as it was, which `convert/stored.py` sees."""
         awq = config["quant_method"] == "awq"
-        known = {
+        known: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "bits": (4, (4,)),
             "version": ("gemm", ("gemm", "GEMM")),
             "zero_point": (True, (True,)),
