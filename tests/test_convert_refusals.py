@@ -91,8 +91,8 @@ def test_nothing_to_dequantize(source: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_quantization_method(source: Path, tmp_path: Path) -> None:
-    edit_config(source, quantization_config={"quant_method": "awq"})
-    refused(source, tmp_path, "'awq'", TensorFormat.bf16())
+    edit_config(source, quantization_config={"quant_method": "hqq"})
+    refused(source, tmp_path, "'hqq'", TensorFormat.bf16())
 
 
 def test_unknown_architecture(source: Path, tmp_path: Path) -> None:

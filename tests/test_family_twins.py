@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from runner.config.schema import ModelConfig
-from runner.models import FAMILIES, family_of
+from runner.models import FAMILIES, agreement, family_of
 from runner.models.build import build_model, disk_tensors, memory_tensors, named_weights
 from runner.precision.plan import PrecisionPlan
 from runner.precision.tensor_format import TensorFormat
@@ -30,6 +31,7 @@ WINDOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_4b": USED,
     "mistral": EVERY_LAYER,
     "mixtral": EVERY_LAYER,
+    "gemma3": ({"sliding_window": 8, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}, {"sliding_window": 256}),
     "gpt_oss": ({"sliding_window": 8}, {"layer_types": ["full_attention"] * 2}),
 }
 
@@ -72,7 +74,7 @@ def test_trainer_and_engine_compute_transformers_logits(name: str, folders: dict
     assert (routes is None) == (not model.num_experts)
     if routes is None:
         return
-    replay = RouterReplay(trainer, family.routers(model), model.router_score)
+    replay = RouterReplay(trainer, family.routers(model), model.router_score, normalizes=family.normalizes_top_k)
     recorded = torch.ones(len(tokens), dtype=torch.bool)
     with torch.no_grad(), replay.replaying(routes.transpose(0, 1).contiguous(), recorded):
         again = trainer(tokens[None]).logits[0]
@@ -106,6 +108,21 @@ def test_layers_that_see_a_window(name: str, tmp_path: Path) -> None:
         whole = as_trained(model)(tokens[None]).logits[0]
     assert (ours - theirs).abs().max() < 1e-4 and (decoded - theirs).abs().max() < 1e-4
     assert (whole - theirs)[:8].abs().max() < 1e-4 < (whole - theirs)[9:].abs().max()
+
+
+def test_rotary_numbers_of_kinds_of_layers_as_transformers_writes_them(tmp_path: Path) -> None:
+    """Gemma 3: what a layer that sees everything has is the model group's, in either form; a kind that follows the batch is
+    refused in both."""
+    rope = {"factor": 8.0, "rope_type": "linear"}
+    values = twins.shrunk(twins.PUBLISHED["gemma3"]) | {"rope_scaling": rope, "rope_theta": 5000.0}
+    rewritten = CONFIG_MAPPING["gemma3_text"].from_dict(values).to_dict() | {"architectures": values["architectures"]}
+    assert set(rewritten["rope_parameters"]) == {"full_attention", "sliding_attention"} and "rope_theta" not in rewritten
+    family = FAMILIES["gemma3"]
+    read = [family.from_hf_config(config, "gemma3") for config in (values, rewritten)]
+    assert read[0] == read[1] and read[0]["rope_theta"] == 5000.0 and read[0]["tied_embeddings"]
+    assert [agreement.Rope.of(config).kind for config in (values, rewritten)] == ["linear", "linear"]
+    rewritten["rope_parameters"]["full_attention"]["rope_type"] = "dynamic"
+    assert agreement.Rope.of(rewritten).problem()
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -158,7 +158,11 @@ def test_the_published_kimi_config() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method is 'awq'"),
+        ({"quant_method": "hqq", "bits": 4}, "quant_method is 'hqq'"),
+        ({"quant_method": "awq", "bits": 8, "group_size": 128}, "bits is 8; readable is 4"),
+        ({"quant_method": "awq", "version": "gemv", "group_size": 128}, "version is 'gemv'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size is 0"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({"bits": 4}, "quant_method is None"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size is \[64, 64\]"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),

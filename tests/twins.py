@@ -47,6 +47,7 @@ SIZES = {  # key of a config.json -> its size in a twin
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
+    "sliding_window_pattern": 2,  # Gemma 3: every second layer sees everything
     "initializer_range": 0.05,  # sizes: so that logits of a narrow model are as wide as those of the original
 }
 # centre and spread of what transformers starts at zero or one, which would hide that it was left out

@@ -14,6 +14,7 @@ from typing import Any
 
 from runner.config.schema import ModelConfig
 from runner.errors import UserError
+from runner.models.common import of_full_attention
 from runner.models.family import Family
 
 KEY = "model.hf_checkpoint"
@@ -38,6 +39,7 @@ class Rope:
         values = text.get("rope_scaling") or text.get("rope_parameters") or {}
         if not isinstance(values, dict):
             return Rope(f"of type {type(values).__name__}", {})
+        values = of_full_attention(values)
         return Rope(str(values.get("rope_type") or values.get("type") or "default"), values)
 
     def problem(self, rotary_share: float = 1.0) -> str | None:

@@ -348,6 +348,7 @@ class ConfigReader:
                 continue
             if not isinstance(parameters, dict):
                 raise ValueError(f"config.json of {self.name}: `{key}` is {short(repr(parameters))}; it must be an object")
+            parameters = of_full_attention(parameters)
             if "rope_theta" in parameters:
                 return self._number(parameters["rope_theta"], f"{key}.rope_theta")
             break
@@ -358,6 +359,12 @@ def short(value: object) -> str:
     """A value of somebody else's file for a message: one short line. Texts stay without quotes."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def of_full_attention(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters of layers that see everything, where kinds of layers have their own (Gemma 3); or all there are."""
+    own = rope.get("full_attention")
+    return own if isinstance(own, dict) else rope
 
 
 def full_attention(reader: ConfigReader) -> None:

@@ -110,7 +110,8 @@ def scales_of(exported: ExportedTensor) -> Scales:
     """The stored scales of a quantized tensor."""
     module = module_of(exported.name)
     parts = exported.parts
-    scale = parts.get(f"{module}.weight_scale_inv", parts.get(f"{module}.weight_scale"))
+    found = (parts.get(f"{module}.{name}") for name in ("weight_scale_inv", "weight_scale", "scales"))
+    scale = next((scale for scale in found if scale is not None), None)
     if scale is None:
         raise UserError(f"{exported.name}: no weight_scale beside it")
     return Scales(scale, parts.get(f"{module}.weight_global_scale"))

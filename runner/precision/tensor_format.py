@@ -20,6 +20,7 @@ class TensorFormat:
     strategy     group, channel, block (fp8, 128 x 128) or tensor: what shares one scale; "none" for bf16
     symmetric    False only for foreign INT checkpoints with zero points, which can be read but not written
     scale_dtype  of the stored scales; derived from the format unless a foreign checkpoint says otherwise
+    packing      of foreign INT4 checkpoints that another program packed in its own way (packings.py); they can be read only
     """
 
     format: str
@@ -28,6 +29,7 @@ class TensorFormat:
     strategy: str
     symmetric: bool = True
     scale_dtype: str = ""
+    packing: str = ""
 
     def __post_init__(self) -> None:
         if not self.scale_dtype:

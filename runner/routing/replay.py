@@ -27,15 +27,16 @@ def replayed_weights(
 ) -> torch.Tensor:
     """Routing weights [N, K] fp32 of the given experts [N, K] from router logits [N, E].
 
-    softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE). sigmoid: sigmoid(fp32 logits)
-    gathered (the selection bias takes no part), divided by sum + 1e-20 if `normalize`, times `scaling` (DeepSeek-V3).
+    softmax: softmax(fp32 logits) gathered, divided by their sum if `normalize` (Qwen3-MoE), times `scaling` (DeepSeek-V2).
+    sigmoid: sigmoid(fp32 logits) gathered (the selection bias takes no part), divided by sum + 1e-20 if `normalize`, times
+    `scaling` (DeepSeek-V3).
     top_k_softmax: softmax of the gathered logits, in the logits' dtype (gpt-oss).
     """
     if score == RouterScore.top_k_softmax:
         return torch.softmax(logits.gather(1, experts), dim=-1).float()
     if score == RouterScore.softmax:
         chosen = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(1, experts)
-        return chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen
+        return (chosen / chosen.sum(dim=-1, keepdim=True) if normalize else chosen) * scaling
     chosen = logits.float().sigmoid().gather(1, experts)
     if normalize:
         chosen = chosen / (chosen.sum(dim=-1, keepdim=True) + SIGMOID_EPSILON)
@@ -55,11 +56,12 @@ class RouterReplay:
     """Replays recorded routes in `model`; outside of `replaying` the model routes as it wants.
 
     `router_names`: module names of the routers, in the order of the routes' layer dimension. Each router is a transformers
-    module that returns (logits, weights, experts) and has its `experts` module as a sibling.
+    module that returns (logits, weights, experts) and has its `experts` module as a sibling. `normalizes`: whether weights sum
+    to one, of routers that do not say so themselves (`Family.normalizes_top_k`).
     """
 
-    def __init__(self, model: nn.Module, router_names: Sequence[str], score: RouterScore) -> None:
-        self.score = score
+    def __init__(self, model: nn.Module, router_names: Sequence[str], score: RouterScore, *, normalizes: bool = True) -> None:
+        self.score, self.normalizes = score, normalizes
         self.num_layers = len(router_names)
         self._current: CurrentRoutes | None = None
         self._wrong: torch.Tensor | None = None  # expert ids that an experts module got and the record does not say
@@ -126,7 +128,7 @@ class RouterReplay:
                 logits,
                 routes,
                 score=self.score,
-                normalize=bool(getattr(router, "norm_topk_prob", True)),
+                normalize=bool(getattr(router, "norm_topk_prob", self.normalizes)),
                 scaling=float(getattr(router, "routed_scaling_factor", 1.0)),
             )
             return logits, replayed.to(weights.dtype), routes

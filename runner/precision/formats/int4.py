@@ -1,16 +1,19 @@
 """int4: symmetric integers in groups (W4A16), as compressed-tensors' `pack-quantized` stores them. The numbers: ../int4.py.
 
 weight_packed int32 [out, in / 8], weight_scale bf16 [out, groups], weight_shape int64 [2]
+
+Read as well: what AutoAWQ and GPTQ programs write, with parts of their own (../packings.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.config.schema import Convention
 from runner.errors import UserError
 from runner.precision.formats import FLOATS, FormatSpec, Part, Readable, Scales, Scheme, Shape
+from runner.precision.quantization_config import module_names
 from runner.precision.tensor_format import TensorFormat
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ class Integer(FormatSpec):
     """What int4 and int8 share."""
 
     scale_dtype = "bfloat16"
-    part_names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
     integer = True
     group_sizes = (-1, 16, 32, 64, 128, 256)
     container = "pack-quantized"
@@ -41,6 +44,7 @@ class Integer(FormatSpec):
             f"group {tensor_format.group_size}" if tensor_format.group_size > 0 else "per channel",
             tensor_format.convention.name if tensor_format.convention else "unknown convention",
             *([] if tensor_format.symmetric else ["asymmetric"]),
+            *([f"packed as {tensor_format.packing}"] if tensor_format.packing else []),
         ]
 
     def parts(self, tensor_format: TensorFormat, shape: Shape) -> tuple[Part, ...]:
@@ -144,6 +148,56 @@ class Int4(Integer):
     bits = 4
     proposed = ("int4_qat", 128)
     compiled_kernels = True
+    part_names = (*Integer.part_names, "qweight", "qzeros", "scales", "g_idx")
+    methods = ("awq", "gptq")
+
+    def readable(self, tensor_format: TensorFormat, shape: Shape) -> tuple[Readable, ...]:
+        if not tensor_format.packing:
+            return super().readable(tensor_format, shape)
+        rows, columns = shape
+        groups = 1 if tensor_format.group_size == -1 else columns // tensor_format.group_size
+        awq = tensor_format.packing == "awq"
+        packed = (columns, self._words(rows)) if awq else (self._words(columns), rows)
+        found = (
+            Readable(("qweight",), ("int32",), (packed,)),
+            Readable(("qzeros",), ("int32",), ((groups, self._words(rows)),)),
+            Readable(("scales",), FLOATS, ((groups, rows),)),
+        )
+        return found if awq else (*found, Readable(("g_idx",), ("int32", "int64"), ((columns,),)))
+
+    def decode(self, parts: Mapping[str, torch.Tensor], scales: Scales, tensor_format: TensorFormat) -> torch.Tensor:
+        from runner.precision import packings
+
+        if not tensor_format.packing:
+            return super().decode(parts, scales, tensor_format)
+        return packings.dequantize(parts, tensor_format.packing)
+
+    def config_reader(self, config: Mapping[str, Any]) -> Callable[[str], TensorFormat]:
+        """Of `quant_method: awq` and `gptq`: linear modules but those with an entry of `modules_to_not_convert` in their name. A
+        weight that such a program left alone lies there as it was, which `convert/stored.py` sees."""
+        awq = config["quant_method"] == "awq"
+        known: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "bits": (4, (4,)),
+            "version": ("gemm", ("gemm", "GEMM")),
+            "zero_point": (True, (True,)),
+            "checkpoint_format": ("gptq", ("gptq", "gptq_v2")),
+            "dynamic": (None, (None, {})),  # rules by module of GPTQModel
+        }
+        for key, (absent, readable) in known.items():
+            if config.get(key, absent) not in readable:
+                found = f"quantization_config.{key} is {config[key]!r:.80}; readable is {readable[0]!r}"
+                raise UserError(found, fix="convert the original bf16 checkpoint instead")
+        group = config["group_size"]
+        if isinstance(group, bool) or not isinstance(group, int) or (group < 1 and group != -1):
+            raise UserError(f"quantization_config: group_size is {group!r:.80}; it must be a positive whole number, or -1")
+        packing = "awq" if awq else config.get("checkpoint_format", "gptq")
+        grid = TensorFormat("int4", group, None, "channel" if group == -1 else "group", symmetric=False, packing=packing)
+        kept = module_names(config, "modules_to_not_convert")
+
+        def format_of(module: str) -> TensorFormat:
+            return TensorFormat.bf16() if any(entry in module for entry in kept) else grid
+
+        return format_of
 
     def _packed(
         self, weight: torch.Tensor, group_size: int, convention: Convention, scale: torch.Tensor | None

@@ -20,6 +20,7 @@ from runner.precision.tensor_format import TensorFormat
 from runner.rollout.local.attention import ATTENTION, LENGTH_BUCKET, KVCache, Step
 from runner.rollout.local.experts import EngineExperts, EngineLinear
 from runner.rollout.local.fused import FusedDecoder, share_storage, stackable, unsupported
+from runner.rollout.local.rotary import EVERY, Rotary
 from runner.rollout.local.sampling import SAMPLE, Draws, distribution, draws_of, uniforms
 from runner.rollout.local.weights import DenseWeight, ResidentWeight, resident_weight
 
@@ -59,7 +60,7 @@ class EngineModel:
         self._install()
         self.fused = None if self.not_fused else FusedDecoder(self.decoder, self.head, dtype, model.experts_top_k)
         self._fused_last = False
-        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.rotary = Rotary(self.decoder, dtype, device)
 
     def _install(self) -> None:
         family, model = family_of(self.config), self.config
@@ -119,13 +120,10 @@ class EngineModel:
             self.others[f"{path}.bias"] = linear.bias.data
 
     def rope(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [length, d] of all positions, computed once by the model's own module."""
-        if self._rope is None or self._rope[0].shape[0] < length:
-            sample = torch.empty(1, dtype=self.dtype, device=self.device)
-            positions = torch.arange(max(length, self.config.max_context_tokens), device=self.device).unsqueeze(0)
-            cos, sin = self.decoder.rotary_emb(sample, positions)
-            self._rope = cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
-        return self._rope
+        """cos and sin [length, d] of all positions, for the CPU kernels."""
+        angles = self.rotary.table(max(length, self.config.max_context_tokens))
+        assert isinstance(angles, tuple)
+        return angles
 
     def forward(
         self,
@@ -171,7 +169,8 @@ class EngineModel:
             reads=reads,
         )
         positions = to(positions_np)
-        rope = self._angles(cache, positions) if images is None else self._image_angles(positions_np, images[row])
+        length = max(cache.length, self.config.max_context_tokens)
+        rope = self.rotary.at(positions, length) if images is None else {EVERY: self._image_angles(positions_np, images[row])}
         hidden = self.decoder.embed_tokens(to(tokens).unsqueeze(1))
         if placed is not None:
             hidden = hidden.index_copy(0, placed.where, placed.embeds.unsqueeze(1))
@@ -182,21 +181,16 @@ class EngineModel:
                 position_ids=positions.unsqueeze(1),
                 past_key_values=None,
                 use_cache=False,
-                position_embeddings=rope,
+                position_embeddings=rope[self.rotary.kinds[number]],
                 engine_step=step,
             )
             if placed is not None and number < len(placed.deepstack):
                 hidden = hidden.index_add(0, placed.where, placed.deepstack[number].unsqueeze(1))
         return self.decoder.norm(hidden).squeeze(1)
 
-    def _angles(self, cache: KVCache, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope(cache.length)
-        return cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-
     def _image_angles(self, positions: np.ndarray, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [N, 1, d] of tokens at these positions [N] of sequences with these images [N, I, 3]."""
-        places = self._to_device(rotary_positions(positions, images))
-        cos, sin = self.decoder.rotary_emb(torch.empty(1, dtype=self.dtype, device=self.device), places.unsqueeze(1))
+        cos, sin = self.rotary.compute(self._to_device(rotary_positions(positions, images)).unsqueeze(1))
         return cos.transpose(0, 1), sin.transpose(0, 1)
 
     def encode(self, images: Sequence[Images]) -> ImageFeatures | None:

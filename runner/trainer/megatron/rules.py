@@ -29,6 +29,7 @@ FAMILIES = (
 WINDOWS = ("gpt_oss",)  # those of them whose layers with a window are computed
 # why others are not among them
 NOT_MAPPED = {
+    "gemma3": "Megatron-core has no norms behind the attention and the mlp, which Gemma 3 has, and one rotary base",
     "glm4": "Megatron-core has no norms behind the attention and the mlp, which GLM-4 has",
     "glm4_moe_lite": "Megatron-core gives the norms on latents rms_norm_eps, transformers does not: logprobs differ by 4e-5",
     "minimax_m2": "Megatron-core's norms on queries and keys are of each head, MiniMax-M2's span all heads",

@@ -113,7 +113,8 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
     def _build_replay(self) -> RouterReplay | None:
         if not replays(self.cfg, self.family):
             return None
-        return RouterReplay(self.model, self.family.routers(self.cfg.model), self.cfg.model.router_score)
+        model, family = self.cfg.model, self.family
+        return RouterReplay(self.model, family.routers(model), model.router_score, normalizes=family.normalizes_top_k)
 
     def _build_mtp(self) -> mtp.NoMtp | mtp.MtpTraining:
         if not mtp.trained_online(self.cfg):
