@@ -33,6 +33,7 @@ BACK = {
     ("models", "convert"): "... through the converter's reader of published folders",
     ("precision.formats", "precision"): "a format's file names the arithmetic of its family, which is older than the files",
     ("precision.kernels", "precision"): "kernels are checked against, and share constants with, the plain arithmetic",
+    ("tasks", "tools"): "unit tests of code run in the sandbox of the Python tool",
     ("cluster", "cluster.local"): "the launcher that a config names",
     ("cluster", "cluster.ray"): "... and the other one",
     ("cluster.ray", "planner"): "how large the routes of a step are: a node's object store holds them",

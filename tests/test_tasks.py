@@ -259,9 +259,9 @@ def test_template_and_limits(tmp_path: Path) -> None:
     [
         ('{"question": "a", "answer": "#### 1"}\n{"question": \n', r"t\.jsonl:2: not JSON"),
         ('{"question": "a", "answer": "#### 1"}\n\n[1]\n', r"t\.jsonl:3: a list"),
-        ('{"question": "a"}\n', r"t\.jsonl:1: no field 'answer'"),
+        ('{"question": "a"}\n', r"t\.jsonl:1: no field 'answer' among question"),
         ('{"question": "a", "answer": "no mark"}\n', r"t\.jsonl:1: .*####"),
-        ('{"question": 3, "answer": "#### 1"}\n', r"t\.jsonl:1: .*strings"),
+        ('{"question": 3, "answer": "#### 1"}\n', r"t\.jsonl:1: .*a string or a list of messages, not int"),
         ("", "holds no problems"),
         ("\n\n", "holds no problems"),
         (json.dumps({"question": "long " * 50, "answer": "#### 1"}) + "\n", r"1 of 1 prompts are longer.*=64"),
@@ -325,7 +325,7 @@ def test_a_chat_template_that_raises_names_the_line(tmp_path: Path, template: st
 
 
 @pytest.mark.parametrize(
-    ("start", "kind"), [(b"PAR1\x15", "a Parquet file"), (b"\x1f\x8b\x08", "a gzip archive"), (b"PK\x03\x04", "a zip archive")]
+    ("start", "kind"), [(b"BZh9", "a bzip2 archive"), (b"\x1f\x8b\x08", "a gzip archive"), (b"PK\x03\x04", "a zip archive")]
 )
 @pytest.mark.parametrize("name", ["data.jsonl", "train.parquet"])
 def test_other_kinds_of_files_are_named(tmp_path: Path, start: bytes, kind: str, name: str) -> None:
@@ -333,9 +333,6 @@ def test_other_kinds_of_files_are_named(tmp_path: Path, start: bytes, kind: str,
     with pytest.raises(UserError, match=f"{name}' is {kind}") as caught:
         Gsm8kTask(jsonl_config(tmp_path / name), TOKENIZER)
     assert caught.value.fix
-    if kind == "a Parquet file" and name.endswith("parquet"):  # a downloaded data set's folder
-        with pytest.raises(UserError, match="is a Parquet file"):
-            Gsm8kTask(jsonl_config(tmp_path), TOKENIZER)
 
 
 def test_an_array_of_rows_is_told_to_be_lines(tmp_path: Path) -> None:

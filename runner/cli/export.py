@@ -20,8 +20,9 @@ def own_keys() -> dict[str, str]:
 
 def formats() -> tuple[str, ...]:
     from runner.precision.formats import all_formats
+    from runner.trainer.adapters import PEFT
 
-    return tuple(spec.name for spec in all_formats() if not spec.converter_only)
+    return (*(spec.name for spec in all_formats() if not spec.converter_only), PEFT)
 
 
 def start(command: Command) -> int:
@@ -66,6 +67,7 @@ Exit code 0: written; 1: the ranks were lost; 2: a mistake to mend; 130: Ctrl-C.
     examples=(
         ("export run=RUN target=DIR format=int4", "as the engine had it"),
         ("export run=RUN target=DIR format=bf16 step=40", "an earlier checkpoint, unquantized"),
+        ("export run=RUN target=DIR format=peft", "a LoRA run's adapters, without the base"),
         ("export run=RUN target=DIR parallelism=single", "a Megatron run, in one process"),
     ),
     start=start,

@@ -162,10 +162,20 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """runner/trainer/adapters.py"""
+
+    rank: int = number(ge=0, le=2**14)  # 0: whole weights are trained
+    alpha: float = number(gt=0, le=1e6)
+    targets: Optional[list[Role]] = MISSING  # null: attention, mlps and experts
+
+
+@dataclass
 class TrainerConfig:
     _target_: str = MISSING
     name: str = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     max_tokens_per_gpu: int = number(ge=1, le=2**31)  # tokens of one micro-batch
     recompute: Recompute = MISSING
     max_nan_steps: int = number(ge=1, le=10**9)  # consecutive skipped steps after which the run stops
@@ -254,7 +264,7 @@ class RewardConfig:
 class TaskConfig:
     _target_: str = MISSING
     name: str = MISSING
-    train_path: Optional[str] = path()  # a JSONL file or hub id
+    train_path: Optional[str] = path()  # a data file, a folder or a hub id
     eval_path: Optional[str] = path()
     max_prompt_tokens: int = number(ge=1, le=2**24)
     reward_timeout_seconds: float = number(gt=0, le=LONGEST_SECONDS)
@@ -390,7 +400,7 @@ class ConvertConfig:
     method: ConvertMethod = MISSING
     format: Optional[str] = MISSING  # null: the precision's rollout format; else bf16, int8, fp8_channel, fp8_tensor
     workers: int = number(ge=1, le=1024)
-    calibration: Optional[str] = path()  # for gptq: a JSONL file or hub id; lines with text, question and answer, or messages
+    calibration: Optional[str] = path()  # for gptq: a data file or hub id; rows with text, question and answer, or messages
     calibration_samples: int = number(ge=1, le=10**7)
     calibration_tokens: int = number(ge=1, le=2**24)
     damping: float = number(gt=0, le=1e9)

@@ -1,4 +1,4 @@
-"""Calibration data of GPTQ: rows of a JSONL file become texts, texts become tokens."""
+"""Calibration data of GPTQ: rows of a data file become texts, texts become tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner.errors import UserError
 from runner.tasks.encoding import MAX_CHARACTERS_PER_TOKEN, TextEncoder
-from runner.tasks.jsonl import read_jsonl
+from runner.tasks.files import SUFFIXES, read_file
 
 KEY = "convert.calibration"
 ROWS = "lines need `text`, `question` and `answer` (GSM8K), or `messages`"
@@ -19,7 +19,7 @@ ROWS = "lines need `text`, `question` and `answer` (GSM8K), or `messages`"
 def is_file(calibration: str) -> bool:
     """Whether this names a file here (also one that is missing) and not a hub dataset."""
     path = Path(calibration).expanduser()
-    return path.exists() or path.suffix in {".jsonl", ".json"} or calibration.startswith((".", "/", "~"))
+    return path.exists() or path.suffix in {".jsonl", ".json", *SUFFIXES} or calibration.startswith((".", "/", "~"))
 
 
 def hub_dataset(calibration: str) -> tuple[str, str | None]:
@@ -29,13 +29,13 @@ def hub_dataset(calibration: str) -> tuple[str, str | None]:
 
 
 def read_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, num_samples: int, max_tokens: int) -> list[list[int]]:
-    """The first `num_samples` texts of a JSONL file as token ids, each cut to `max_tokens`.
+    """The first `num_samples` texts of a data file as token ids, each cut to `max_tokens`.
 
     UserError for a line without text (named), and for a file with fewer samples than asked for.
     """
     found: list[list[int]] = []
     encoder = TextEncoder(tokenizer)
-    for place, row in read_jsonl(path, KEY):
+    for place, row in read_file(path, KEY):
         try:
             text = text_of(encoder.hide(row), place, tokenizer)
             tokens = encoder.encode([text[: max_tokens * MAX_CHARACTERS_PER_TOKEN]])[0][:max_tokens]

@@ -20,7 +20,8 @@ MAX_PIXELS = 1 << 25  # 32 million, 96 MiB as RGB: what a compressed file may un
 
 
 def image_bytes(row: dict[str, Any], folder: Path) -> list[bytes]:
-    """The encoded images of a problem: `image`, a path relative to `folder`, or `image_base64`; or several paths in `images`.
+    """The encoded images of a problem: `image`, a path relative to `folder`, or `image_base64`; or several in `images`. In
+    place of a path there may be the file's bytes, or {"bytes": ..., "path": ...} as `datasets` keeps images.
 
     ValueError saying what is missing or cannot be read.
     """
@@ -31,13 +32,20 @@ def image_bytes(row: dict[str, Any], folder: Path) -> list[bytes]:
         given += row["images"]
     if not given:
         raise ValueError("0 images; a problem has one or more")
-    if not all(isinstance(entry, str) for entry in given):
-        raise ValueError("an image is the path of a file, or its bytes as text in `image_base64`")
+    given = [(entry.get("bytes") or entry.get("path")) if isinstance(entry, dict) else entry for entry in given]
+    if not all(isinstance(entry, str | bytes) for entry in given):
+        raise ValueError("an image is the path of a file, its bytes, or its bytes as text in `image_base64`")
     if row.get("image_base64") is not None:
         if len(given) > 1:
             raise ValueError(f"{len(given)} images; several are paths in `images`, without `image_base64`")
-        return [_decoded(given[0])]
-    return [_read(folder, name) for name in given]
+        return [_decoded(str(given[0]))]
+    return [_small(entry) if isinstance(entry, bytes) else _read(folder, entry) for entry in given]
+
+
+def _small(data: bytes) -> bytes:
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"an image has {len(data)} bytes, more than {MAX_FILE_BYTES}")
+    return data
 
 
 def _read(folder: Path, name: str) -> bytes:

@@ -18,7 +18,7 @@ from math import ceil
 from runner.config.choices import Drafting, Recompute
 from runner.config.option import engine_layout, one_process, trainer_layout
 from runner.config.schema import Config, ModelConfig, QatPlacement, Role
-from runner.planner.parameters import Inventory, on_stage, shard, stage_layers
+from runner.planner.parameters import Inventory, adapter_elements, base_elements, on_stage, shard, stage_layers
 from runner.planner.workload import (
     GIB,
     base_bytes,
@@ -27,6 +27,7 @@ from runner.planner.workload import (
     route_bytes_per_step,
 )
 from runner.precision.tensor_format import TensorFormat
+from runner.trainer.adapters import has_adapters
 from runner.weights.transports import kept_by_ranks, on_every_node
 
 # What a process takes before it holds a tensor: CUDA context, cuBLAS workspaces, NCCL buffers (an assumption, on the safe side).
@@ -210,20 +211,23 @@ def trainer_items(cfg: Config, inventory: Inventory, stage: int, tokens: int) ->
     device: dict[str, int] = {"weights": int(shares.elements * base)}
     host: dict[str, int] = {}
     layout = trainer_layout(cfg)
-    gradients = int(shares.elements * 4)  # both trainers accumulate in fp32; a parameter's own gradient is freed at once
-    states = {
-        "fp32 masters": int(shares.optimizer_elements * 4) if layout.masters else 0,
-        "Adam moments": int(shares.optimizer_elements * 8),
-    }
+    trained, stepped, masters = shares.elements, shares.optimizer_elements, layout.masters
+    if has_adapters(cfg):  # one rank holds everything
+        trained = stepped = adapter_elements(cfg, inventory)
+        masters = True
+        device["frozen base"] = base_elements(cfg, inventory) * base
+    gradients = int(trained * 4)  # both trainers accumulate in fp32; a parameter's own gradient is freed at once
+    states = {"fp32 masters": int(stepped * 4) if masters else 0, "Adam moments": int(stepped * 8)}
     if cfg.trainer.optimizer.cpu_offload:
         host.update(states)
-        host["gradients for offloaded Adam"] = int(shares.optimizer_elements * 4)
+        host["gradients for offloaded Adam"] = int(stepped * 4)
         device["gradients"] = 0 if layout.in_process else gradients  # a trainer in this process accumulates in host memory
     else:
         device.update({"gradients": gradients, **states})
     device.update(quantization_items(cfg, inventory, shares))
     if cfg.algorithm.kl_coef > 0:
-        (device if layout.resident_reference else host)["reference weights"] = int(shares.elements * base)
+        reference = trained * 4 if has_adapters(cfg) else shares.elements * base
+        (device if layout.resident_reference else host)["reference weights"] = int(reference)
     device["activations"] = activation_bytes(cfg, stage, tokens)
     if stage == pp - 1:
         device["logits of a chunk"] = logits_bytes(cfg, tokens)

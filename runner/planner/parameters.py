@@ -14,6 +14,7 @@ from runner.errors import UserError
 from runner.models.family import Cut
 from runner.precision.plan import PrecisionPlan, Side
 from runner.precision.tensor_format import TensorFormat
+from runner.trainer import adapters
 
 SIDES: tuple[Side, Side] = ("train", "rollout")
 
@@ -75,6 +76,25 @@ def take_inventory(cfg: Config) -> Inventory:
             groups[key] = ParameterGroup(p.role, p.layer, tuple(p.shape), p.cut, on_trainer, on_engine, 1)
         counts[key] += 1
     return Inventory(cfg.model, tuple(replace(group, count=counts[key]) for key, group in groups.items()))
+
+
+def adapter_elements(cfg: Config, inventory: Inventory) -> int:
+    """Parameters of all low-rank adapters. Experts are stacked with gate over up: they share an A."""
+    found = 0
+    for group in inventory.groups:
+        if group.role in adapters.roles(cfg) and len(group.shape) == 2:
+            shared = group.role is Role.routed_expert and group.cut is Cut.outputs
+            rows, columns = group.shape
+            found += group.count * adapters.elements(cfg, (rows, columns // 2 if shared else columns))
+    return found
+
+
+def base_elements(cfg: Config, inventory: Inventory) -> int:
+    """Frozen parameters that lie beside the model's weights, which hold something else: merged, or quantized."""
+    chosen = adapters.roles(cfg)
+    return sum(
+        group.elements for group in inventory.groups if group.train.quantized or (group.role in chosen and len(group.shape) == 2)
+    )
 
 
 def stage_layers(num_layers: int, pp: int, last_stage_layers: int | None) -> list[range]:

@@ -2,8 +2,8 @@
 
 The source is always bf16(master), never the quantized weights of the trainer: a BF16 export loses nothing, and an INT4 export
 has the integers and scales that the run's engine computed with. A torch run's checkpoint holds bf16(master) under HF names
-and is read directly; a Megatron run's is loaded by Megatron ranks in the run's layout, or in another one that the command
-names (`parallelism=single` on one machine).
+and is read directly, or adapters (trainer.lora), which are merged with their base; a Megatron run's is loaded by Megatron ranks
+in the run's layout, or in another one that the command names (`parallelism=single` on one machine).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from hydra.utils import get_class
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -29,19 +30,27 @@ from runner.precision import codec
 from runner.precision.plan import PrecisionPlan, quantized_roles
 from runner.precision.tensor_format import TensorFormat
 from runner.run import checkpoint
+from runner.trainer.adapters import PEFT
 
 SHARD_BYTES = 4 << 30
 
 
 def export(cfg: Config, run: Path, target: Path, *, format: str | None, step: int | None) -> None:
     """Write the folder and print what it holds. `step` None: the newest complete checkpoint; `format` None: the rollout format
-    of the run. Raises UserError for a step or target that does not fit."""
+    of the run, `peft`: its adapters alone. Raises UserError for a step or target that does not fit."""
     folder = _checkpoint(run, step) / "trainer"
+    console = Console(soft_wrap=True, highlight=False)
+    if format == PEFT:
+        write_adapters = getattr(get_class(cfg.trainer._target_), "write_adapters", None)
+        if write_adapters is None:
+            raise UserError(f"trainer={cfg.trainer.name} has no adapters", key="format", fix="format=bf16")
+        count, size = write_adapters(cfg, folder, target)
+        console.print(f"{target}: {count} adapters from {folder.parent.name} of {run}, {size / 1e6:.1f} MB", markup=False)
+        return
     plan = plan_of(cfg, format)
     started = time.perf_counter()
     size = write(cfg, plan, _weights(cfg, folder), target)
     seconds = time.perf_counter() - started
-    console = Console(soft_wrap=True, highlight=False)
     console.print(f"{target}: {plan.summary()}, from {folder.parent.name} of {run}", markup=False)
     for note in reader_notes(plan):
         console.print(f"note: {note}", markup=False)
@@ -76,8 +85,6 @@ def _weights(cfg: Config, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name, stored in source.tensors.items():
                 yield name, read(handle, stored)
         return
-    from hydra.utils import get_class
-
     trainer = get_class(cfg.trainer._target_)(cfg)
     try:
         trainer.load(folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from runner.config.option import Option
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
-from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
+from runner.tasks.jsonl import MACHINE, NEEDS, RULES, JsonlTask, JsonlTaskConfig, Problem, conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 class DapoMathTask(JsonlTask):
     name = "dapo_math"
+    answer_field = "label"
     eval_file = "eval.jsonl"
     eval_split = "train"  # the evaluation sets in this format have one split
 
@@ -25,17 +26,10 @@ class DapoMathTask(JsonlTask):
 
     def parse(self, row: dict[str, Any], place: str) -> Problem:
         """`prompt` may also be a plain string, and the answer may lie in `label`, as in preprocessed copies."""
-        prompt = row["prompt"]
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not isinstance(messages, list) or not messages:
-            raise TypeError("`prompt` must be a string or a list of messages")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-                raise TypeError("every message of `prompt` needs a `role` and a `content` string")
         answer = row["label"] if "label" in row else row["reward_model"]["ground_truth"]
         if not isinstance(answer, (str, int)) or not str(answer).strip():
             raise TypeError("the reference answer must be a string or an integer")
-        return Problem(tuple({"role": m["role"], "content": m["content"]} for m in messages), str(answer).strip(), place)
+        return Problem(conversation(row["prompt"], "prompt"), str(answer).strip(), place)
 
     def grade(self, answer: str, text: str) -> bool:
         r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference; see grading.py."""
@@ -43,4 +37,4 @@ class DapoMathTask(JsonlTask):
         return given is not None and same_answer(given, answer)
 
 
-OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE)
+OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE, needs=NEEDS)

@@ -1,8 +1,8 @@
 r"""Geometry3K: questions about a diagram; a line is {"problem": "<image>Find x.", "answer": "12", "image": "diagrams/7.png"}.
 
 `image` is a path relative to the file; `image_base64` holds the file's bytes instead; `images: [...]` are several paths, in the
-order of the problem's <image>s. A problem without any gets them in front. Encoded images stay in memory; pixels exist while a
-prompt is in use.
+order of the problem's <image>s. Where `datasets` keeps images, `{"bytes": ...}` stands for a path. A problem without any <image>
+gets them in front. Encoded images stay in memory; pixels exist while a prompt is in use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runner.errors import UserError
 from runner.models.pictures import image_bytes, open_rgb, resized
 from runner.tasks import symbolic
 from runner.tasks.grading import final_answer, same_answer
-from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
+from runner.tasks.jsonl import MACHINE, NEEDS, RULES, JsonlTask, JsonlTaskConfig, Problem, conversation
 from runner.tasks.protocol import Prompt
 from runner.tasks.rules import seen_by
 
@@ -43,6 +43,7 @@ class Geo3kTaskConfig(JsonlTaskConfig):
 
 class Geo3kTask(JsonlTask):
     name = "geo3k"
+    prompt_field = "problem"
 
     def __init__(self, cfg: Geo3kTaskConfig, tokenizer: PreTrainedTokenizerBase, processor: ImageProcessor) -> None:
         """As JsonlTask; every image is decoded once here, so that a bad one stops the run before it starts."""
@@ -55,19 +56,20 @@ class Geo3kTask(JsonlTask):
         symbolic.shared.start()
 
     def parse(self, row: dict[str, Any], place: str) -> Problem:
-        question, answer = row["problem"], row["answer"]
-        if not isinstance(question, str) or not isinstance(answer, str | int | float):
-            raise TypeError("`problem` must be a string, and `answer` a string or a number")
+        messages, answer = conversation(row["problem"], "problem"), row["answer"]
+        if not isinstance(answer, str | int | float):
+            raise TypeError("`answer` must be a string or a number")
         if not str(answer).strip():
             raise ValueError("`answer` is empty")
         self._encoded[place] = image_bytes(row, Path(place.rpartition(":")[0]).parent)
-        named, given = question.count(PLACEHOLDER), len(self._encoded[place])
+        named, given = sum(message["content"].count(PLACEHOLDER) for message in messages), len(self._encoded[place])
         if named not in (0, given):
             raise ValueError(f"`problem` names {named} images, the line has {given}")
         self._decode(place)
         if not named:
-            question = PLACEHOLDER * given + question
-        return Problem(({"role": "user", "content": question},), str(answer).strip(), place)
+            *before, last = messages
+            messages = (*before, last | {"content": PLACEHOLDER * given + last["content"]})
+        return Problem(messages, str(answer).strip(), place)
 
     def grade(self, answer: str, text: str) -> bool:
         r"""The last \boxed{}, or the last 'Answer:' line where it comes later, must equal the reference; see grading.py."""
@@ -134,4 +136,4 @@ def image_tokens(cfg: Config) -> Iterator[UserError]:
         )
 
 
-OPTION = Option(Geo3kTaskConfig, rules=(*RULES, image_tokens), machine=MACHINE, shows_images=True)
+OPTION = Option(Geo3kTaskConfig, rules=(*RULES, image_tokens), machine=MACHINE, needs=NEEDS, shows_images=True)

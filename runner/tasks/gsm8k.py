@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems; a line is {"question": ..., "answer": "... #### 72"}."""
+"""GSM8K: grade-school word problems; a row is {"question": ..., "answer": "... #### 72"}, or has the number alone."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ from typing import Any
 
 from runner.config.option import Option
 from runner.tasks.grading import after_hashes, final_number
-from runner.tasks.jsonl import MACHINE, RULES, JsonlTask, JsonlTaskConfig, Problem
+from runner.tasks.jsonl import MACHINE, NEEDS, RULES, JsonlTask, JsonlTaskConfig, Problem, conversation
 from runner.tasks.numbers import quantity
 
 
 class Gsm8kTask(JsonlTask):
     name = "gsm8k"
+    prompt_field = "question"
     hub_config = "main"
 
     def parse(self, row: dict[str, Any], place: str) -> Problem:
-        question, solution = row["question"], row["answer"]
-        if not isinstance(question, str) or not isinstance(solution, str):
-            raise TypeError("`question` and `answer` must be strings")
-        answer = after_hashes(solution)
-        if answer is None or quantity(answer, words=True) is None:
-            raise ValueError("`answer` does not end in '#### <number>'")
-        return Problem(({"role": "user", "content": question},), answer, place)
+        messages, solution = conversation(row["question"], "question"), row["answer"]
+        if not isinstance(solution, str | int) or isinstance(solution, bool):
+            raise TypeError("`answer` must be a string or an integer")
+        answer = after_hashes(str(solution)) or str(solution).strip()
+        if quantity(answer, words=True) is None:
+            raise ValueError("`answer` neither ends in '#### <number>' nor is a number")
+        return Problem(messages, answer, place)
 
     def grade(self, answer: str, text: str) -> bool:
         r"""The number of the last '####' or \boxed{} must equal the reference; without either, wrong."""
@@ -29,4 +30,4 @@ class Gsm8kTask(JsonlTask):
         return given is not None and wanted is not None and given.equals(wanted)
 
 
-OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE)
+OPTION = Option(JsonlTaskConfig, rules=RULES, machine=MACHINE, needs=NEEDS)

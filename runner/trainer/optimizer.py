@@ -130,6 +130,18 @@ class MasterOptimizer:
             groups = [{"params": rows, "weight_decay": c.weight_decay if key else 0.0} for key, rows in by_decay.items() if rows]
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds as masters."""
+        return dict(self.masters)
+
+    def reference(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The policy of now, to be kept. Copies: in fp32 the masters have the weights' dtype, and a view would follow them."""
+        return {name: row.detach().to(dtype, copy=True) for name, row in self.masters.items()}
+
+    def reference_weight(self, name: str, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One of its weights."""
+        return kept[name]
+
     def kept(self) -> Iterator[torch.Tensor]:
         """Masters, or the parameters that are trained themselves, and the moments; for parking.py."""
         yield from tensors_of_optimizer(self._adam)

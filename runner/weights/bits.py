@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+import xxhash
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,6 +19,15 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(as_bytes(a), as_bytes(b.to(a.device)))
+
+
+def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Of names, shapes, dtypes and bytes, in this order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(as_bytes(tensor).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def changed(old: torch.Tensor, new: torch.Tensor, bits: int) -> tuple[int, int]:

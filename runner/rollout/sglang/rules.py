@@ -15,6 +15,7 @@ from runner.precision.formats import spec_of
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang.config import layout, on_cpu, settings
 from runner.rollout.sglang.interface import wildcard
+from runner.trainer import adapters
 from runner.weights.transports import TRANSPORTS, on_every_node
 
 CPU_FORMATS = ("bf16", "int4", "fp8")
@@ -177,4 +178,10 @@ def limits(cfg: Config) -> Iterator[UserError]:
         yield from transport.problems(cfg)
 
 
-RULES = (families, options, speculation, formats, merged_blocks, limits, whole_engines, over_nodes)
+def lora(cfg: Config) -> Iterator[UserError]:
+    if adapters.has_adapters(cfg):
+        why = "merged weights of adapters were not compared with what its servers compute"
+        yield from adapters.none("rollout=sglang", why, fix="rollout=local, or trainer.lora.rank=0")
+
+
+RULES = (families, options, speculation, formats, merged_blocks, limits, whole_engines, over_nodes, lora)

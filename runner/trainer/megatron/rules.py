@@ -10,6 +10,7 @@ from runner.config.schema import Config, QatPlacement
 from runner.errors import UserError
 from runner.models import family_of
 from runner.models.agreement import Rope, local_config, window_problem
+from runner.trainer import adapters
 from runner.trainer.megatron.arguments import trainer_config
 
 # families whose mapping was compared with the torch trainer: tests/megatron_trainer/test_families.py
@@ -165,4 +166,9 @@ def heads(cfg: Config) -> Iterator[UserError]:
         )
 
 
-RULES: tuple[Rule, ...] = (families, sinks, router, optimizer, quantization, drafts, experts, heads)
+def lora(cfg: Config) -> Iterator[UserError]:
+    if adapters.has_adapters(cfg):
+        yield from adapters.none("trainer=megatron", "its ranks train whole weights", fix="trainer=torch, or trainer.lora.rank=0")
+
+
+RULES: tuple[Rule, ...] = (families, sinks, router, optimizer, quantization, drafts, experts, heads, lora)

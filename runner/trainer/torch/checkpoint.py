@@ -7,6 +7,9 @@ mtp.safetensors        masters and moments of MTP layers that are trained online
 reference.safetensors  the frozen reference policy, where there is a KL term
 trainer.json           counters
 config.json, tokenizer files: with model.safetensors a checkpoint that transformers and engines load
+
+With trainer.lora there is no model.safetensors, masters.safetensors and reference.safetensors hold adapters (fp32), and
+trainer.json says what they belong to: rank, alpha, roles, and a digest of the weights that they were trained beside.
 """
 
 from __future__ import annotations
@@ -60,6 +63,19 @@ def load(folder: Path) -> State:
         raise UserError(
             f"cannot read the trainer's checkpoint {folder}: {error}", fix="resume from another checkpoint"
         ) from error
+
+
+def other_adapters(folder: Path, ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> UserError:
+    """The problem of a checkpoint whose `lora` of trainer.json is not ours."""
+    problem, key, fix = f"{folder} was saved without adapters", "trainer.lora.rank", "trainer.lora.rank=0"
+    if theirs is not None:
+        differs = [name for name in theirs if ours is None or theirs[name] != ours[name]]
+        problem = f"the adapters of {folder} have {', '.join(f'{name} {theirs[name]}' for name in differs if name != 'base')}"
+        fix = "resume with the same trainer.lora"
+        if differs == ["base"]:
+            problem, key = f"the adapters of {folder} were trained beside other weights", "model.hf_checkpoint"
+            fix = "resume with the same checkpoint, and where there is none with the same seed"
+    return UserError(problem, key=key, fix=fix)
 
 
 @torch.no_grad()

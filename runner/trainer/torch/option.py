@@ -13,6 +13,7 @@ from runner.config.option import Option, TrainerLayout
 from runner.config.rules.parallelism import positive
 from runner.config.schema import Config, TrainerConfig
 from runner.errors import UserError
+from runner.trainer import adapters
 
 
 @dataclass
@@ -53,6 +54,19 @@ def fp8(cfg: Config) -> Iterator[UserError]:
         yield UserError("FP8 matmuls need a Hopper GPU, the trainer runs on the CPU", key=key, fix=f"{key}=simulated")
 
 
+def lora(cfg: Config) -> Iterator[UserError]:
+    if not adapters.has_adapters(cfg):
+        return
+    if not settings(cfg).master_weights:
+        yield UserError("adapters are fp32 masters", key="trainer.master_weights", fix="trainer.master_weights=true")
+    if cfg.speculative.online_training and cfg.model.num_mtp_layers:
+        yield UserError(
+            "MTP layers that are trained along have no adapters, and a checkpoint of adapters has no place for them",
+            key="speculative.online_training",
+            fix="speculative.online_training=false, or trainer.lora.rank=0",
+        )
+
+
 def device(cfg: Config) -> Iterator[UserError]:
     yield from preflight.device("trainer.device", settings(cfg).device)
     if cfg.precision.fp8_matmul == Fp8Matmul.scaled_mm and not preflight.visible_gpus():  # which GPU it is, the trainer finds out
@@ -63,4 +77,4 @@ def device(cfg: Config) -> Iterator[UserError]:
         yield UserError("fused scores are GPU kernels, the trainer runs on the CPU", key=key, fix=f"{key}=false")
 
 
-OPTION = Option(TorchTrainerConfig, rules=(one_process, fp8), machine=(device,), trainer=layout)
+OPTION = Option(TorchTrainerConfig, rules=(one_process, fp8, lora, adapters.targets), machine=(device,), trainer=layout)

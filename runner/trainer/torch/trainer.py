@@ -28,7 +28,8 @@ from runner.precision.formats import spec_of
 from runner.precision.plan import PrecisionPlan
 from runner.routing import routes as route_checks
 from runner.routing.replay import CurrentRoutes, RouterReplay
-from runner.trainer import attention, experts, microbatch, mtp, policy_step
+from runner.trainer import adapters, attention, experts, microbatch, mtp, policy_step
+from runner.trainer.lora import AdapterOptimizer
 from runner.trainer.microbatch import MicroBatch, TokenScores
 from runner.trainer.mtp import Sequences
 from runner.trainer.optimizer import MasterOptimizer
@@ -37,7 +38,7 @@ from runner.trainer.policy import Loss, PolicyTrainer, PolicyUpdates, Updated, r
 from runner.trainer.protocol import Routes, Saved, Saving, Weights
 from runner.trainer.recompute import install_recompute
 from runner.trainer.share import Share, lessons, steps
-from runner.trainer.torch import checkpoint
+from runner.trainer.torch import checkpoint, peft
 from runner.trainer.torch.fp8 import install_fp8_matmuls
 from runner.trainer.torch.option import TorchTrainerConfig
 from runner.trainer.torch.qat import (
@@ -46,16 +47,19 @@ from runner.trainer.torch.qat import (
     WeightQuantizer,
     export_weights,
 )
+from runner.weights.bits import digest_of
 
+Named = list[tuple[str, nn.Parameter]]
 DTYPES = {BaseDtype.bfloat16: torch.bfloat16, BaseDtype.float32: torch.float32}
 
 
 class TorchTrainer(PolicyUpdates, PolicyTrainer):
     """`runner.trainer.protocol.Trainer` on one device.
 
-    The fp32 masters are the truth. Model weights are derived from them: bf16(master), and under in-place QAT
-    qdq(bf16(master)) for what the precision plan quantizes; `_write_weights` is the only place that writes them. A vision
-    model's tower is trained along with its decoder, from the start: a tiny one starts at random.
+    The fp32 masters are the truth, or with trainer.lora the adapters that they are merged from (runner/trainer/lora.py). Model
+    weights are derived from them: bf16(master), and under in-place QAT qdq(bf16(master)) for what the precision plan quantizes;
+    `_write_weights` is the only place that writes them. A vision model's tower is trained along with its decoder, from the start:
+    a tiny one starts at random.
     """
 
     def __init__(self, cfg: Config, run_dir: Path | None = None) -> None:
@@ -84,21 +88,27 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         self._rollout_layout = WeightLayout(self.family, cfg.model, rollout_plan, shapes)
         self.quantizer = WeightQuantizer(self._train_layout)
         drafting = mtp.mtp_names(self.family, cfg.model)
-        self.optimizer = MasterOptimizer(
-            ((name, parameter) for name, parameter in self.model.named_parameters() if name not in drafting),
-            self.config.optimizer,
-            master_weights=self.config.master_weights,
-        )
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if name not in drafting]
+        self.optimizer = self._build_optimizer(named, train_plan)
         self.mtp = self._build_mtp()
         self._buffers = {name: t for name, t in named_weights(cfg.model, self.model) if name not in self.optimizer.params}
         self._install_quantization()
         self._replay = self._build_replay()
         self._reference: dict[str, torch.Tensor] | None = None
+        self._base_digest: str | None = None
         self._write_weights()
         self._freeze_reference()
         self._parking = Parking(self.device, self._kept, self._dropped)
 
     # ---- set-up
+
+    def _build_optimizer(self, named: Named, plan: PrecisionPlan) -> MasterOptimizer | AdapterOptimizer:
+        config = self.config
+        if not adapters.has_adapters(self.cfg):
+            return MasterOptimizer(named, config.optimizer, master_weights=config.master_weights)
+        pieces = self._train_layout.pieces
+        targets = [name for name, _ in named if adapters.adapted(self.cfg, plan.parameters[pieces[name][0].name])]
+        return AdapterOptimizer(named, targets, self._train_layout.quantized, config.optimizer, config.lora, self.cfg.seed)
 
     def _install_quantization(self) -> None:
         """In place needs masters; without them the same bits come from fake quantization in the forward."""
@@ -278,8 +288,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
 
     def _freeze_reference(self) -> None:
         if self.cfg.algorithm.kl_coef:
-            # copies: with base_dtype=float32 the masters have the weights' dtype, and a view would follow the policy
-            self._reference = {name: row.detach().to(self.dtype, copy=True) for name, row in self.optimizer.masters.items()}
+            self._reference = self.optimizer.reference(self.dtype)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch) -> list[torch.Tensor]:
@@ -287,7 +296,7 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         kept = {name: param.detach().clone() for name, param in self.optimizer.params.items()}
         with self._unfaked():
             for name, param in self.optimizer.params.items():
-                param.copy_(self._reference[name])
+                param.copy_(self.optimizer.reference_weight(name, self._reference))
             try:
                 return self._score(batch, replayed=None)
             finally:
@@ -332,16 +341,17 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         optimizer = self.optimizer.state_tensors() | {"rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             optimizer["rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors = {
-            "model": self._as_published(),
-            "masters": self._trained(),
-            "optimizer": optimizer,
-        }
+        tensors = {"masters": self._trained(), "optimizer": optimizer}
+        if isinstance(self.optimizer, MasterOptimizer):
+            tensors["model"] = self._as_published()
         if isinstance(self.mtp, mtp.MtpTraining):
             tensors["mtp"] = self.mtp.state_tensors()
         if self._reference is not None:
             tensors["reference"] = self._reference
-        return checkpoint.State(tensors, {**self.counters(), "master_weights": self.optimizer.has_masters})
+        counters = {**self.counters(), "master_weights": self.optimizer.has_masters}
+        if adapted := self._adapters_of():
+            counters["lora"] = adapted
+        return checkpoint.State(tensors, counters)
 
     def _as_published(self) -> dict[str, torch.Tensor]:
         """bf16(master) as folders of the family hold it."""
@@ -372,8 +382,19 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
         self._write_weights()
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """Masters, and what lies beside them in the model."""
-        return {**self.optimizer.masters, **self._buffers}
+        """Masters, and what lies beside them in the model; of adapters these alone, since everything else is frozen."""
+        beside = self._buffers if isinstance(self.optimizer, MasterOptimizer) else {}
+        return {**self.optimizer.trained(), **beside}
+
+    def _adapters_of(self) -> dict[str, Any] | None:
+        """What adapters in a checkpoint belong to; None without any."""
+        if not isinstance(self.optimizer, AdapterOptimizer):
+            return None
+        lora = self.config.lora
+        if self._base_digest is None:
+            self._base_digest = digest_of([*self.optimizer.frozen(), *self._buffers.items()])
+        roles = sorted(role.name for role in adapters.roles(self.cfg))
+        return {"rank": lora.rank, "alpha": lora.alpha, "targets": roles, "base": self._base_digest}
 
     def save(self, folder: Path) -> None:
         checkpoint.save(self.state(), self.cfg.model, folder)
@@ -391,11 +412,16 @@ class TorchTrainer(PolicyUpdates, PolicyTrainer):
                 key="trainer.master_weights",
                 fix="resume with the same setting",
             )
+        ours, theirs = self._adapters_of(), state.counters.get("lora")
+        if ours != theirs:
+            raise checkpoint.other_adapters(folder, ours, theirs)
         try:
             self.load_state(state)
         except (KeyError, RuntimeError) as error:
             problem = f"{folder} does not fit this model: {error}"
             raise UserError(problem, key="model", fix="resume with the same model") from error
+
+    write_adapters = staticmethod(peft.write)
 
     def sleep(self) -> None:
         self._parking.sleep()
