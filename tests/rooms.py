@@ -50,6 +50,7 @@ WORDS = {
     "bf16": "the dtype",
     "tensor": "a tensor",
     "distributed": "torch.distributed",
+    "ranks": "processes of a trainer",
 }
 
 

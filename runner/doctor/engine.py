@@ -303,4 +303,4 @@ def fp32_products(exported: ExportedTensor, tensor_format: TensorFormat, expecte
 
 def _has_products(tensor_format: TensorFormat) -> bool:
     """Whether each weight is a value times one scale of its group, exact in fp32."""
-    return tensor_format.integer or tensor_format.format == "mxfp4"
+    return tensor_format.integer or tensor_format.scale_dtype == "e8m0"

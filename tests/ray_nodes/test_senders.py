@@ -78,8 +78,8 @@ def test_every_rank_sends_its_own_stage_and_no_node_has_the_others(launched: Any
 def test_it_needs_ranks_under_ray_and_gpus_of_their_own() -> None:
     composed(*ON_RAY)
     for changes, said in (
-        (["cluster=local"], "has the ranks of trainer=megatron send, under cluster=ray"),
-        (["trainer=torch"], "has the ranks of trainer=megatron send, under cluster=ray"),
+        (["cluster=local"], "has the processes of a trainer send"),
+        (["trainer=torch"], "has the processes of a trainer send"),
         (["recipe=qwen3_30b_fp8"], "NCCL cannot broadcast between two processes on one GPU"),
     ):
         base = [f"rollout.weight_transport={NAME}"] if changes[0].startswith("recipe") else list(ON_RAY)

@@ -60,7 +60,7 @@ class FromRanks(Transport):
         yield from apart(cfg)
         if cfg.cluster.launcher == LauncherKind.local or trainer_layout(cfg).in_process:
             yield UserError(
-                f"weight_transport={self.name} has the ranks of trainer=megatron send, under cluster=ray",
+                f"weight_transport={self.name} has the processes of a trainer send, which agents of a cluster bring together",
                 key=KEY,
                 fix=f"cluster=ray trainer=megatron, or {KEY}=distributed",
             )
