@@ -77,6 +77,7 @@ class Sample:
     turn_rewards      (response tokens before it, part, value) of what was given after single turns, weighted as the parts are
     images            what placeholders among `tokens` stand for, in their order: the prompt's, which are the same objects in all
                       samples of a prompt, then those of observations
+    served            (who, begin, end) of each time that an engine had it, in seconds since the epoch by the driver's clock
     """
 
     prompt_id: str
@@ -95,6 +96,7 @@ class Sample:
     turn_rewards: list[tuple[int, str, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     images: Images = ()
+    served: list[tuple[str, float, float]] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:

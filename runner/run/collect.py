@@ -60,6 +60,10 @@ class Rollout:
     def samples(self) -> list[Sample]:
         return [sample for group in self.groups for sample in group.samples]
 
+    @property
+    def all_samples(self) -> list[Sample]:
+        return [sample for group in self.generated for sample in group.samples]
+
 
 class Collector:
     """Draws prompts, drives the pool and grades what comes back."""

@@ -19,7 +19,13 @@ from runner.lock import Held, Lock
 from runner.run import checkpoint
 from runner.tracking.folder import read_status
 
-CLEARED = ("metrics.jsonl", "status.json", "rollouts", "checkpoints")  # of an attempt that died before its first checkpoint
+CLEARED = (
+    "metrics.jsonl",
+    "timeline.jsonl",
+    "status.json",
+    "rollouts",
+    "checkpoints",
+)  # of an attempt that died before its first checkpoint
 KEPT_WHILE_RUNNING = (str(OVERRIDES), "logs", "rollouts", "checkpoints")
 
 

@@ -20,7 +20,8 @@ from runner.run.schedules import Generated, Rollouts
 from runner.run.sync import WeightSync
 from runner.run.watch import Watcher
 from runner.tracking.base import POOL_DECISION, State, Tracker
-from runner.trainer.protocol import Trainer
+from runner.tracking.timeline import Span, served
+from runner.trainer.protocol import StepResult, Trainer
 
 
 @dataclass
@@ -94,38 +95,41 @@ def tell_notices(pool: RolloutPool, tracker: Tracker, step: int | None = None) -
 def _step(c: Components, step: int) -> dict[str, float]:
     """The step's metrics. Whatever takes time stands under a clock of runner.tracking.base.STEP_PARTS."""
     metrics: dict[str, float] = {}
-    with _clock(metrics, "perf/rollout_time"):
+    clock = _Clock(metrics)
+    with clock("rollout"):
         generated = c.rollouts.take(step)
-    with _clock(metrics, "perf/other_time"):
+    with clock("other"):
         rollout = generated.rollout
         metrics |= rollout.metrics | generated.pool_metrics
         batch = _make_batch(c.cfg, rollout)
     if _decomposes(c.cfg, step):
-        with _clock(metrics, "perf/decompose_time"):
+        with clock("decompose"):
             metrics |= _decompose(c, batch, generated)
     if c.rollouts.depth and not c.rollouts.over_updates and _decomposes(c.cfg, step + 1):
-        with _clock(metrics, "perf/decompose_time"):
+        with clock("decompose"):
             _keep_trainer_logprobs(c, step + 1)
-    with _clock(metrics, "perf/train_time"):
+    with clock("train"):
         update = c.trainer.step(batch)
-    with _clock(metrics, "perf/other_time"):
+    with clock("other"):
         metrics |= update.metrics | mismatch.metrics(batch.samples, update)
     if c.rollouts.depth:
         metrics["perf/generation_time"] = generated.seconds
-        with _clock(metrics, "perf/rollout_time"):
+        with clock("rollout"):
             c.rollouts.settle()
-    metrics |= c.sync()
-    with _clock(metrics, "perf/other_time"):
+    with clock("sync", measured=False):  # it says itself what of it is loading and what the probe
+        metrics |= c.sync()
+    with clock("other"):
         rows = samples.rows(batch, update, c.collector.decode)
         c.tracker.log_samples(step, rows, samples.pictures(batch))
     if c.cfg.evaluation.interval_steps and (step + 1) % c.cfg.evaluation.interval_steps == 0:
-        with _clock(metrics, "perf/eval_time"):
+        with clock("eval"):
             metrics |= evaluate(c.cfg, c.collector, step)
-    with _clock(metrics, "perf/other_time"):
+    with clock("other"):
         if decision := c.decisions.at_end_of(step, c.pool):
             message = f"after step {step + 1}: {decision['summary']}"
             c.tracker.event(POOL_DECISION, message, {"step": step, "decision": decision})
         tell_notices(c.pool, c.tracker, step)
+        c.tracker.log_timeline(step, [*clock.spans, *_trainer_spans(update), *served(rollout.all_samples)])
     metrics["perf/tokens_per_sec"] = batch.num_tokens / (metrics["perf/rollout_time"] + metrics["perf/train_time"])
     return metrics
 
@@ -156,9 +160,24 @@ def _make_batch(cfg: Config, rollout: Rollout) -> Batch:
     return Batch(samples=rollout.samples, advantages=advantages, temperature=cfg.rollout.sampling.temperature)
 
 
-@contextmanager
-def _clock(metrics: dict[str, float], name: str) -> Iterator[None]:
-    """Adds the seconds to `name`: a part of a step may come in two pieces."""
-    started = time.perf_counter()
-    yield
-    metrics[name] = metrics.get(name, 0.0) + time.perf_counter() - started
+def _trainer_spans(update: StepResult) -> list[Span]:
+    return [Span(f"trainer rank {rank}", "update", begin, end) for rank, (begin, end) in enumerate(update.busy)]
+
+
+class _Clock:
+    """Adds the seconds of each phase of a step to `metrics`, and keeps when its pieces began and ended."""
+
+    def __init__(self, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+        self.spans: list[Span] = []
+
+    @contextmanager
+    def __call__(self, phase: str, *, measured: bool = True) -> Iterator[None]:
+        """A part of a step may come in two pieces. Without `measured` its seconds are no metric."""
+        began, started = time.time(), time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.spans.append(Span("driver", phase, began, began + seconds))
+        if measured:
+            name = f"perf/{phase}_time"
+            self.metrics[name] = self.metrics.get(name, 0.0) + seconds

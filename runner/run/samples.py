@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KEPT = 8  # samples per step, of as many prompts as there are
 WORST = 5  # tokens per sample
+MAX_TOKENS = 1024  # of a sample that are kept one by one
 MAX_TURN_CHARACTERS = 20_000
 
 
@@ -64,7 +65,21 @@ def _row(
     if sample.images:
         row["images"] = [{"file": names[id(image)], "place": image.start, "tokens": list(image.grid)} for image in sample.images]
     row["worst"] = _worst(sample, update, place, decode)
+    row["tokens"] = _tokens(sample, update, place, decode)
     return row
+
+
+def _tokens(sample: Sample, update: StepResult, place: int, decode: Callable[[list[int]], str]) -> list[list[Any]]:
+    """[text, logprob of the engine, of the trainer] of the first response tokens; [text] of those that are not the model's."""
+    texts: dict[int, str] = {}
+    found: list[list[Any]] = []
+    ids, own = sample.response_tokens[:MAX_TOKENS].tolist(), sample.loss_mask.tolist()
+    engine, trainer = sample.rollout_logprobs.tolist(), update.old_logprobs[place].tolist()
+    for position, token in enumerate(ids):
+        text = texts[token] if token in texts else texts.setdefault(token, decode([token]))
+        numbers = [round(engine[position], 4), round(trainer[position], 4)] if own[position] else []
+        found.append([text, *numbers])
+    return found
 
 
 def _worst(sample: Sample, update: StepResult, place: int, decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:

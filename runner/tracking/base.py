@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from runner.tracking.timeline import Span
+
 POOL_DECISION = "pool_decision"  # the kind of the event that a pool decided something by its own clock
 # What a step's seconds go to. The loop's thread does one after the other, whatever runs beside it: their sum is perf/step_time.
 STEP_PARTS = (
@@ -43,6 +45,10 @@ class Tracker(Protocol):
         uint8 [H, W, 3], by the names that the rows have for them."""
         ...
 
+    def log_timeline(self, step: int, spans: list[Span]) -> None:
+        """What the driver, the trainer's ranks and the engines did when, for one step."""
+        ...
+
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         """Something a reader of the run must know: a watch rule fired, a step was skipped, speculation went off."""
         ...
@@ -74,6 +80,9 @@ class BaseTracker:
         return
 
     def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
+        return
+
+    def log_timeline(self, step: int, spans: list[Span]) -> None:
         return
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:

@@ -20,6 +20,7 @@ from runner.config.schema import Config
 from runner.errors import Failure, UserError
 from runner.storage import atomic_write
 from runner.tracking import pictures as pictured
+from runner.tracking import timeline
 from runner.tracking.base import NONE, POOL_DECISION, BaseTracker, Progress, State
 from runner.tracking.console import build_console
 from runner.tracking.folder import (
@@ -39,12 +40,14 @@ from runner.tracking.folder import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from runner.tracking.timeline import Span
+
 REPORT_INTERVAL_SECONDS = 20.0  # at least, between refreshes of report.html while the run goes on
 REPORT_TIME_SHARE = 0.01  # of a run's time that refreshes may take: long runs have slow reports
 
 
 class JsonlTracker(BaseTracker):
-    """metrics.jsonl (one strict JSON object per line), events.jsonl and rollouts/step_N.jsonl.
+    """metrics.jsonl (one strict JSON object per line), timeline.jsonl, events.jsonl and rollouts/step_N.jsonl.
 
     `first_step` is the step that a resumed run does next: lines of that step and later are dropped, because the run
     stopped after its last checkpoint and is about to do them again. Events are history and stay, with their attempt.
@@ -61,7 +64,9 @@ class JsonlTracker(BaseTracker):
         events = self._intact("events.jsonl", _event_problem) if resumed else []
         self.attempt = 1 + max((row["attempt"] for row in events), default=0)
         self._rewrite("events.jsonl", events)
-        self._go_back(first_step, self._intact("metrics.jsonl", metrics_problem))
+        self._go_back(
+            first_step, self._intact("metrics.jsonl", metrics_problem), self._intact("timeline.jsonl", timeline.problem)
+        )
         if resumed:
             self._note_lost_steps(first_step)
 
@@ -81,11 +86,13 @@ class JsonlTracker(BaseTracker):
             self.notes.append(f"{self.run_dir / 'metrics.jsonl'} has no line of {lost} of the {first_step} steps before this one")
 
     def rewind(self, first_step: int) -> None:
-        self._go_back(first_step, read_jsonl(self.run_dir / "metrics.jsonl", metrics_problem))
+        spans = read_jsonl(self.run_dir / "timeline.jsonl", timeline.problem)
+        self._go_back(first_step, read_jsonl(self.run_dir / "metrics.jsonl", metrics_problem), spans)
 
-    def _go_back(self, first_step: int, rows: list[dict[str, Any]]) -> None:
+    def _go_back(self, first_step: int, rows: list[dict[str, Any]], spans: list[dict[str, Any]]) -> None:
         self.step = first_step  # the step an event belongs to: the one that is being done
         self._rewrite("metrics.jsonl", [row for row in rows if row["step"] < first_step])
+        self._rewrite("timeline.jsonl", [row for row in spans if row["step"] < first_step])
         for step, path in rollout_files(self.run_dir):
             if step >= first_step:
                 path.unlink()
@@ -121,6 +128,9 @@ class JsonlTracker(BaseTracker):
             pictured.write(self.run_dir / "rollouts", step, pictures)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         atomic_write(self.run_dir / "rollouts" / f"step_{step}.jsonl", text)
+
+    def log_timeline(self, step: int, spans: list[Span]) -> None:
+        self._append("timeline.jsonl", timeline.row(step, spans))
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         data = data or {}
@@ -212,6 +222,11 @@ class CompositeTracker:
         for tracker in self.trackers:
             tracker.log_samples(step, rows, pictures)
 
+    def log_timeline(self, step: int, spans: list[Span]) -> None:
+        self.check()
+        for tracker in self.trackers:
+            tracker.log_timeline(step, spans)
+
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self.check()
         for tracker in self.trackers:
@@ -270,6 +285,9 @@ class LateTracker:
 
     def log_samples(self, step: int, rows: list[dict[str, Any]], pictures: Mapping[str, np.ndarray] = NONE) -> None:
         self._tracker().log_samples(step, rows, pictures)
+
+    def log_timeline(self, step: int, spans: list[Span]) -> None:
+        self._tracker().log_timeline(step, spans)
 
     def event(self, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
         self._tracker().event(kind, message, data)

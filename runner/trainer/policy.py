@@ -9,9 +9,10 @@ Shape legend: T tokens of a sample, R response tokens, N response tokens of a mi
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ Loss = Callable[[MicroBatch, TokenScores], torch.Tensor]  # the scalar loss of a
 @dataclass(frozen=True)
 class Updated:
     """What one rank knows after updates; the same on every rank but for `old_logprobs`, which those that report hold for
-    their samples."""
+    their samples, and `busy`: its begin and end in seconds since the epoch, by the clock of its machine."""
 
     metrics: dict[str, float]
     old_logprobs: Rows
     version: int
+    busy: list[tuple[float, float]] = field(default_factory=list)
 
 
 class PolicyTrainer(ABC):
@@ -76,7 +78,7 @@ class PolicyTrainer(ABC):
         old = batch.old_logprobs
         if old is None:
             old = [done.old_logprobs[index] for index in range(len(batch))]
-        return StepResult(done.metrics, old, version)
+        return StepResult(done.metrics, old, version, done.busy)
 
     def logprobs(self, batch: Batch, *, weights: Weights = "quantized", routes: Routes = "replayed") -> list[torch.Tensor]:
         """See the protocol. `replayed` means the recorded routes where router replay is on (`router_replay.trainer`) and
@@ -181,6 +183,7 @@ class PolicyUpdates(ABC):
 
     def updates(self, steps: Sequence[Step]) -> Updated:
         """The optimizer steps that are made from one rollout."""
+        began = time.time()
         sums = policy_step.Sums()
         norms: list[float] = []
         collected: Rows = {}
@@ -196,7 +199,7 @@ class PolicyUpdates(ABC):
             **self.mtp.take_metrics("train"),
             **self._routing_metrics(),
         }
-        return Updated(metrics, collected, self.version)
+        return Updated(metrics, collected, self.version, [(began, time.time())])
 
     def _accumulate(self, step: Step, sums: policy_step.Sums) -> Rows:
         """Gradients of one optimizer step; returns detached logprobs of this rank's samples by their places in the rollout."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -51,11 +51,13 @@ class StepResult:
     metrics       `train/*`; always `train/nan_steps`, the updates that were skipped because something was not finite
     old_logprobs  [R] fp32 per sample of the batch: the policy's before the step
     old_version   the trainer's version before the step
+    busy          (begin, end) of the updates on each rank, in seconds since the epoch by the clock of its machine
     """
 
     metrics: dict[str, float]
     old_logprobs: list[torch.Tensor]
     old_version: int
+    busy: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Trainer(Protocol):

@@ -66,6 +66,7 @@ class Transcript:
     routes: list[torch.Tensor | RouteRef] = field(default_factory=list)
     rows: int = 0  # of routes
     spans: list[WeightSpan] = field(default_factory=list)
+    served: list[tuple[str, float, float]] = field(default_factory=list)
     turns: list[dict[str, Any]] = field(default_factory=list)  # what a reader sees
     rewards: dict[str, float] = field(default_factory=dict)
     penalties: dict[str, float] = field(default_factory=dict)  # beside the task's own reward
@@ -104,6 +105,7 @@ class Transcript:
         for span in piece.weight_spans:
             if span.start < count:
                 self.spans.append(WeightSpan(span.version, start + span.start, start + min(span.stop, count)))
+        self.served += piece.served
         finish = "stop" if cut or piece.status is Status.completed else "length"
         turn = Turn(self.codec.decode(new[:count]) if text is None else text, new[:count], finish)
         self.turns.append({"by": "model", "text": turn.text, "start": start, "stop": start + count, "finish": finish})
@@ -193,6 +195,7 @@ class Transcript:
             finish_reason=reason or ("stop" if status is Status.completed else "length"),
             routes=joined(self.routes) if self.routes else None,
             weight_spans=list(self.spans),
+            served=list(self.served),
             rewards=dict(self.rewards),
             turn_rewards=list(self.turn_rewards),
             info={"turns": self.turns, **({"penalties": dict(self.penalties)} if self.penalties else {})},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -31,6 +32,7 @@ class Slots:
         self.processed = np.zeros(capacity, dtype=np.int64)
         self.limit = np.zeros(capacity, dtype=np.int64)  # total tokens at which a sequence is cut
         self.seed = np.zeros(capacity, dtype=np.int64)
+        self.admitted = np.zeros(capacity)  # seconds since the epoch
         self.temperature = np.zeros(capacity)
         self.top_p = np.zeros(capacity)
         self.top_k = np.zeros(capacity, dtype=np.int64)
@@ -51,7 +53,7 @@ class Slots:
         self.grow(limit)
         self.tokens[slot, :prompt] = request.tokens
         self.length[slot], self.processed[slot], self.limit[slot] = prompt, 0, limit
-        self.seed[slot] = request.seed
+        self.seed[slot], self.admitted[slot] = request.seed, time.time()
         sampling = request.sampling
         self.temperature[slot], self.top_p[slot], self.top_k[slot] = sampling.temperature, sampling.top_p, sampling.top_k
         self.stop_set[slot] = self._stop_index(sampling.stop_token_ids, vocab)
@@ -147,6 +149,7 @@ class Slots:
             routes=routes,
             weight_spans=[span for span in spans if span.stop > span.start],
             images=request.images,
+            served=[("engine 0", float(self.admitted[slot]), time.time())],
         )
 
     def release(self, slots: np.ndarray, move_cache: Callable[[np.ndarray, np.ndarray], None]) -> None:
@@ -157,7 +160,7 @@ class Slots:
         if len(holes):
             for array in (
                 self.tokens, self.logprobs, self.raw, self.length, self.processed, self.limit, self.seed,
-                self.temperature, self.top_p, self.top_k, self.stop_set, self.images,
+                self.admitted, self.temperature, self.top_p, self.top_k, self.stop_set, self.images,
             ):  # fmt: skip
                 array[holes] = array[movers]
             if self.routes is not None:

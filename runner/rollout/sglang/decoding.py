@@ -59,6 +59,7 @@ class Generation:
         self.cached = 0  # tokens of a later turn's prompt that the server did not compute again
         self.spans: list[WeightSpan] = []
         self.drafts = {"steps": 0, "accepted": 0, "proposed": 0}
+        self.served: list[tuple[str, float, float]] = []
 
     @property
     def where(self) -> str:
@@ -162,6 +163,7 @@ class Generation:
             finish_reason=finish_reason,
             routes=joined(self.routes) if self.routes else None,
             weight_spans=self.spans,
+            served=self.served,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,7 @@ class Dispatch:
             target.outstanding += cost
             body = generation.payload(attempt)
             attempt += 1
+            began = time.time()
             try:
                 reason = generation.add(await target.client.generate(body), version_of_label)
             except EngineFailure as failure:
@@ -55,6 +57,7 @@ class Dispatch:
                 raise
             finally:
                 target.outstanding -= cost
+                generation.served.append((_name(target), began, time.time()))
             if reason == "abort" and len(generation.tokens) < generation.room:
                 counters["continued"] += 1
                 continue
@@ -111,3 +114,8 @@ class Dispatch:
             assert engine.client is not None
             with contextlib.suppress(EngineFailure, Refused):  # it is gone, and the request with it
                 await engine.client.post("/abort_request", {"rid": rid})
+
+
+def _name(target: Engine | Router) -> str:
+    """Of a timeline's row: which engine the router chose, it does not say."""
+    return f"engine {target.server.index}" if isinstance(target, Engine) else "engines behind the router"

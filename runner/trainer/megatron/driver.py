@@ -89,7 +89,8 @@ class MegatronTrainer(PolicyTrainer):
 
     def _merged(self, results: list[Updated]) -> Updated:
         self._version = results[0].version
-        return replace(results[-1], old_logprobs=_merged([result.old_logprobs for result in results]))
+        busy = [span for result in results for span in result.busy]
+        return replace(results[-1], old_logprobs=_merged([result.old_logprobs for result in results]), busy=busy)
 
     def reset_optimizer(self) -> None:
         """RL starts here: moments and schedule from zero, and the reference policy is the policy as it is now."""
@@ -180,7 +181,7 @@ def _light(batch: Batch) -> Batch:
     """The batch as ranks need it: texts and reports stay here."""
 
     def light(sample: Sample) -> Sample:
-        return replace(sample, info={}, raw_logprobs=None, weight_spans=[])
+        return replace(sample, info={}, raw_logprobs=None, weight_spans=[], served=[])
 
     return replace(batch, samples=[light(sample) for sample in batch.samples])
 
