@@ -192,6 +192,7 @@ COMMANDS = {  # verb -> (its command line, the function that does the work)
     "doctor cluster": (["doctor", "cluster", "cluster=ray"], "runner.doctor.cluster.check_cluster"),
     "sweep": (["sweep", "seed=1,2"], "runner.sweep.supervise.Sweep.run"),
     "report": (["report", "RUN"], "runner.tracking.report.write_report"),
+    "watch": (["watch", "RUN"], "runner.tracking.live.serve"),
     "show": (["show", "RUN"], "runner.tracking.folder.rollout_files"),
     "doctor": (["doctor"], "runner.doctor.machine.check_machine"),
     "doctor engine": (["doctor", "engine"], "runner.doctor.engine.check_engine"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 
 from runner import PROGRAM
-from runner.cli import audit, convert, doctor, export, plan, read, report, run, submit, sweep
+from runner.cli import audit, convert, doctor, export, plan, read, report, run, submit, sweep, watch
 from runner.cli.show import asks_for_completion, complete, shown, with_info
 from runner.cli.verb import columns, examples, help_of, parse
 from runner.errors import UserError
 
-MODULES = (run, plan, submit, sweep, report, read, doctor, convert, export, audit)
+MODULES = (run, plan, submit, sweep, report, watch, read, doctor, convert, export, audit)
 VERBS = {module.VERB.name: module.VERB for module in MODULES}
 
 

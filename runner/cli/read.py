@@ -10,6 +10,7 @@ from runner import PROGRAM
 from runner.cli.verb import Command, Parser, Verb
 from runner.errors import UserError
 from runner.tracking import pictures
+from runner.tracking.page import FAR, NEAR
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -64,7 +65,7 @@ def _page(path: Path, name: str, step: int, rows: list[dict[str, Any]]) -> Path:
     from runner.storage import atomic_write
     from runner.tracking import page
 
-    body = page.header(name, f"step {step + 1}", [], []) + page.samples([(step, row) for row in rows])
+    body = page.header(name, f"step {step + 1}", [], []) + page.samples([(step, row) for row in rows], every_token=True)
     atomic_write(path, page.document(f"{name}, step {step + 1}", body))
     return path
 
@@ -94,7 +95,7 @@ def text_of(row: dict[str, Any], title: str, images: list[Text] | None = None) -
             text.append(image)
     for token in row.get("worst") or []:
         apart = abs(token["engine"] - token["trainer"])
-        style = "bold red" if apart > 0.1 else "red" if apart > 0.01 else "dim"
+        style = "bold red" if apart > FAR else "red" if apart > NEAR else "dim"
         text.append(f"  token {token['position']} {token['token']!r}  ", style)
         text.append(f"engine {token['engine']:.4f}  trainer {token['trainer']:.4f}\n", style)
     return text

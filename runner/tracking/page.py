@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import time
@@ -11,6 +13,7 @@ from runner.tracking.charts import format_number
 from runner.tracking.pictures import by_turn
 
 __all__ = [
+    "alarms",
     "details",
     "document",
     "events",
@@ -23,6 +26,8 @@ __all__ = [
     "table",
     "tiles",
 ]
+
+NEAR, FAR = 0.01, 0.1  # nats between the logprobs of engine and trainer
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#f6f7f9;--card:#fff;--text:#1b1f24;--dim:#667080;--line:#e3e6ea;--zero:#b4bac2;
@@ -73,6 +78,13 @@ details[open]{padding-bottom:16px}
 pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;max-height:70vh}
 .sample{border-top:1px solid var(--line);padding:10px 0}.sample:first-child{border:0}
 .sample header{color:var(--dim);font-size:13px;margin-bottom:4px}
+.token{border-radius:3px}.token.near{background:color-mix(in srgb,var(--warn) 22%,transparent)}
+.token.far{background:color-mix(in srgb,var(--bad) 34%,transparent)}.token.other{color:var(--dim);font-style:italic}
+.token:focus{outline:2px solid var(--s0)}
+.timeline{margin-top:14px}.timeline .scroll{margin:0}.timeline svg{min-width:640px;width:100%}
+.alarm{border-color:var(--bad)}.steps a,.back{color:var(--s0)}
+.steps{display:flex;flex-wrap:wrap;gap:6px;margin:12px 0;max-height:9em;overflow:auto}
+#live{font-size:13px;color:var(--dim)}
 .sample .by{color:var(--dim);font-size:12px}.sample .note{color:var(--dim);font-size:12px}
 .sample img{display:block;min-width:96px;max-width:256px;margin:6px 0;image-rendering:pixelated;border-radius:4px}
 .sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
@@ -89,10 +101,12 @@ table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-nu
 SCRIPT = """
 const tip=document.getElementById('tip'),fmt=v=>{if(v===null)return '–';const a=Math.abs(v);
 if(v===0)return '0';return a>=1e5||a<1e-4?v.toExponential(2):String(+v.toPrecision(4))};
-document.querySelectorAll('svg.chart').forEach(svg=>{let d=null;const cross=svg.querySelector('.cross');
-const hide=()=>{tip.style.display='none';cross.setAttribute('x1',-9);cross.setAttribute('x2',-9)};
-svg.addEventListener('pointerleave',hide);
-svg.addEventListener('pointermove',e=>{d=d||JSON.parse(svg.dataset.chart);const box=svg.getBoundingClientRect();
+const known=new WeakMap();let over=null;
+const hide=()=>{tip.style.display='none';if(over){const c=over.querySelector('.cross');
+c.setAttribute('x1',-9);c.setAttribute('x2',-9)}over=null};
+document.addEventListener('pointermove',e=>{const svg=e.target.closest?e.target.closest('svg.chart'):null;
+if(svg!==over)hide();if(!svg)return;over=svg;const cross=svg.querySelector('.cross');let d=known.get(svg);
+if(!d){d=JSON.parse(svg.dataset.chart);known.set(svg,d)}const box=svg.getBoundingClientRect();
 const px=(e.clientX-box.left)/box.width*d.width,want=d.low+(px-d.left)/(d.right-d.left)*(d.high-d.low);
 let x=null;for(const s of d.series)for(const p of s.points)if(x===null||Math.abs(p[0]-want)<Math.abs(x-want))x=p[0];
 if(x===null)return hide();const at=d.left+(x-d.low)/(d.high-d.low)*(d.right-d.left);
@@ -102,19 +116,44 @@ const table=document.createElement('table');for(const s of d.series){const p=s.p
 const row=table.insertRow(),name=row.insertCell(),dot=document.createElement('i');dot.style.background='var(--s'+s.color+')';
 name.append(dot,s.label);row.insertCell().textContent=fmt(p[1])}tip.append(table);tip.style.display='block';
 const w=tip.offsetWidth,left=e.clientX+16+w>innerWidth?e.clientX-w-16:e.clientX+16;
-tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(e.clientY+14,innerHeight-tip.offsetHeight-4))+'px'})});
+tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(e.clientY+14,innerHeight-tip.offsetHeight-4))+'px'});
+"""
+
+LIVE_SCRIPT = """
+const main=document.querySelector('main'),say=t=>{const e=document.getElementById('live');if(e)e.textContent=t};
+let busy=false,again=false;
+async function draw(){if(busy){again=true;return}busy=true;try{
+const r=await fetch('body',{cache:'no-store'});if(!r.ok)throw 0;
+const text=await r.text(),open=new Set([...main.querySelectorAll('details[open]>summary')].map(s=>s.textContent));
+main.innerHTML=text;hide();
+for(const s of main.querySelectorAll('details>summary'))if(open.has(s.textContent))s.parentNode.open=true;
+}catch{say('not reached; trying again')}busy=false;if(again){again=false;draw()}}
+const source=new EventSource('events');source.addEventListener('drawn',draw);
+source.onerror=()=>say('no longer watched: `runner watch` has ended or is not reached');
 """
 
 
-def document(title: str, body: str) -> str:
-    """The whole page. The policy forbids any connection, so the file shows the same everywhere and forever."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+def policy(*, live: bool = False) -> str:
+    """The page's Content-Security-Policy: of scripts ours alone, known by its hash. No connection at all, but to the server that
+    a `live` page came from."""
+    digest = base64.b64encode(hashlib.sha256(_script(live).encode()).digest()).decode()
+    rules = ["default-src 'none'", "base-uri 'none'", "form-action 'none'", "img-src data:", "style-src 'unsafe-inline'"]
+    return "; ".join([*rules, f"script-src 'sha256-{digest}'", *(["connect-src 'self'"] if live else [])])
+
+
+def _script(live: bool) -> str:
+    return SCRIPT + (LIVE_SCRIPT if live else "")
+
+
+def document(title: str, body: str, *, live: bool = False) -> str:
+    """The whole page. The policy forbids any connection, so the file shows the same everywhere and forever; a `live` page asks
+    its server for what is new."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(live=live)}">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
-        f'<body><main>{body}</main><div id="tip"></div><script>{SCRIPT}</script></body></html>\n'
+        f'<body><main>{body}</main><div id="tip"></div><script>{_script(live)}</script></body></html>\n'
     )
 
 
@@ -174,18 +213,38 @@ def events(rows: list[dict[str, Any]]) -> str:
     return f'<div class="panel">{inner}</div>' if rows else ""
 
 
-def samples(rows: list[tuple[int, dict[str, Any]]]) -> str:
-    """Texts of a few samples; keys beside prompt, response and turns go into the line above them."""
+def alarms(rows: list[dict[str, Any]]) -> str:
+    """What a rule of `watch` said: what broke, the likely cause, what to try."""
+    inner = "".join(
+        f'<div class="event"><span>step {row["step"] + 1}</span><b class="warn">{html.escape(row["kind"])}</b>'
+        f"<p>{html.escape(row['message'])}</p></div>"
+        for row in rows
+    )
+    return f'<h2>Alarms</h2><div class="panel alarm">{inner}</div>' if rows else ""
+
+
+def links(title: str, rows: list[tuple[str, str]]) -> str:
+    """(address below the page's own, text)."""
+    inner = "".join(f'<a href="{html.escape(address)}">{html.escape(text)}</a>' for address, text in rows)
+    return f'<h2>{html.escape(title)}</h2><nav class="steps">{inner}</nav>' if rows else ""
+
+
+def samples(rows: list[tuple[int, dict[str, Any]]], *, every_token: bool = False) -> str:
+    """Texts of a few samples; keys beside prompt, response and turns go into the line above them. `every_token`: a part to open
+    below each, with the logprobs of engine and trainer."""
     parts = []
-    for step, row in rows:
-        rest = {key: value for key, value in row.items() if key not in ("prompt", "response", "turns", "worst", "images")}
+    for number, (step, row) in enumerate(rows):
+        rest = {
+            key: value for key, value in row.items() if key not in ("prompt", "response", "turns", "worst", "tokens", "images")
+        }
         facts_line = "  ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in rest.items())
         before, of_turns = by_turn(row, [uri for uri in row.get("images") or [] if isinstance(uri, str)])
         body = turns(row["turns"], of_turns) if row.get("turns") else html.escape(str(row.get("response", "")))
+        below = tokens(row.get("tokens") or [], f"step {step + 1}, {number}") if every_token else ""
         parts.append(
             f'<div class="sample"><header>step {step + 1}  ·  {html.escape(facts_line)}</header>'
             f'<pre><span class="prompt">{html.escape(str(row.get("prompt", "")))}</span>{images(before)}'
-            f"{body}</pre>{worst(row.get('worst') or [])}</div>"
+            f"{body}</pre>{worst(row.get('worst') or [])}{below}</div>"
         )
     return f'<h2>Samples</h2><div class="panel">{"".join(parts)}</div>' if parts else ""
 
@@ -207,6 +266,21 @@ def turns(rows: list[dict[str, Any]], shown: list[list[str]]) -> str:
             + images(uris)
         )
     return "".join(lines)
+
+
+def tokens(rows: list[list[Any]], title: str) -> str:
+    """A sample token by token: marked where engine and trainer are apart, grey what an environment said."""
+    cells = []
+    for position, (text, *numbers) in enumerate(rows):
+        kind, said = "other", f"{position}: of the environment"
+        if len(numbers) == 2:
+            apart = abs(numbers[0] - numbers[1])
+            kind = "far" if apart > FAR else "near" if apart > NEAR else ""
+            said = f"{position}: engine {numbers[0]:.4f}, trainer {numbers[1]:.4f}"
+        cells.append(f'<span class="token {kind}" tabindex="0" title="{html.escape(said)}">{html.escape(str(text))}</span>')
+    note = f"logprobs of engine and trainer: marked where they are apart by more than {NEAR} or {FAR}"
+    inner = f'<div class="note">{note}</div><pre>{"".join(cells)}</pre>'
+    return details(f"token by token ({title})", inner) if rows else ""
 
 
 def worst(rows: list[dict[str, Any]]) -> str:

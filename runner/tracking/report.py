@@ -15,14 +15,15 @@ import yaml
 
 from runner.errors import UserError
 from runner.storage import atomic_write
-from runner.tracking import page, pictures
 from runner.tracking.base import STEP_PARTS
+from runner.tracking import page, pictures, timeline
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
 from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
 KEY_STEPS = 5  # steps at the start and at the end over which the key results are means
 SHOWN_SAMPLE_STEPS = 4
 SHOWN_SAMPLES = 3  # per shown step
+ALARMS = "watch_"  # how the kinds of events begin that a watch rule makes
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class RunData:
     metrics: list[dict[str, float]]
     events: list[dict[str, Any]]
     samples: list[tuple[int, dict[str, Any]]]
+    timeline: list[tuple[int, list[timeline.Span]]]
 
     @property
     def name(self) -> str:
@@ -152,6 +154,7 @@ def read_run(folder: Path) -> RunData:
         metrics=read_metrics(folder),
         events=read_jsonl(folder / "events.jsonl", event_problem),
         samples=[(step, with_images(path.parent, step, row)) for step, path in steps for row in read_jsonl(path)[:SHOWN_SAMPLES]],
+        timeline=timeline.read(folder),
     )
 
 
@@ -287,6 +290,14 @@ def unaccounted_time(run: RunData, parts: list[str]) -> list[tuple[float, float]
 def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html from what the folder holds now; returns its path."""
     run = read_run(run_dir)
+    path = run_dir / "report.html"
+    atomic_write(path, page.document(run.name, body_of(run)))
+    return path
+
+
+def body_of(run: RunData, *, live: str = "") -> str:
+    """What a page shows of a run. `live`: HTML that stands below the key results of a page that is drawn while the run goes on,
+    where alarms come first, newest on top."""
     names = run.names()
     cards, used = [], {"perf/step_time"}
     for chart in CHARTS:
@@ -296,11 +307,14 @@ def write_report(run_dir: Path) -> Path:
         if len(metrics) >= chart.min_series and (happened or not chart.unless_zero):
             cards.append(draw_chart(run, chart, metrics))
     rest = [line_chart(name, [Series(short_label(name), run.points(name), 0)]) for name in names if name not in used]
-    path = run_dir / "report.html"
+    alarms = [row for row in run.events if row["kind"].startswith(ALARMS)] if live else []
     body = [
         page.header(run.name, run.state, config_line(run.config), page.facts(run.status, run.config, len(run.metrics))),
         page.tiles(tiles(run)),
-        page.events(run.events),
+        page.alarms(alarms[::-1]),
+        live,
+        page.events([row for row in run.events if row not in alarms]),
+        timeline.draw(run.timeline),
         page.grid(cards),
         page.samples(run.samples),
         page.details(f"{len(rest)} more metrics", page.grid(rest)) if rest else "",
@@ -309,8 +323,7 @@ def write_report(run_dir: Path) -> Path:
         if run.environment
         else "",
     ]
-    atomic_write(path, page.document(run.name, "".join(body)))
-    return path
+    return "".join(body)
 
 
 def config_line(config: dict[str, Any]) -> list[str]:
