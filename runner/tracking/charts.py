@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 440, 220
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 26
@@ -21,11 +21,13 @@ MAX_POINTS = 600  # a longer curve is drawn from the means of equal parts
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `points`: (step, value), ascending; values that are not finite leave a gap. `color`: index of --sN."""
+    """One curve. `points`: (step, value), ascending; values that are not finite leave a gap. `color`: index of --sN. `band`:
+    (step, low, high) of what is shaded around it, finite."""
 
     label: str
     points: list[tuple[float, float]]
     color: int
+    band: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def format_number(value: float, digits: int = 4) -> str:
@@ -144,10 +146,16 @@ def _frame(title: str, hint: str, axes: _Axes | None, body: str, series: list[Se
     return f'<figure class="card">{head}{svg}<div class="legend">{legend}</div></figure>'
 
 
+def _thin_band(band: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+    lows, highs = thin([(x, low) for x, low, _ in band]), thin([(x, high) for x, _, high in band])
+    return [(x, low, high) for (x, low), (_, high) in zip(lows, highs, strict=True)]
+
+
 def _finite(series: list[Series]) -> tuple[list[Series], list[float], list[float]]:
-    series = [Series(s.label, thin(s.points), s.color) for s in series if s.points]
+    series = [Series(s.label, thin(s.points), s.color, _thin_band(s.band)) for s in series if s.points]
     xs = [x for s in series for x, _ in s.points]
     values = [y for s in series for _, y in s.points if math.isfinite(y)]
+    values += [y for s in series for _, *bounds in s.band for y in bounds]
     return series, xs, values
 
 
@@ -160,6 +168,9 @@ def line_chart(title: str, series: list[Series], *, hint: str = "", smoothed: bo
     body = []
     for s in series:
         color = f"var(--s{s.color})"
+        if s.band:
+            edge = [(x, high) for x, _, high in s.band] + [(x, low) for x, low, _ in reversed(s.band)]
+            body.append(f'<path class="band" d="{_path(axes, edge)}Z" fill="{color}"/>')
         if sum(math.isfinite(y) for _, y in s.points) < DOT_BELOW:
             body += [f'<circle cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="3.5" fill="{color}"/>' for x, y in s.points]
         elif smoothed and len(s.points) >= SMOOTH_FROM:

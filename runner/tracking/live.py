@@ -70,7 +70,8 @@ class LivePage:
     def _drawn(self) -> str:
         steps = [step for step, _ in rollout_files(self.folder)]
         links = page.links("Samples by step, token by token", [(f"step/{step + 1}", str(step + 1)) for step in steps[::-1]])
-        return body_of(read_run(self.folder), live='<div id="live" role="status">live</div>' + links)
+        drawn = f'<div id="live" role="status">as of {time.strftime("%H:%M:%S UTC", time.gmtime())}</div>'
+        return body_of(read_run(self.folder), live=drawn + links)
 
     def step(self, number: int) -> str | None:
         """The page with every kept sample of a step, counted from 1; None where there is none."""

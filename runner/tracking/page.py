@@ -61,7 +61,7 @@ svg.chart{width:100%;height:auto;display:block;touch-action:pan-y}
 svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
 svg .grid{stroke:var(--line)}svg .zero{stroke:var(--zero)}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .pale{fill:none;stroke-width:1.2;opacity:.38}svg .many{opacity:.2}
-svg .cross{stroke:var(--dim);stroke-dasharray:3 3;pointer-events:none}
+svg .band{opacity:.18}svg .cross{stroke:var(--dim);stroke-dasharray:3 3;pointer-events:none}
 .legend{display:flex;flex-wrap:wrap;gap:3px 14px;font-size:12.5px;color:var(--dim);margin-top:2px}
 .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
 #tip{position:fixed;display:none;z-index:9;pointer-events:none;background:var(--card);border-radius:8px;
@@ -88,7 +88,7 @@ pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace
 .sample .by{color:var(--dim);font-size:12px}.sample .note{color:var(--dim);font-size:12px}
 .sample img{display:block;min-width:96px;max-width:256px;margin:6px 0;image-rendering:pixelated;border-radius:4px}
 .sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
-.scroll{overflow-x:auto;margin-top:18px}
+.verdict{max-width:80ch;margin:6px 0}.scroll{overflow-x:auto;margin-top:18px}
 table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
 .results th,.results td{padding:8px 12px;text-align:right;border-top:1px solid var(--line);white-space:nowrap}
 .results th{color:var(--dim);font-weight:600;border:0}.results th:first-child,.results td:first-child{text-align:left}
@@ -288,6 +288,10 @@ def worst(rows: list[dict[str, Any]]) -> str:
     cells = (f"{row['token']!r} at {row['position']}: {row['engine']:.3f} / {row['trainer']:.3f}" for row in rows)
     line = "  ·  ".join(cells)
     return f'<div class="note">logprobs apart most (engine / trainer): {html.escape(line)}</div>' if rows else ""
+
+
+def text(title: str, sentences: str) -> str:
+    return f'<h2>{html.escape(title)}</h2><p class="verdict">{html.escape(sentences)}</p>'
 
 
 def details(title: str, body: str) -> str:

@@ -15,8 +15,8 @@ import yaml
 
 from runner.errors import UserError
 from runner.storage import atomic_write
+from runner.tracking import page, pictures, seeds, timeline
 from runner.tracking.base import STEP_PARTS
-from runner.tracking import page, pictures, timeline
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
 from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
@@ -359,7 +359,8 @@ def run_labels(runs: list[RunData]) -> list[str]:
 
 
 def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
-    """One page over several runs: a table of what differs and what came out, and curves laid over each other."""
+    """One page over several runs: a table of what differs and what came out, and curves laid over each other. Where settings have
+    several seeds: which one won, whether that is significant, and curves of their means with 95% intervals."""
     runs = [read_run(folder) for folder in folders]
     labels = run_labels(runs)
     keys = differing_keys(runs)
@@ -371,16 +372,59 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
         cells = [page.format_number(number) if number is not None else "" for number in numbers]
         rows.append([label, run.state, *(str(table.get(key, "")) for key in keys), *cells])
     evals = dict.fromkeys(name for run in runs for name in matching(run.names(), EVALS))
+    settings = by_setting(runs, labels, keys)
     cards = []
     for caption, metric in (*COMPARED[:1], *((name, name) for name in evals), *COMPARED[1:]):
-        series = [
-            Series(label, run.points(metric), i % NUM_COLORS) for i, (label, run) in enumerate(zip(labels, runs, strict=True))
-        ]
+        series = []
+        for i, (label, group) in enumerate(settings.items()):
+            points, band = seeds.mean_curve([run.points(metric) for run in group])
+            points = group[0].points(metric) if len(group) == 1 else points
+            series.append(Series(label, points, i % NUM_COLORS, band))
         if any(s.points for s in series):
             cards.append(line_chart(caption, series, hint=metric if caption != metric else "", smoothed=True))
-    body = page.header(title, "", [f"{len(runs)} runs"], []) + page.table(columns, rows) + page.grid(cards)
+    won = which_won(settings) if any(key != "seed" for key in keys) else ""
+    body = page.header(title, "", [f"{len(runs)} runs"], []) + won + page.table(columns, rows) + page.grid(cards)
     atomic_write(path, page.document(title, body))
     return path
+
+
+def by_setting(runs: list[RunData], labels: list[str], keys: list[str]) -> dict[str, list[RunData]]:
+    """Runs that differ in `seed` alone, by what the settings differ in; every run by itself where that is nothing."""
+    told = [key for key in keys if key != "seed"]
+    if not told:
+        return {label: [run] for label, run in zip(labels, runs, strict=True)}
+    groups: dict[str, list[RunData]] = {}
+    for run in runs:
+        table = dict(flatten(run.config))
+        groups.setdefault("  ".join(f"{key}={table.get(key)}" for key in told), []).append(run)
+    if len(groups) == len(runs):  # a seed each: they keep their names
+        return {label: [run] for label, run in zip(labels, runs, strict=True)}
+    return groups
+
+
+def which_won(settings: dict[str, list[RunData]]) -> str:
+    """The answer of a sweep: a sentence, and a row per setting. Only completed runs count."""
+    done = {label: [run for run in group if run.state == "completed"] for label, group in settings.items()}
+    names = [matching(run.names(), EVALS) for group in done.values() for run in group]
+    shared = [name for name in names[0] if all(name in other for other in names)] if names else []
+    metric = shared[0] if shared else "rollout/raw_reward"
+    found = {label: tuple(v for run in group if (v := tail_mean(run, metric)) is not None) for label, group in done.items()}
+    results = {label: values for label, values in found.items() if values}
+    if not results:
+        return page.text("Which setting won", "No setting has a completed run.")
+    order = seeds.compared(results)
+    said = seeds.verdict(order, f"{metric} (last {KEY_STEPS} values of a run)")
+    if left_out := sum(map(len, settings.values())) - sum(map(len, results.values())):
+        said += f" {left_out} run(s) that did not complete or have no such metric do not count."
+    rows = []
+    for setting in order:
+        bounds = seeds.interval(setting.values)
+        told = " to ".join(page.format_number(bound) for bound in bounds) if bounds else "one seed"
+        p = "" if setting is order[0] else "not tested" if setting.p is None else page.format_number(setting.p, 2)
+        rows.append([setting.label, str(len(setting.values)), page.format_number(setting.mean), told, p])
+    return page.text("Which setting won", said) + page.table(
+        ["setting", "seeds", "mean", "95% interval", "p against the first"], rows
+    )
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:

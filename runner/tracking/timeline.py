@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 SHOWN_STEPS = 3
 SHOWN_LANES = 64  # of thousands of ranks the first
-PHASES = ("rollout", "update", "train", "sync", "decompose", "eval", "other", "generation")  # the place gives the colour
+COLORS = {"rollout": 0, "generation": 0, "train": 2, "update": 2, "sync": 3, "decompose": 4, "eval": 5}  # what belongs together
+OTHER = 7
 LEFT, WIDTH, LANE, AXIS = 130, 1000, 22, 24  # pixels of the drawing
 
 
@@ -137,7 +138,7 @@ def _bar(step: int, span: Span, place: int, zero: float, scale: float) -> str:
 
 
 def _color(phase: str) -> int:
-    return PHASES.index(phase) if phase in PHASES else len(PHASES) - 2
+    return COLORS.get(phase, OTHER)
 
 
 def _lane_order(lane: str) -> tuple[int, str, int]:
