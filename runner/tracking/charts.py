@@ -140,7 +140,7 @@ def _frame(title: str, hint: str, axes: _Axes | None, body: str, series: list[Se
     data = {"left": LEFT, "right": WIDTH - RIGHT, "width": WIDTH, "low": axes.x_low, "high": axes.x_high, "series": rows}
     cross = f'<line class="cross" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>'
     svg = (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}" '
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" aria-label="{html.escape(title)}" '
         f'data-chart="{html.escape(json.dumps(data, separators=(",", ":")))}">{axes.draw()}{body}{cross}</svg>'
     )
     return f'<figure class="card">{head}{svg}<div class="legend">{legend}</div></figure>'

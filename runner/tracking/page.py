@@ -95,7 +95,11 @@ table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-nu
 @media(max-width:640px){main{padding:18px 12px 32px}h1{font-size:20px}
 .tiles{grid-template-columns:1fr 1fr;gap:8px}.tile b{font-size:21px}
 .event{grid-template-columns:auto 1fr}.event p{grid-column:1/-1}}
-@media print{details{display:none}.card{break-inside:avoid}}
+svg.chart:focus-visible,summary:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
+@media print{:root{--bg:#fff;--card:#fff;--text:#000;--dim:#444;--line:#ccc;color-scheme:light}main{max-width:none;padding:0}
+details,#live,.steps,.back,#tip{display:none!important}.card,.tile,.event,.sample{break-inside:avoid}h2{break-after:avoid}
+.grid{grid-template-columns:1fr 1fr}.scroll{overflow:visible}.results th,.results td{white-space:normal;padding:4px 6px}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 SCRIPT = """
@@ -104,19 +108,28 @@ if(v===0)return '0';return a>=1e5||a<1e-4?v.toExponential(2):String(+v.toPrecisi
 const known=new WeakMap();let over=null;
 const hide=()=>{tip.style.display='none';if(over){const c=over.querySelector('.cross');
 c.setAttribute('x1',-9);c.setAttribute('x2',-9)}over=null};
-document.addEventListener('pointermove',e=>{const svg=e.target.closest?e.target.closest('svg.chart'):null;
-if(svg!==over)hide();if(!svg)return;over=svg;const cross=svg.querySelector('.cross');let d=known.get(svg);
-if(!d){d=JSON.parse(svg.dataset.chart);known.set(svg,d)}const box=svg.getBoundingClientRect();
-const px=(e.clientX-box.left)/box.width*d.width,want=d.low+(px-d.left)/(d.right-d.left)*(d.high-d.low);
-let x=null;for(const s of d.series)for(const p of s.points)if(x===null||Math.abs(p[0]-want)<Math.abs(x-want))x=p[0];
-if(x===null)return hide();const at=d.left+(x-d.low)/(d.high-d.low)*(d.right-d.left);
-cross.setAttribute('x1',at);cross.setAttribute('x2',at);tip.replaceChildren();
+const data=svg=>{let d=known.get(svg);if(!d){d=JSON.parse(svg.dataset.chart);
+d.xs=[...new Set(d.series.flatMap(s=>s.points.map(p=>p[0])))].sort((a,b)=>a-b);known.set(svg,d)}return d};
+function show(svg,x,clientX,clientY){const d=data(svg),cross=svg.querySelector('.cross');over=svg;
+const at=d.left+(x-d.low)/(d.high-d.low)*(d.right-d.left);
+cross.setAttribute('x1',at);cross.setAttribute('x2',at);svg.dataset.at=x;tip.replaceChildren();
 const head=document.createElement('div');head.textContent='step '+fmt(x);head.style.color='var(--dim)';tip.append(head);
 const table=document.createElement('table');for(const s of d.series){const p=s.points.find(p=>p[0]===x);if(!p)continue;
 const row=table.insertRow(),name=row.insertCell(),dot=document.createElement('i');dot.style.background='var(--s'+s.color+')';
 name.append(dot,s.label);row.insertCell().textContent=fmt(p[1])}tip.append(table);tip.style.display='block';
-const w=tip.offsetWidth,left=e.clientX+16+w>innerWidth?e.clientX-w-16:e.clientX+16;
-tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(e.clientY+14,innerHeight-tip.offsetHeight-4))+'px'});
+const box=svg.getBoundingClientRect();if(clientX===null){clientX=box.left+at/d.width*box.width;clientY=box.top+box.height/2}
+const w=tip.offsetWidth,left=clientX+16+w>innerWidth?clientX-w-16:clientX+16;
+tip.style.left=Math.max(4,left)+'px';tip.style.top=Math.max(4,Math.min(clientY+14,innerHeight-tip.offsetHeight-4))+'px'}
+const chart=e=>e.target.closest?e.target.closest('svg.chart'):null;
+for(const kind of ['pointermove','pointerdown'])document.addEventListener(kind,e=>{const svg=chart(e);if(svg!==over)hide();
+if(!svg)return;const d=data(svg),box=svg.getBoundingClientRect();if(!d.xs.length)return;
+const px=(e.clientX-box.left)/box.width*d.width,want=d.low+(px-d.left)/(d.right-d.left)*(d.high-d.low);
+show(svg,d.xs.reduce((a,b)=>Math.abs(b-want)<Math.abs(a-want)?b:a),e.clientX,e.clientY)});
+document.addEventListener('focusout',hide);
+document.addEventListener('keydown',e=>{const svg=chart(e);if(!svg)return;if(e.key==='Escape')return hide();
+const d=data(svg),last=d.xs.length-1,now=over===svg?d.xs.indexOf(+svg.dataset.at):-1;
+const to={ArrowLeft:now<0?last:Math.max(0,now-1),ArrowRight:now<0?0:Math.min(last,now+1),Home:0,End:last}[e.key];
+if(to===undefined||last<0)return;e.preventDefault();if(over!==svg)hide();show(svg,d.xs[to],null,null)});
 """
 
 LIVE_SCRIPT = """

@@ -2,8 +2,9 @@
 
 A setting's n runs differ in `seed` alone. Two settings are compared with a permutation test of the difference of their means:
 under the hypothesis that they are the same, every way to deal the n1 + n2 results to them is as likely. It assumes no
-distribution, and it says by itself when there are too few seeds: 3 and 3 have 20 ways, so that no p can be below 0.1. Comparisons of the best
-setting with each other one are corrected after Holm. That the best was chosen by looking is what no correction makes good for.
+distribution, and it says by itself when there are too few seeds: 3 and 3 have 20 ways, so that no p can be below 0.1.
+Comparisons of the best setting with each other one are corrected after Holm. That the best was chosen by looking is what no
+correction makes good for.
 """
 
 from __future__ import annotations
