@@ -98,7 +98,8 @@ table.results{border-collapse:collapse;width:100%;font-size:14px;font-variant-nu
 svg.chart:focus-visible,summary:focus-visible{outline:2px solid var(--s0);outline-offset:2px}
 @media print{:root{--bg:#fff;--card:#fff;--text:#000;--dim:#444;--line:#ccc;color-scheme:light}main{max-width:none;padding:0}
 details,#live,.steps,.back,#tip{display:none!important}.card,.tile,.event,.sample{break-inside:avoid}h2{break-after:avoid}
-.grid{grid-template-columns:1fr 1fr}.scroll{overflow:visible}.results th,.results td{white-space:normal;padding:4px 6px}
+.grid{grid-template-columns:1fr 1fr}.scroll{overflow:visible}.results{font-size:11px!important}
+.results th,.results td{white-space:normal;overflow-wrap:anywhere;padding:3px 5px}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 

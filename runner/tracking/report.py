@@ -381,7 +381,9 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
             points = group[0].points(metric) if len(group) == 1 else points
             series.append(Series(label, points, i % NUM_COLORS, band))
         if any(s.points for s in series):
-            cards.append(line_chart(caption, series, hint=metric if caption != metric else "", smoothed=True))
+            said = [metric] if caption != metric else []
+            said += ["mean over seeds, 95% interval"] if any(s.band for s in series) else []
+            cards.append(line_chart(caption, series, hint="; ".join(said), smoothed=True))
     won = which_won(settings) if any(key != "seed" for key in keys) else ""
     body = page.header(title, "", [f"{len(runs)} runs"], []) + won + page.table(columns, rows) + page.grid(cards)
     atomic_write(path, page.document(title, body))
