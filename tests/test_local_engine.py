@@ -147,6 +147,10 @@ def test_status_limits_and_order() -> None:
     pool, _ = make_pool(config("model=tiny_dense", *FP32))
     wanted = requests(20, max_response_tokens=9, stop_token_ids=tuple(range(0, 272, 7)))
     samples = list(pool.generate(wanted))
+    served = [piece for sample in samples for piece in sample.served]
+    assert len(served) == 20 and all(name == "engine 0" and begin < end for name, begin, end in served)
+    late = sorted(begin for _, begin, _ in served)[16:]  # admitted when others had left their slots
+    assert min(late) >= min(end for _, _, end in served)
     assert {sample.status for sample in samples} == {Status.completed, Status.truncated}
     for sample in samples:
         inner = sample.response_tokens[:-1] % 7

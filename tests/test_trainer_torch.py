@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,14 @@ def _assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor])
 def test_a_step_changes_the_policy_and_reports() -> None:
     cfg = config()
     trainer = TorchTrainer(cfg)
-    before = _masters(trainer)
+    before, began = _masters(trainer), time.time()
     result = trainer.step(data := batch(cfg))
     metrics = result.metrics
     assert trainer.version == 1 and result.old_version == 0
     assert metrics["train/grad_norm"] > 0 and metrics["train/lr"] == 1e-2
     assert metrics["train/pg_clipfrac"] == 0 and metrics["train/ppo_kl"] == 0
+    ((begin, end),) = result.busy
+    assert began <= begin < end <= time.time()
     assert data.old_logprobs is None and len(result.old_logprobs) == len(data)  # the batch stays as it is
     assert any(not torch.equal(before[name], master) for name, master in trainer.optimizer.masters.items())
 

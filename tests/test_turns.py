@@ -62,6 +62,7 @@ class EchoPool:
                 finish_reason="stop",
                 routes=torch.arange(request.known_routes, total - 1).view(-1, 1, 1).to(torch.uint8),
                 weight_spans=[WeightSpan(3, 0, len(new))],
+                served=[("engine 0", float(total), total + 0.5)],
             )
 
 
@@ -202,6 +203,7 @@ def test_everything_is_aligned_over_turns() -> None:
     assert (sample.rollout_logprobs[sample.loss_mask] == -1).all() and (sample.rollout_logprobs[~sample.loss_mask] == 0).all()
     assert sample.routes is not None and sample.routes.flatten().tolist() == list(range(len(sample.tokens) - 1))
     spans = torch.zeros(sample.response_length, dtype=torch.bool)
+    assert len(sample.served) == 3 and sample.served == sorted(sample.served)  # of every turn
     for span in sample.weight_spans:
         spans[span.start : span.stop] = True
     assert torch.equal(spans, sample.loss_mask)

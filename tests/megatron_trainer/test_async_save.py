@@ -39,7 +39,8 @@ def test_what_is_saved_is_the_state_it_was_begun_at(tmp_path: Path) -> None:
     """Two steps are made while it is written; a resume repeats them."""
     cfg = _config()
     with megatron(cfg) as trainer:
-        trainer.step(batch(cfg))
+        busy = trainer.step(batch(cfg)).busy
+        assert len(busy) == len(trainer.ranks.pids) and all(begin < end for begin, end in busy)
         at_save = exported(trainer, "bf16")
         saving = trainer.begin_save(tmp_path)
         expected = [trainer.step(batch(cfg, seed=seed)).metrics for seed in (1, 2)]

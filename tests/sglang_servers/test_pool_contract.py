@@ -18,6 +18,9 @@ def test_greedy_tokens_equal_transformers_generate(running: Any) -> None:
     built = running.fresh()
     wanted = requests(6, temperature=0.0)
     samples = by_key(list(running.pool.generate(wanted)))
+    for sample in samples.values():
+        ((engine, begin, end),) = sample.served
+        assert engine.startswith("engine") and begin < end
     for request in wanted:
         prompt = torch.tensor([request.tokens])
         reference = built.generate(
