@@ -411,7 +411,7 @@ def test_proposals_fit_when_applied() -> None:
 
 def test_what_the_rules_refuse_is_not_proposed() -> None:
     """The in-process engine has no FP8 cache, however well it would fit."""
-    run = ["model=qwen3_4b", "trainer=torch", "rollout=local"]
+    run = ["model=qwen3_4b", "trainer=torch", "rollout=local", "rollout.max_parameters_on_gpu=0"]
     cfg = composed(*run)
     proposals = what_would_fit(cfg, take_inventory(cfg))
     assert proposals and not [proposal for proposal in proposals if "kv_cache" in proposal]
