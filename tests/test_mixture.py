@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config import compose
+from runner.config import compose, recorded
 from runner.errors import UserError, UserErrors
 from runner.tasks.gsm8k import Gsm8kTask
 from runner.tasks.jsonl import ColumnsConfig, SetConfig
@@ -164,3 +164,26 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     told = str(caught.value)
     assert "task.mix names the training data" in told and "fix: task.train_path=null" in told, told
     assert "repeat after" in told and "must be above 0" in told
+
+
+def test_sets_come_and_go_on_the_command_line_of_a_resumed_run(tmp_path: Path) -> None:
+    task = ["task=dataset", "model=tiny_dense", "task.max_prompt_tokens=64", f"task.eval_path={tmp_path / 'x.jsonl'}"]
+    sets = [f"+task.mix.{name}.{key}={value}" for name in "xy" for key, value in (("path", f"{name}.jsonl"), ("weight", 1))]
+
+    def resumed(*new: str) -> Any:
+        """The task of the run that goes on with these overrides, which are its own from then on."""
+        loaded = compose.load([f"resume={tmp_path / 'run'}", *new])
+        recorded.write_overrides(tmp_path / "run", loaded.overrides)
+        return loaded.config.task
+
+    recorded.write_overrides(tmp_path / "run", [*task, *sets, "+task.graders.y=choice"])
+    assert (resumed("task.graders.y=exact").graders, resumed("task.mix.y.weight=3").mix["y"].weight) == ({"y": "exact"}, 3)
+    removed = resumed("~task.mix.y", "~task.graders.y")
+    assert list(removed.mix) == ["x"] and removed.graders == {} and list(resumed().mix) == ["x"]
+    again = resumed("+task.mix.y.path=z.jsonl", "+task.mix.y.weight=2")
+    assert (again.mix["y"].path, again.mix["y"].weight, again.graders) == ("z.jsonl", 2, {})
+    with pytest.raises(UserErrors, match="task.mix has no entry 'z'") as caught:
+        compose.load([*task, *sets, "~task.mix.z"])
+    assert "x, y" in str(caught.value)
+    with pytest.raises(UserErrors, match="cannot be removed"):
+        compose.load([*task, *sets, "~task.mix.x.weight"])

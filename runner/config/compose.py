@@ -240,9 +240,18 @@ def with_resumed(overrides: list[str]) -> list[str]:
             key="run_name",
             fix=f"leave run_name away; without {typed('resume', target)} a new run begins",
         )
-    replaced = {override_key(item) for item in overrides}
-    kept = restored([joined_surrogates(item) for item in read_overrides(run) if override_key(item) not in replaced])
+    kept = restored([joined_surrogates(item) for item in read_overrides(run) if not _replaced(item, overrides)])
     return [*kept, *(item for item in overrides if override_key(item) != "resume"), override("resume", str(run))]
+
+
+def _replaced(old: str, overrides: list[str]) -> bool:
+    """Whether one of the overrides stands in the place of a recorded one. An entry that `+` made stays, to be changed or removed;
+    one that `~` removed may be added again."""
+    key = override_key(old)
+    if old.startswith("~"):
+        return any(f"{override_key(item)}.".startswith(f"{key}.") for item in overrides)
+    same = [item for item in overrides if override_key(item) == key and not item.startswith("~")]
+    return any(item.startswith("+") or not old.startswith("+") for item in same)
 
 
 def default_outputs_dir() -> str:

@@ -192,12 +192,26 @@ def _leaves(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str,
 def _replay_override(item: Override, options: dict[str, list[str]], result: Diagnosis) -> None:
     key = item.key_or_group
     if item.type == OverrideType.DEL:
-        result.problems.append(
-            UserError(f"{item.input_line}: a key of the schema cannot be removed", key=key, where=COMMAND_LINE, fix=f"{key}=null")
-        )
+        if problem := _remove(key, item, result):
+            result.problems.append(problem)
         return
     if _set(key, item.value(), COMMAND_LINE, result, add=item.is_add(), choices=options):
         result.sources[key] = COMMAND_LINE
+
+
+def _remove(key: str, item: Override, result: Diagnosis) -> UserError | None:
+    """Take an entry out of a free dictionary (task.mix, watch.rules); the problem where there is no such entry."""
+    parent_key, _, name = key.rpartition(".")
+    parent = OmegaConf.select(result.raw, parent_key) if parent_key else result.raw
+    if not OmegaConf.is_dict(parent) or OmegaConf.get_type(parent) is not dict:
+        problem = f"{item.input_line}: a key of the schema cannot be removed"
+        return UserError(problem, key=key, where=COMMAND_LINE, fix=f"{key}=null")
+    if name not in list(parent):
+        there = ", ".join(map(str, parent)) or "nothing"
+        return UserError(f"{parent_key} has no entry {name!r}", key=key, where=COMMAND_LINE, fix=f"there is: {there}")
+    with open_dict(parent):
+        del parent[name]
+    return None
 
 
 def _set(
