@@ -81,8 +81,10 @@ def test_mlflow_keeps_the_run_over_a_resume(tmp_path: Path, capsys: pytest.Captu
     assert last[0] == 0 and last[1] == 10 and last[2] == sys.float_info.max and math.isnan(last[3])  # its store knows no infinity
     assert run.data.metrics["eval/arithmetic_pass_at_4"] == 0.75 and run.data.metrics["train/grad_norm"] == 1.5
     (run_dir / "mlflow_run_id").write_text("of another store")
-    build_tracker(config("mlflow", tmp_path, run_dir), run_dir, first_step=4).finish("failed", {})
-    assert {found.info.status for found in client.search_runs([experiment.experiment_id])} == {"FINISHED", "FAILED"}
+    build_tracker(config("mlflow", tmp_path, run_dir), run_dir, first_step=4).finish("failed", {}, "failed")
+    found = {entry.info.status: entry.data for entry in client.search_runs([experiment.experiment_id])}
+    assert set(found) == {"FINISHED", "FAILED"} and found["FAILED"].tags["status"] == "failed"
+    assert found["FAILED"].params["precision.group_size"] == "32"  # new to this store, though the run is resumed
     refused = build_tracker(config("mlflow", tmp_path), tmp_path / "deleted")
     client.delete_run((tmp_path / "deleted" / "mlflow_run_id").read_text().strip())
     with pytest.raises(Failure, match="MLflow takes no more of the run(?s:.)*tracking=none"):

@@ -27,6 +27,11 @@ State = Literal["running", "completed", "failed", "interrupted", "stopped"]  # o
 NONE: Mapping[str, np.ndarray] = MappingProxyType({})  # no pictures
 
 
+def said(status: State, message: str) -> str:
+    """How a run ended, in one line; a message that is the state says no more."""
+    return f"{status} {message}" if message and message != status else status
+
+
 class Progress(Protocol):
     def advance(self, amount: int = 1, note: str = "") -> None:
         """`amount` more of the total is done; `note` replaces the text beside the bar."""

@@ -24,7 +24,7 @@ from runner.config.schema import Config, TrackingConfig
 from runner.errors import Failure, UserError
 from runner.redaction import redacted
 from runner.storage import atomic_write
-from runner.tracking.base import BaseTracker, State
+from runner.tracking.base import BaseTracker, State, said
 from runner.tracking.folder import plain_config
 
 ID_FILE = "mlflow_run_id"
@@ -53,14 +53,16 @@ class MlflowTracker(BaseTracker):
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self.client = MlflowClient(tracking_uri=self.uri)
-            self.run_id = self._resumed(cfg) or self._fresh(cfg)
+            known = self._resumed(cfg)
+            self.run_id = known or self._fresh(cfg)
         except MlflowException as error:
             problem = f"MLflow does not open {redacted(self.uri)}: {redacted(error.message)}"
             raise UserError(problem, key="tracking.uri", fix="tracking.uri=sqlite:////<folder>/mlflow.db") from error
         rows = [Param(name_of(key), str(value)[:PARAMETER_CHARACTERS]) for key, value in _flat(plain_config(cfg))]
-        if not cfg.resume:  # parameters cannot be changed, and a resume may change some
-            for start in range(0, len(rows), PARAMETERS_PER_CALL):
-                self.client.log_batch(self.run_id, params=rows[start : start + PARAMETERS_PER_CALL])
+        if known is None:  # parameters cannot be changed, and a resume may change some
+            with self._told():
+                for start in range(0, len(rows), PARAMETERS_PER_CALL):
+                    self.client.log_batch(self.run_id, params=rows[start : start + PARAMETERS_PER_CALL])
 
     def _resumed(self, cfg: Config) -> str | None:
         """The id of the run that goes on; None where its file is not there, or names none of this store."""
@@ -98,7 +100,7 @@ class MlflowTracker(BaseTracker):
 
     def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
         with self._told():
-            self.client.set_tag(self.run_id, "status", f"{status} {message}".rstrip()[:TAG_CHARACTERS])
+            self.client.set_tag(self.run_id, "status", said(status, message)[:TAG_CHARACTERS])
             self.client.set_terminated(self.run_id, STATES[status])
         print(f"mlflow: run {self.run_id} is in {redacted(self.uri)}")
 

@@ -14,7 +14,7 @@ import yaml
 
 from runner.config.option import Need, Option
 from runner.config.schema import Config, TrackingConfig
-from runner.tracking.base import BaseTracker, State
+from runner.tracking.base import BaseTracker, State, said
 from runner.tracking.folder import plain_config
 
 FOLDER = "tensorboard"
@@ -49,7 +49,7 @@ class TensorboardTracker(BaseTracker):
         self._open(first_step)
 
     def finish(self, status: State, summary: dict[str, float], message: str = "") -> None:
-        self.writer.add_text("status", f"{status} {message}".rstrip(), self.step)
+        self.writer.add_text("status", said(status, message), self.step)
         self.writer.close()
         print(f"tensorboard: look at this run with\n    tensorboard --logdir {shlex.quote(str(self.run_dir / FOLDER))}")
 
