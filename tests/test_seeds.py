@@ -76,7 +76,8 @@ def make(path: Path, value: float, seed: int, size: int, state: str = "completed
     tracker = JsonlTracker(path)
     for step in range(3):
         tracker.log(step, {"rollout/raw_reward": value + step / 1000})
-    (path / "resolved.yaml").write_text(yaml.safe_dump({"seed": seed, "precision": {"group_size": size}}))
+    config = {"seed": seed, "task": {"seed": seed}, "precision": {"group_size": size}}  # a task's seed is the run's
+    (path / "resolved.yaml").write_text(yaml.safe_dump(config))
     folder.write_status(path, state, step=3)  # type: ignore[arg-type]
     return path
 

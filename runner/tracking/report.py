@@ -345,10 +345,12 @@ def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differing_keys(runs: list[RunData]) -> list[str]:
-    """Config keys whose values are not the same in all runs; those that always differ are left out."""
+    """Config keys whose values are not the same in all runs; those that always differ, and seeds that are the run's seed
+    everywhere (task.seed), are left out."""
     tables = [dict(flatten(run.config)) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
-    ignored = ("run_name", "resume", "outputs_dir")
+    ignored = {"run_name", "resume", "outputs_dir"}
+    ignored |= {key for key in keys if key.endswith(".seed") and all(table.get(key) == table.get("seed") for table in tables)}
     return [key for key in keys if key not in ignored and len({json.dumps(table.get(key)) for table in tables}) > 1]
 
 
