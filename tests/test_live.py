@@ -233,3 +233,29 @@ def test_a_rewound_run_does_its_timeline_again(tmp_path: Path) -> None:
     (tmp_path / "timeline.jsonl").write_text('{"step": 0, "spans": [["driver", "rollout", 1]]}\n')
     with pytest.raises(UserError, match="line 1 is damaged"):
         timeline.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "span", [[1, 2], ["driver", "rollout", 1e12, 1], ["driver", "rollout", -1, 1], ["driver", "rollout", "1", 2]]
+)
+def test_a_timeline_that_makes_no_sense_is_damaged(span: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "timeline.jsonl").write_text(json.dumps({"step": 0, "spans": [span]}) + "\n")
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        timeline.read(tmp_path)
+    (tmp_path / "timeline.jsonl").write_text(f'{{"step": 0, "spans": [["driver", "rollout", 1{"0" * 400}, 2]]}}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        timeline.read(tmp_path)
+
+
+def test_odd_lanes_and_clocks_that_were_set_back_are_drawn(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    tracker.log_timeline(0, [Span("", "rollout", 5.0, 2.0), Span(f"engine {'9' * 5000}", "update", 5.0, 2.0)])
+    assert timeline.draw(timeline.read(tmp_path)).count("<rect") == 2
+
+
+def test_steps_before_a_long_pause_are_not_drawn(tmp_path: Path) -> None:
+    tracker = JsonlTracker(tmp_path)
+    for step, begin in enumerate((0, 7, 100, 102)):  # two seconds each
+        tracker.log_timeline(step, [Span("driver", "rollout", begin, begin + 2.0)])
+        shown = [number for number, _ in timeline.read(tmp_path)]
+        assert shown == {0: [0], 1: [0, 1], 2: [2], 3: [2, 3]}[step]

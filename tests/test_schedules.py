@@ -182,6 +182,16 @@ def test_what_is_not_complete_is_made_again(tmp_path: Path) -> None:
     assert steps_of(rollouts("async", later), later, first=1)[0][0] == 1
 
 
+def test_what_waited_was_not_generated_in_the_time_of_the_resumed_run(tmp_path: Path) -> None:
+    sample = _sample((), served=[("engine 0", 1.0, 2.0)])
+    group = Group(Prompt("p", "text", (1, 2), "answer"), [sample])
+    pending.write(tmp_path / "rollout", [(1, Rollout([group], [group]), {}, 0.5, None)])
+    made = rollouts("one_step_off", Weights())
+    assert made.load(tmp_path, []) == []
+    waiting = made.waiting(1)
+    assert waiting is not None and [sample.served for sample in waiting.rollout.all_samples] == [[]]
+
+
 def test_nothing_is_saved_where_nothing_waits(tmp_path: Path) -> None:
     made = rollouts("sync", Weights())
     made.take(0)

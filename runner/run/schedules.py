@@ -129,8 +129,10 @@ class Rollouts:
             return []
         if reasons := [key for key in changed if key.startswith(MAKE_SAMPLES)]:
             return [f"the rollout that waits in {folder.name} is made anew: {', '.join(reasons)} changed"]
-        for step, *content in pending.read(folder / FOLDER):
-            self._pending[step] = _Pending(self.collector, step, Generated(*content))
+        for step, rollout, *content in pending.read(folder / FOLDER):
+            for sample in rollout.all_samples:
+                sample.served = []  # in the time of another attempt, which the timeline of this one does not reach back to
+            self._pending[step] = _Pending(self.collector, step, Generated(rollout, *content))
         return []
 
 

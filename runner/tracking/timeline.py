@@ -7,7 +7,6 @@ machines go by the clocks of those.
 from __future__ import annotations
 
 import html
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from runner.data import Sample
 
 SHOWN_STEPS = 3
+LONGEST_PAUSE = 10  # between two steps that are shown together, as a multiple of the time that the later ones took
+LAST_TIME = 1e11  # seconds since the epoch: no clock is there yet
 SHOWN_LANES = 64  # of thousands of ranks the first
 COLORS = {"rollout": 0, "generation": 0, "train": 2, "update": 2, "sync": 3, "decompose": 4, "eval": 5}  # what belongs together
 OTHER = 7
@@ -75,16 +76,29 @@ def problem(found: dict[str, Any]) -> str | None:
 def _is_span(found: Any) -> bool:
     if not isinstance(found, list) or len(found) != 4:
         return False
-    numbers = [value for value in found[2:] if isinstance(value, int | float) and math.isfinite(value)]
-    return len(numbers) == 2 and all(isinstance(text, str) for text in found[:2])
+    times = [value for value in found[2:] if isinstance(value, int | float) and 0 <= value < LAST_TIME]
+    return len(times) == 2 and all(isinstance(text, str) for text in found[:2])
 
 
 def read(run_dir: Path) -> list[tuple[int, list[Span]]]:
-    """(step, its spans) of the last steps, ascending; [] of a run that has no such file. UserError where it is damaged."""
+    """(step, its spans) of the last steps, ascending; [] of a run that has no such file. UserError where it is damaged.
+
+    A clock that was set back leaves spans without length, not of negative length.
+    """
     steps: dict[int, list[Span]] = {}
     for found in read_jsonl(run_dir / "timeline.jsonl", problem):
-        steps[found["step"]] = [Span(*entry) for entry in found["spans"]]
-    return sorted(steps.items())[-SHOWN_STEPS:]
+        steps[found["step"]] = [Span(lane, phase, begin, max(begin, end)) for lane, phase, begin, end in found["spans"]]
+    return _one_piece([(step, spans) for step, spans in sorted(steps.items())[-SHOWN_STEPS:] if spans])
+
+
+def _one_piece(steps: list[tuple[int, list[Span]]]) -> list[tuple[int, list[Span]]]:
+    """Without the steps before a pause in which these would be lost: a run that was resumed a day later."""
+    ends = [(min(span.begin for span in spans), max(span.end for span in spans)) for _, spans in steps]
+    for place in range(len(steps) - 1, 0, -1):
+        begin, end = min(begin for begin, _ in ends[place:]), max(end for _, end in ends[place:])
+        if begin - ends[place - 1][1] > LONGEST_PAUSE * (end - begin):
+            return steps[place:]
+    return steps
 
 
 # ---- the drawing
@@ -144,5 +158,5 @@ def _color(phase: str) -> int:
 def _lane_order(lane: str) -> tuple[int, str, int]:
     """The driver, then ranks, then engines, each by its number."""
     name, _, number = lane.rpartition(" ")
-    kind = ("driver", "trainer", "engine").index(lane.split()[0]) if lane.split()[0] in ("driver", "trainer", "engine") else 3
-    return (kind, name, int(number)) if number.isdecimal() else (kind, lane, 0)
+    kind = next((place for place, first in enumerate(("driver", "trainer", "engine")) if lane.split()[:1] == [first]), 3)
+    return (kind, name, int(number)) if number.isdecimal() and len(number) < 10 else (kind, lane, 0)
