@@ -38,7 +38,8 @@ def test_what_is_typed_and_what_a_file_says(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_lacks_is_said_with_commands_for_this_checkpoint(tmp_path: Path) -> None:
-    cfg = compose.load(["model=auto", twins.config_alone(tmp_path / "m", "llama"), "parallelism=h200x1", "rollout.max_parameters_on_gpu=0"]).config
+    one_gpu = ["parallelism=h200x1", "rollout.max_parameters_on_gpu=0"]
+    cfg = compose.load(["model=auto", twins.config_alone(tmp_path / "m", "llama"), *one_gpu]).config
     with pytest.raises(UserErrors, match="needs 1 GPU") as caught:
         preflight.check(cfg)
     said = str(caught.value)
