@@ -19,6 +19,7 @@ from runner.config import compose, preflight
 from runner.config.schema import Config
 from runner.config.searchpath import groups
 from runner.errors import UserErrors
+from runner.planner.tables import not_run_yet
 from runner.rollout.sglang import arguments
 from runner.rollout.sglang import rules as sglang
 from runner.rollout.sglang.config import SglangRolloutConfig, layout
@@ -193,6 +194,9 @@ def test_dense_int4_on_gpus_can_be_planned_and_not_run() -> None:
     cfg = load("model=mimo_7b", "precision=int4_qat")
     with pytest.raises(UserErrors, match="cannot update packed INT4 weights of dense_mlp"):
         preflight.check(cfg)
+    (note,) = not_run_yet(cfg)
+    assert note.startswith("a run is refused") and "dense_mlp" in note and "precision=fp8" in note
+    assert not not_run_yet(load("model=mimo_7b", "precision=fp8"))
 
 
 def test_transports_that_cannot_work_are_refused() -> None:

@@ -75,6 +75,7 @@ class Option:
 
     schema   the dataclass of its section of the config; conf/ lists it as `<name>_schema`
     rules    what cannot go together, asked where the option is chosen, `plan` included
+    unbuilt  what can be planned and not run yet, on whatever machine: `plan` notes it, a `run` is refused
     machine  what this machine must have, asked before a `run`: files, devices, memory
     needs    packages, for `run` and `doctor`
     engines, trainer   the layout, for an engine or a trainer
@@ -85,6 +86,7 @@ class Option:
 
     schema: type
     rules: tuple[Rule, ...] = ()
+    unbuilt: tuple[Rule, ...] = ()
     machine: tuple[Rule, ...] = ()
     needs: tuple[Need, ...] = ()
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = ()

@@ -23,7 +23,9 @@ from runner.models.config_file import CONFIG, check_model, read_json
 def check(cfg: Config) -> None:
     """Raises UserErrors with everything that this machine lacks for this run."""
     lacking = [*_gpus(cfg), *_packages(cfg), *_files(cfg), *_checkpoint(cfg)]
-    lacking += [problem for choice in chosen(cfg) for rule in choice.option.machine for problem in rule(cfg)]
+    lacking += [
+        problem for choice in chosen(cfg) for rule in (*choice.option.unbuilt, *choice.option.machine) for problem in rule(cfg)
+    ]
     if lacking:
         raise UserErrors(lacking, advice=_instead(cfg))
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runner.cluster.placement import Place, Placement, place, placement, placement_problems, placement_warnings
-from runner.config.option import one_process
+from runner.config.option import chosen, one_process
 from runner.config.schema import Config
 from runner.planner.fit import largest_max_tokens, what_would_fit
 from runner.planner.memory import MemoryPlan, Phase, plan_memory, stream_bytes
@@ -41,7 +41,7 @@ def show(cfg: Config, console: Console | None = None) -> int:
     console.print(memory_table(memory))
     console.print(kv_line(memory), markup=False)
     console.print(traffic_table(cfg, inventory))
-    for warning in placement_warnings(cfg) + memory_warnings(cfg, inventory, memory):
+    for warning in placement_warnings(cfg) + memory_warnings(cfg, inventory, memory) + not_run_yet(cfg):
         console.print(f"note: {warning}", style="yellow", markup=False)
     return verdict(cfg, inventory, memory, console)
 
@@ -189,6 +189,11 @@ def traffic_table(cfg: Config, inventory: Inventory) -> Table:
     for flow in sync_flows(cfg, inventory) + step_flows(cfg, inventory):
         made.add_row(flow.what, gib(flow.size), flow.how)
     return made
+
+
+def not_run_yet(cfg: Config) -> list[str]:
+    found = [problem for choice in chosen(cfg) for rule in choice.option.unbuilt for problem in rule(cfg)]
+    return [f"a run is refused: {error.problem}; what works: {error.fix}" for error in found]
 
 
 def memory_warnings(cfg: Config, inventory: Inventory, memory: MemoryPlan) -> list[str]:

@@ -97,4 +97,5 @@ def _eagle_head(cfg: Config, config: dict[str, Any]) -> list[UserError]:
     return problems
 
 
-RULES = (live_updates, compilers, transport, draft, listens)
+UNBUILT = (live_updates,)
+RULES = (compilers, transport, draft, listens)

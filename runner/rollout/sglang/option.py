@@ -9,6 +9,7 @@ from runner.rollout.sglang.config import SglangRolloutConfig, layout, on_cpu, se
 OPTION = Option(
     SglangRolloutConfig,
     rules=rules.RULES,
+    unbuilt=machine.UNBUILT,
     machine=machine.RULES,
     needs=(
         Need("sglang", "sglang", "the servers need SGLang, which is not installed", "make setup-sglang"),
