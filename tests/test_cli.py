@@ -150,6 +150,11 @@ def test_help_examples_are_right(verb: Verb, line: str) -> None:
         (["plan", "-m", "seed=1,2"], "runs a sweep"),
         (["resume=nowhere", "outputs_dir=nothing_here"], "no run lies under"),
         (["--cfg", "job", "--package", "modle"], "model"),
+        (["-p", "precision", "steps=3"], "--cfg job --package precision"),
+        (["plan", "--resolve"], "--cfg job --resolve"),
+        (["export", "run=nowhere", "target=x", "outputs_dir=nothing_here"], "run: no run named"),
+        (["step s=3"], "steps=3"),
+        (["steps="], "'' is not a whole number"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +250,14 @@ def test_how_each_verb_ends(
     assert main(command) == code
     shown = capsys.readouterr()
     assert words in shown.err and "Traceback" not in shown.err
+
+
+def test_a_run_whose_reader_is_gone_did_not_end_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def lost(*_: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("runner.run.supervise.main", lost)
+    assert main(["steps=1"]) == 1 and "nobody reads" in capsys.readouterr().err
 
 
 def test_verbs_get_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def start(command: Command) -> int:
     from runner.config.recorded import find_run
 
     outputs_dir = given(command.overrides, "outputs_dir") or compose.default_outputs_dir()
-    run = find_run(expand_home(own["run"]), expand_home(outputs_dir))
+    run = find_run(expand_home(own["run"]), expand_home(outputs_dir), key="run")
     config = compose.load([*command.overrides, override("resume", str(run))]).config
     from runner.run.export import export
 

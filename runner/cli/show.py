@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from runner.cli.verb import Command, Parser
+from runner.errors import UserError
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
@@ -30,8 +31,12 @@ def with_info(argv: list[str]) -> list[str]:
 
 
 def shown(command: Command) -> bool:
-    """Whether a flag asked to see the config, which is then printed."""
+    """Whether a flag asked to see the config, which is then printed. UserError: `--package` or `--resolve` without `--cfg`."""
     flags = vars(command.flags)
+    alone = next((name for name in ("package", "resolve") if flags.get(name) and not (flags["cfg"] or flags["info"])), None)
+    if alone:
+        value = flags["package"] if alone == "package" else ""
+        raise UserError(f"--{alone} says how --cfg prints", fix=f"--cfg job --{alone} {value}".rstrip())
     resolve = ["--resolve"] if flags.get("resolve") else []
     if flags.get("info"):
         _hydra_app(["--info", flags["info"], *command.overrides])

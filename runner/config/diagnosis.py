@@ -100,6 +100,8 @@ def _parse(overrides: list[str], problems: list[UserError]) -> Iterator[Override
             bare = text.lstrip("-")
             name, equals, value = text.partition("=")
             fix = f"as a text, quoted for the shell: {shell(typed(name, value))}" if equals else f"{bare}=<value>"
+            if equals and any(character.isspace() for character in name):
+                fix = f"a key has no blanks: {''.join(name.split())}={value}"
             problems.append(UserError(f"cannot read {text!r} as key=value", key=bare.partition("=")[0] or text, fix=fix))
             continue
         if item.is_sweep_override():
@@ -382,4 +384,4 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value)
+    return str(value) or "''"

@@ -17,8 +17,8 @@ OVERRIDES = Path(".hydra") / "overrides.yaml"
 _COUNT = re.compile(r"# (\d+) overrides?\n")  # its first line
 
 
-def find_run(name: str, outputs_dir: str) -> Path:
-    """The folder of a run given as a path or as a name under outputs_dir; raises UserError with the nearest names."""
+def find_run(name: str, outputs_dir: str, key: str = "resume") -> Path:
+    """The folder of a run given as a path or as a name under outputs_dir, by `key`; raises UserError with the nearest names."""
     places = (Path(name), Path(outputs_dir) / name)
     for path in places:
         if (path / OVERRIDES).is_file():
@@ -30,11 +30,11 @@ def find_run(name: str, outputs_dir: str) -> Path:
     known = sorted(path.name for path in root.iterdir() if (path / ".hydra").is_dir()) if root.is_dir() else []
     close = difflib.get_close_matches(name, known, n=3) or known[-3:]
     hint = (
-        shell(typed("resume", close[0])) + (f" (or {', '.join(close[1:])})" if close[1:] else "")
+        shell(typed(key, close[0])) + (f" (or {', '.join(close[1:])})" if close[1:] else "")
         if close
         else f"no run lies under {root} yet"
     )
-    raise UserError(f"no run named {name!r} under {root}", key="resume", fix=hint)
+    raise UserError(f"no run named {name!r} under {root}", key=key, fix=hint)
 
 
 def write_overrides(run: Path, overrides: list[str]) -> None:
