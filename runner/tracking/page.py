@@ -84,7 +84,7 @@ pre{margin:0;overflow:auto;font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace
 .timeline{margin-top:14px}.timeline .scroll{margin:0}.timeline svg{min-width:640px;width:100%}
 .alarm{border-color:var(--bad)}.steps a,.back{color:var(--s0)}
 .steps{display:flex;flex-wrap:wrap;gap:6px;margin:12px 0;max-height:9em;overflow:auto}
-#live{font-size:13px;color:var(--dim)}
+#live{margin-top:8px;font-size:13px;color:var(--dim)}
 .sample .by{color:var(--dim);font-size:12px}.sample .note{color:var(--dim);font-size:12px}
 .sample img{display:block;min-width:96px;max-width:256px;margin:6px 0;image-rendering:pixelated;border-radius:4px}
 .sample pre{white-space:pre-wrap;overflow-wrap:anywhere}.sample .prompt{color:var(--dim)}
