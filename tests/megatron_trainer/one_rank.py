@@ -83,7 +83,7 @@ def mxfp4_experts_with_biases_are_quantized_at_every_moment() -> None:
     names = {chosen.place.name.rpartition(".")[2] for chosen in worker.quantization.quantized.values()}
     assert names == {"weight"}, names
     _assert_quantized(worker)
-    worker.updates(_batch(worker.cfg))
+    _update(worker, _batch(worker.cfg))
     _assert_quantized(worker)
     packed = {name: part for tensor in worker.export("rollout") for name, part in tensor.parts.items()}
     assert {str(part.dtype) for name, part in packed.items() if ".experts." in name} == {"torch.uint8", "torch.bfloat16"}
