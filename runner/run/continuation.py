@@ -14,7 +14,7 @@ from runner.config.choices import LrSchedule
 from runner.config.schema import Config
 from runner.run import checkpoint
 from runner.run.collect import Collector
-from runner.tracking.folder import plain_config
+from runner.tracking.folder import leaves, plain_config
 from runner.trainer.optimizer import learning_rate, planned_steps
 
 DECAY = "trainer.optimizer.lr_decay_steps"
@@ -64,18 +64,12 @@ def _changes(cfg: Config, state: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, `key: old -> new`) of every value that differs; [] for a checkpoint that does not hold its config."""
     if "config" not in state:
         return []
-    old, new = _flat(state["config"]), _flat(plain_config(cfg))
+    old, new = dict(leaves(state["config"])), dict(leaves(plain_config(cfg)))
     return [
         (key, f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}")
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not key.startswith(INDIFFERENT)
     ]
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix[:-1]: node}
-    return {key: value for name, child in node.items() for key, value in _flat(child, f"{prefix}{name}.").items()}
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
@@ -54,6 +54,15 @@ def plain_config(cfg: Config, *, secrets: bool = False) -> dict[str, Any]:
 
     config: dict[str, Any] = plain(dataclasses.asdict(cfg))
     return config if secrets else redact(config)
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a plain config that is no dict with keys."""
+    if not isinstance(tree, dict) or not tree:
+        yield prefix, tree
+        return
+    for key, value in tree.items():
+        yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def write_resolved(run_dir: Path, cfg: Config) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from runner.errors import Failure, UserError
 from runner.redaction import redacted
 from runner.storage import atomic_write
 from runner.tracking.base import BaseTracker, State, said
-from runner.tracking.folder import plain_config
+from runner.tracking.folder import leaves, plain_config
 
 ID_FILE = "mlflow_run_id"
 PARAMETERS_PER_CALL = 100  # MLflow's own limits, this one and the next two
@@ -58,7 +58,7 @@ class MlflowTracker(BaseTracker):
         except MlflowException as error:
             problem = f"MLflow does not open {redacted(self.uri)}: {redacted(error.message)}"
             raise UserError(problem, key="tracking.uri", fix="tracking.uri=sqlite:////<folder>/mlflow.db") from error
-        rows = [Param(name_of(key), str(value)[:PARAMETER_CHARACTERS]) for key, value in _flat(plain_config(cfg))]
+        rows = [Param(name_of(key), str(value)[:PARAMETER_CHARACTERS]) for key, value in leaves(plain_config(cfg))]
         if known is None:  # parameters cannot be changed, and a resume may change some
             with self._told():
                 for start in range(0, len(rows), PARAMETERS_PER_CALL):
@@ -121,15 +121,6 @@ class MlflowTracker(BaseTracker):
 def name_of(text: str) -> str:
     """`text` as MLflow takes it: letters, digits, and any of `_-. :/`."""
     return re.sub(r"[^\w\-. :/]", "_", text.replace("@", "_at_"))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 NEEDED = (("mlflow-skinny", "mlflow"), ("sqlalchemy", "sqlalchemy"), ("alembic", "alembic"))

@@ -219,21 +219,19 @@ def event_class(kind: str) -> str:
 
 
 def events(rows: list[dict[str, Any]]) -> str:
-    inner = "".join(
-        f'<div class="event"><span>step {row["step"] + 1}</span><b{event_class(row["kind"])}>{html.escape(row["kind"])}</b>'
+    return f'<div class="panel">{"".join(_event(row, event_class(row["kind"])) for row in rows)}</div>' if rows else ""
+
+
+def _event(row: dict[str, Any], kind_class: str) -> str:
+    return (
+        f'<div class="event"><span>step {row["step"] + 1}</span><b{kind_class}>{html.escape(row["kind"])}</b>'
         f"<p>{html.escape(row['message'])}</p></div>"
-        for row in rows
     )
-    return f'<div class="panel">{inner}</div>' if rows else ""
 
 
 def alarms(rows: list[dict[str, Any]]) -> str:
     """What a rule of `watch` said: what broke, the likely cause, what to try."""
-    inner = "".join(
-        f'<div class="event"><span>step {row["step"] + 1}</span><b class="warn">{html.escape(row["kind"])}</b>'
-        f"<p>{html.escape(row['message'])}</p></div>"
-        for row in rows
-    )
+    inner = "".join(_event(row, ' class="warn"') for row in rows)
     return f'<h2>Alarms</h2><div class="panel alarm">{inner}</div>' if rows else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ from runner.storage import atomic_write
 from runner.tracking import page, pictures, seeds, timeline
 from runner.tracking.base import STEP_PARTS
 from runner.tracking.charts import NUM_COLORS, Series, line_chart, stacked_bars
-from runner.tracking.folder import event_problem, read_jsonl, read_metrics, read_status, rollout_files, run_state
+from runner.tracking.folder import event_problem, leaves, read_jsonl, read_metrics, read_status, rollout_files, run_state
 
 KEY_STEPS = 5  # steps at the start and at the end over which the key results are means
 SHOWN_SAMPLE_STEPS = 4
@@ -336,18 +336,15 @@ def config_line(config: dict[str, Any]) -> list[str]:
 # ---- several runs
 
 
-def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
+def _values(run: RunData) -> dict[str, Any]:
+    """Config key -> value; groups of keys that are empty have none."""
+    return {key: value for key, value in leaves(run.config) if value != {}}
 
 
 def differing_keys(runs: list[RunData]) -> list[str]:
     """Config keys whose values are not the same in all runs; those that always differ, and seeds that are the run's seed
     everywhere (task.seed), are left out."""
-    tables = [dict(flatten(run.config)) for run in runs]
+    tables = [_values(run) for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     ignored = {"run_name", "resume", "outputs_dir"}
     ignored |= {key for key in keys if key.endswith(".seed") and all(table.get(key) == table.get("seed") for table in tables)}
@@ -369,7 +366,7 @@ def write_comparison(folders: list[Path], path: Path, title: str) -> Path:
     columns = ["run", "state", *keys, "reward", "best eval", "mismatch", "step s", "total s"]
     rows = []
     for label, run in zip(labels, runs, strict=True):
-        results, table = key_results(run), dict(flatten(run.config))
+        results, table = key_results(run), _values(run)
         numbers = [results.get(key) for key in ("reward", "eval", "mismatch", "step_time", "seconds")]
         cells = [page.format_number(number) if number is not None else "" for number in numbers]
         rows.append([label, run.state, *(str(table.get(key, "")) for key in keys), *cells])
@@ -399,7 +396,7 @@ def by_setting(runs: list[RunData], labels: list[str], keys: list[str]) -> dict[
         return {label: [run] for label, run in zip(labels, runs, strict=True)}
     groups: dict[str, list[RunData]] = {}
     for run in runs:
-        table = dict(flatten(run.config))
+        table = _values(run)
         groups.setdefault("  ".join(f"{key}={table.get(key)}" for key in told), []).append(run)
     if len(groups) == len(runs):  # a seed each: they keep their names
         return {label: [run] for label, run in zip(labels, runs, strict=True)}
